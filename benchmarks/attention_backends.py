@@ -2,8 +2,9 @@
 
     python benchmarks/attention_backends.py --out attention
 
-Queries and keys are contiguous, as after their norms; values are a view of the product before. Each backend that takes these
-sizes is timed in turn, five rounds; the first column is what torch chooses by itself. Writes attention_backends.json.
+Queries and keys are contiguous, as after their norms; values are a view of the product that makes all three. Each
+backend that takes these sizes is timed in turn, in five rounds; the first column is what torch chooses by itself.
+Writes attention_backends.json.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ TOKENS = {"SiT-S/4": 64, "SiT-S/2": 256, "SiT-B/2": 256, "SiT-XL/2": 256}
 
 
 def once(qkv: Tensor, heads: int) -> None:
+    """Attention forward and backward; qkv (N, T, 3 D)."""
     q, k, v = split_heads(qkv, heads)
     F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v).sum().backward()
 
 
 def milliseconds(qkv: Tensor, heads: int, backend: SDPBackend | None, repeats: int) -> float | None:
-    """Of one forward and backward pass; None where the backend does not take it."""
+    """Milliseconds of one forward and backward pass; None where the backend does not support the input."""
     wait = torch.cuda.synchronize if qkv.is_cuda else lambda: None
     try:
         with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):

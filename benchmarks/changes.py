@@ -33,7 +33,7 @@ from selftrans.train.optim import build_optimizer
 from selftrans.types import Batch, Conditions
 
 SHAPE, CLASSES = (4, 32, 32), 1000
-Way = Callable[[], Any]
+Way = Callable[[], Any]  #: runs one version of a part of the step
 
 
 def ways(model: SiTConfig, batch_size: int, device: torch.device) -> dict[str, tuple[Way, Way]]:
@@ -89,7 +89,7 @@ def ways(model: SiTConfig, batch_size: int, device: torch.device) -> dict[str, t
 
 
 def measure(chosen: dict[str, tuple[Way, Way]], clock: Clock, rounds: int) -> list[dict[str, Any]]:
-    """Each pair interleaved; the first round is not counted."""
+    """Time each pair in interleaved rounds, of which the first is not counted; a row of medians for each pair."""
     took: dict[str, list[tuple[float, ...]]] = {name: [] for name in chosen}
     for number in range(rounds + 1):
         for name, pair in chosen.items():

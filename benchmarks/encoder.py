@@ -52,8 +52,8 @@ def pictures_of(data: str | None, device: torch.device) -> tuple[Tensor, Tensor 
         images, labels = digits()
     else:
         dataset = Dataset.open(data)
-        if dataset.manifest.resolution is None:
-            raise ValueError(f"{data} holds {dataset.manifest.unit}, not pictures of one size; prepare pictures")
+        if not isinstance(dataset.manifest.resolution, int):
+            raise ValueError(f"{data} does not hold square pictures; prepare some with --resolution SIDE")
         images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
         labels = dataset.labels if dataset.manifest.num_classes > 1 else None
     return torch.from_numpy(images), None if labels is None else torch.as_tensor(labels).long()
@@ -108,10 +108,10 @@ def contrastive_loss(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor) ->
 
 
 def distorted(x: Tensor, *, turn: float = 15.0, flip: bool = True) -> Tensor:
-    """Random crops with jitter of brightness and contrast, and noise; of colours also mirrored, and jitter of the colours.
+    """Random crops with jitter of brightness and contrast, and noise; colour pictures are also mirrored, with colour jitter.
 
-    Grey pictures (digits, characters) are never mirrored: they would not be themselves. They are rotated a little instead,
-    by at most `turn` degrees, and cropped less.
+    Grey pictures (digits, characters) are never mirrored, which would change what they show. They are rotated instead, by at
+    most `turn` degrees, and cropped less.
     """
     n, grey = len(x), x.shape[1] == 1
     low, high = (0.7, 1.1) if grey else (0.45, 1.0)
@@ -214,7 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = default_device()
     torch.manual_seed(options.seed)
-    x, y = pictures_of(options.data, device)
+    try:
+        x, y = pictures_of(options.data, device)
+    except ValueError as error:
+        parser.error(str(error))
     if options.task == "labels" and y is None:
         parser.error(f"{options.data} has no classes; choose --task contrastive or rotation")
     order = torch.randperm(len(x))

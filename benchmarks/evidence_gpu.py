@@ -1,4 +1,4 @@
-"""CIFAR-10 in minutes of one GPU: every method from scratch, in one process, in the order of what it tells.
+"""CIFAR-10 in minutes of one GPU: every method from scratch, in one process, the most informative comparisons first.
 
     python benchmarks/evidence_gpu.py cifar10-train.zip --out results/gpu --minutes 8 --encoder results/cifar-encoder
 
@@ -6,10 +6,10 @@ First learning rate and label table are chosen for vanilla training, on short ru
 arm of `ARMS` is trained and measured, in this order: all with seed 0, then all with seed 1, and so on. A student of stage 2 has
 the initial weights, data and noise of vanilla with the same seed, so differences are of pairs.
 
-All arms share the process: the data lie on the device, blocks are compiled once, measured is the average as it trains, without
-reading a checkpoint. Results are written after every measurement (OUT/evidence_gpu.json); repeat the command to continue it, on
-another machine, too: only that file is needed, and an arm that was interrupted elsewhere begins again. Run folders are in
-OUT/runs (or --work DIR); those of finished arms are removed but for stage 1, which teaches the arms after it.
+All arms share the process: the data lie on the device, blocks are compiled once, and the averaged weights are measured during
+training, without reading a checkpoint. Results are written after every measurement (OUT/evidence_gpu.json); repeat the command
+to continue it, on another machine, too: only that file is needed, and an arm that was interrupted elsewhere begins again. Run
+folders are in OUT/runs (or --work DIR); those of finished arms are removed but for stage 1, which teaches the arms after it.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def configured(lease: Lease, job: Job) -> RunConfig:
 
 
 def run_job(lease: Lease, accelerator: Accelerator, job: Job) -> bool:
-    """Train and measure one job, or continue it; false where the time was over before its end."""
+    """Train and measure one job, or continue it; False where the time ran out first."""
     folder, record = lease.work / job.key, lease.results["runs"].setdefault(job.key, {"points": [], "done": False})
     if not folder.exists():  # begun on another machine
         record["points"] = []
@@ -210,7 +210,7 @@ def trials(lease: Lease, steps: int) -> list[Job]:
 
 
 def run_all(lease: Lease, accelerator: Accelerator, options: argparse.Namespace) -> list[str]:
-    """Run what is not done yet, until the time is over; returns the keys of the jobs that are left."""
+    """Run the jobs that are not done, until the time is over; returns the keys of those that are left."""
     runs, tuning = lease.results["runs"], trials(lease, options.tune_steps)
     left = _run(lease, accelerator, tuning)
     if not left:
@@ -332,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         decoder = load_autoencoder(data.manifest.autoencoder, device=accelerator.device, dtype=measurement.decoder)
         lease = Lease(config, data, measurement, decoder, options.out, options.work, 1 / options.points, stop)
-        lease.results = before(options.out / "evidence_gpu.json", settings)
+        lease.results = earlier_results(options.out / "evidence_gpu.json", settings)
         left = run_all(lease, accelerator, options)
     name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
     lease.results |= {"table": table(lease.results), "left": left}
@@ -348,8 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The results of earlier calls, or none. ValueError where they are of other settings."""
+def earlier_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The results of earlier calls, empty for the first. ValueError where they were made with other settings."""
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         return {"settings": settings, "runs": {}, "leases": []}

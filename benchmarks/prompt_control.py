@@ -38,7 +38,7 @@ RESAMPLES = 1000  #: of the bootstrap
 
 
 class Asked(NamedTuple):
-    """Prompts: what they say, and how."""
+    """Prompts: what they ask for, and their texts."""
 
     what: tuple[Described, ...]
     texts: tuple[str, ...]

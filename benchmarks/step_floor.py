@@ -1,4 +1,4 @@
-"""The least time that a training step of SiT can take on a GPU, on paper: operations and bytes of each part.
+"""The least time that a training step of SiT can take on a GPU, computed from the operations and bytes of each part.
 
     python benchmarks/step_floor.py --out floor                 # the table, and step_floor.json; seconds
     python benchmarks/step_floor.py --out floor --kernels       # and the kernels and bytes of a compiled block, from inductor
@@ -85,7 +85,8 @@ def block(width: int, tokens: int, batch: int, chip: Chip) -> dict[str, dict[str
     turned = [(m, n, k) for m, k, n in shapes] + [(k, m, n) for m, k, n in shapes]
     add("backward products", [product(*s, chip) for s in turned])
     add("backward modulation", [product(batch, 6 * d, d, chip), product(d, batch, 6 * d, chip)])
-    again = 2.5 * attention  # queries times keys is computed again: five products, where forward has two
+    # queries times keys is computed again: five products instead of the two of the forward pass
+    again = 2.5 * attention
     add("backward attention", [(again, 16.0 * rows * d, max(again / chip.flops, 16 * rows * d / chip.bandwidth))])
     add("backward elementwise", [bytes_only(sum(BACKWARD.values()) * rows * d)])
     add("backward casts of gradients", [bytes_only(6.0 * weights)])
@@ -137,9 +138,9 @@ def table(steps: list[dict[str, Any]]) -> str:
 def kernels(made: torch.nn.Module, batch: int, tokens: int, width: int, inputs: tuple[torch.Tensor, ...] = ()) -> Any:
     """Kernels of a compiled block by kind, and bytes and number of the scheduler's nodes, forward and backward.
 
-    `nodes` have been fused where they can share loops; the C++ backend joins several of them in a kernel, and what they read
-    again is then near. So nodes and their `bytes` per token and channel are what a GPU would launch and move at most.
-    Private interfaces of torch are used: the generated code is read, and its kernels are replaced by nothing.
+    `nodes` have been fused where they can share loops. The C++ backend joins several of them in one kernel, which reads data
+    again from a cache. So the number of nodes, and their `bytes` per token and channel, are upper bounds for a GPU.
+    Private interfaces of torch are used: the generated code is read, and its kernels are replaced by empty functions.
     """
     from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+PACKAGE = Path(__file__).parent
 JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and of emoji
 
 
@@ -59,3 +61,8 @@ def first_line(error: object, limit: int = 160) -> str:
         start = text[: limit - 3]
         text = f"{start.rpartition(' ')[0] or start}..."
     return printable(text, limit)
+
+
+def is_own_code(file: str) -> bool:
+    """Whether a source file belongs to this package: of the warnings, only those that it gives are shown."""
+    return Path(file).is_relative_to(PACKAGE)

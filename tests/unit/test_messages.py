@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from selftrans.messages import are, first_line, gigabytes, listed, one_line, plural, printable
+from selftrans import messages
+from selftrans.messages import are, first_line, gigabytes, is_own_code, listed, one_line, plural, printable
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,10 @@ def test_captions_and_names_are_one_clean_line() -> None:
         "\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"  # an emoji and a Persian word
     )
     assert one_line(f"\u202e{joined}\u00a0x") == f"{joined} x"
+
+
+def test_library_in_a_folder_named_selftrans_is_not_own_code():
+    """As after `git clone` with the virtual environment inside: whose warnings are shown must not depend on that name."""
+    assert is_own_code(messages.__file__) and is_own_code(str(messages.PACKAGE / "data" / "prepare.py"))
+    assert not is_own_code("/home/a/selftrans/.venv/lib/python3.12/site-packages/torch/nn/functional.py")
+    assert not is_own_code("sys")

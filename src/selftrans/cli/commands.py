@@ -1,7 +1,7 @@
 """The commands of `selftrans`: each a dataclass of its arguments with a `run`; heavy imports happen inside.
 
-Here those that make runs and images, plan runs, and look at runs and the machine; `prepare_command.py` has the one that makes
-data, `experiment_commands.py` those that measure, `interop_commands.py` those for other people's files.
+Here are the commands that make runs and images, plan runs, and show runs and the machine. `prepare_command.py` makes data,
+`experiment_commands.py` measures, `interop_commands.py` is for files of other code.
 """
 
 from __future__ import annotations
@@ -202,12 +202,12 @@ class Ui(Command):
     runs: Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[RUNS ...]")]] = ()
     """folders to show; none: `runs`, or the current one where there is no such folder"""
     port: int = 8377
-    """of the address; 0: a free one"""
+    """port of the address; 0: any free one"""
     host: str = "127.0.0.1"
-    """where to listen. The default is reached from this machine only; any other needs --token"""
+    """address to listen on. The default is reached from this machine only; any other needs --token"""
     token: str | None = None
-    """that a browser must know, at least 12 characters; auto: a new one, which is part of the printed address. Of use on a
-    machine with several users, too"""
+    """secret that a browser must know, at least 12 characters; auto: a new one, which is part of the printed address. Also
+    useful on a machine with several users"""
     device: Literal["cuda", "cpu"] | None = None
     """where the page samples; None: the GPU if there is one. cpu leaves the GPU to the training"""
 

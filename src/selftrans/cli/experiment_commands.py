@@ -84,7 +84,7 @@ class Classifier(Command):
     epochs: int = 12
     """passes over the data"""
     seed: int = 0
-    """of its initial weights and of the order of the pictures"""
+    """seed of the initial weights and of the order of the pictures"""
 
     def run(self) -> None:
         from selftrans.experiments.train_classifier import classifier_from_data
@@ -166,7 +166,7 @@ class Analyse(Command):
     grid: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """with --encoder: side of its grid of features; None: half the side of the latents"""
     seed: int = 0
-    """with --target: of the choice of images and of noise"""
+    """with --target: seed of the choice of images and of noise"""
     trust: Trust = ()
 
     def run(self) -> None:
@@ -278,9 +278,9 @@ class Bench(Command):
     batch_size: int | None = None
     """images per step; None: by model and device"""
     tokens: int = 256
-    """of an image, a square number"""
+    """tokens of an image, a square number"""
     seconds: float = 300
-    """for the steps of each model; at least three rounds are measured"""
+    """seconds for the steps of each model; at least three rounds are measured"""
     rows: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")] = None
     """what is measured, of vanilla, stage1, stage2, plain_vanilla, plain_stage2, and captured_vanilla, captured_stage1,
     captured_stage2 (train.capture); None: the first five"""

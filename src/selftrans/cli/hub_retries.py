@@ -6,12 +6,13 @@ import logging
 import sys
 from urllib.parse import urlsplit
 
-LOGGER = "huggingface_hub.utils._http"  #: where another release logs elsewhere, its own lines are shown
-FAILED, AGAIN = " thrown while requesting ", "Retrying in "  #: in the lines of an attempt
+LOGGER = "huggingface_hub.utils._http"  #: where a release logs elsewhere, its own lines are shown
+#: parts of the two lines that the client logs for each failed attempt
+FAILED, AGAIN = " thrown while requesting ", "Retrying in "
 
 
 class OneLine(logging.Filter):
-    """Replaces the first failed attempt of a process by a line that says what to do; leaves the others out."""
+    """Replaces the lines of the first failed attempt of a process by one that says what to do; drops those of the others."""
 
     said = False
 
@@ -33,7 +34,7 @@ class OneLine(logging.Filter):
 
 
 def install() -> None:
-    """Once per process."""
+    """Add the filter to the logger of the client; a second call does nothing."""
     logger = logging.getLogger(LOGGER)
     if not any(isinstance(each, OneLine) for each in logger.filters):
         logger.addFilter(OneLine())

@@ -1,4 +1,4 @@
-"""The commands for other people's files, and for the hub: import, import-vae, export, push. See `commands.py`."""
+"""The commands for files of other code, and for the hub: import, import-vae, export, push. See `commands.py`."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Push(Command):
         str, Positional, tyro.conf.arg(metavar="REPOSITORY", help="owner/name; it is created if needed")
     ]
     license: str
-    """of the weights, as the hub names it: apache-2.0, mit, cc-by-nc-4.0, other ..."""
+    """license of the weights, as the hub names it: apache-2.0, mit, cc-by-nc-4.0, other ..."""
     private: bool = False
     """the repository must be private"""
     samples: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None

@@ -1,4 +1,4 @@
-"""The command `selftrans`: which of `commands.py` is meant, and how it ended.
+"""The command `selftrans`: runs the one of `commands.py` that is named, and turns errors into one line and an exit status.
 
 Nothing here loads torch: help and wrong arguments answer at once.
 """
@@ -28,17 +28,17 @@ from selftrans.suggest import closest, did_you_mean
 #: exit statuses; EXIT_RESUME (75): stopped with a checkpoint
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
-#: of errors of the system
+#: number of an operating-system error -> what to do, as the end of a message
 REMEDIES = {
     errno.ENAMETOOLONG: "; give a shorter name",
     errno.ENOSPC: "; free disk space, then repeat the command",
     errno.EDQUOT: "; free disk space, then repeat the command",
 }
-TEXTS = ("prompts",)  #: options whose values are sentences
+TEXTS = ("prompts",)  #: options whose values are sentences, which may name a page with a query
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+    """Raised at SIGTERM, which ends a command as Ctrl-C does."""
 
     last = -math.inf  #: when the last one was raised, by `time.monotonic`
 
@@ -54,26 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and words[:1] != ["train"]:
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        _answer(words) if not words or words[0].startswith("-") else parse_command(words).run()
+        _print_overview(words) if not words or words[0].startswith("-") else parse_command(words).run()
     except Interrupted as stopped:
-        return _end(str(stopped), EXIT_RESUME)
+        return _reported(str(stopped), EXIT_RESUME)
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
-        return _end(str(error), WRONG_ARGUMENTS)
+        return _reported(str(error), WRONG_ARGUMENTS)
     except OSError as error:
-        return _end(_of_the_system(error), FAILED)
+        return _reported(_system_error(error), FAILED)
     except RuntimeError as error:  # before Python 3.13, of a path that is resolved
         if not str(error).startswith("Symlink loop"):
             raise
-        return _end(f"{error}: its symbolic links lead in a circle; give another path", FAILED)
+        return _reported(f"{error}: its symbolic links lead in a circle; give another path", FAILED)
     except (ValueError, FloatingPointError, ImportError, MemoryError) as error:
-        return _end(str(error) or "out of memory", FAILED)
+        return _reported(str(error) or "out of memory", FAILED)
     except KeyboardInterrupt as stopped:
         repeated = COMMANDS.get(words[0] if words else "", Command).REPEATED
         if isinstance(stopped, Terminated):
-            return _end(f"stopped by SIGTERM; {repeated}", TERMINATED)
-        return _end(str(stopped) or f"interrupted; {repeated}", INTERRUPTED)
+            return _reported(f"stopped by SIGTERM; {repeated}", TERMINATED)
+        return _reported(str(stopped) or f"interrupted; {repeated}", INTERRUPTED)
     except SystemExit as stop:  # tyro's, after a help page
         return int(stop.code or DONE)
     return DONE
@@ -109,8 +109,8 @@ def _refuse_secrets(words: Sequence[str]) -> None:
             refuse_secrets(word, queries=not any(map(str.isspace, word)))  # a sentence may name the address of a page
 
 
-def _answer(words: Sequence[str]) -> None:
-    """`selftrans`, `selftrans --help`, `selftrans --version`."""
+def _print_overview(words: Sequence[str]) -> None:
+    """Print the answer to `selftrans`, `selftrans --help` or `selftrans --version`. UsageError for another option."""
     from selftrans import __version__
 
     if words and words[0] in ("-V", "--version"):
@@ -123,8 +123,8 @@ def _answer(words: Sequence[str]) -> None:
             print(f"  {name:<11} {(inspect.getdoc(kind) or '').splitlines()[0]}")
 
 
-def _of_the_system(error: OSError) -> str:
-    """`FILE: what is wrong; what to do`, as far as the error has them."""
+def _system_error(error: OSError) -> str:
+    """`FILE: what is wrong; what to do`; the file and the remedy only where they are known."""
     if error.strerror is None:
         return str(error) or type(error).__name__
     from selftrans.messages import printable
@@ -136,6 +136,7 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _terminate(number: int, frame: object) -> None:
+    """Handle SIGTERM: raise `Terminated`, unless it is the same signal sent twice, as `timeout` does."""
     from selftrans.train.interrupted import SAME
 
     if (now := time.monotonic()) - Terminated.last > SAME:
@@ -143,14 +144,17 @@ def _terminate(number: int, frame: object) -> None:
         raise Terminated
 
 
-def _end(message: str, status: int) -> int:
+def _reported(message: str, status: int) -> int:
+    """Print an error as one line; returns the exit status."""
     print(f"selftrans: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
 def _show_warning(message: Warning | str, category: Any, filename: str, lineno: int, *_: Any) -> None:
     """Warnings of selftrans are one line; those of libraries are not shown."""
-    if issubclass(category, UserWarning) and "selftrans" in filename:
+    from selftrans.messages import is_own_code
+
+    if issubclass(category, UserWarning) and is_own_code(filename):
         print(f"selftrans: warning: {message}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what every command can do with its own."""
+"""Options that several commands share, and the base class of all commands."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Trust = Annotated[
 ]
 
 
-#: last field of commands on a recipe, not an option itself: names of the settings that were given, such as model.depth
+#: type of the last field of commands on a recipe, which is no option: names of the settings that were given, as model.depth
 Typed = Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.SuppressFixed]
 
 
@@ -55,25 +55,27 @@ CONTINUES, STARTS_AGAIN = "the same command continues", "the same command starts
 class Command:
     """A command: its fields are its arguments, its docstring opens its help page, `run()` executes it."""
 
-    REPEATED: ClassVar[str] = STARTS_AGAIN  #: what it does after it was interrupted
+    REPEATED: ClassVar[str] = STARTS_AGAIN  #: what the same command does after it was interrupted
 
     def options(self, *but: str) -> dict[str, Any]:
-        """The arguments by name, except `but` and `trust`, which is used before `run`."""
+        """The arguments by name, without those in `but`, and without `trust`, which is used before `run`."""
         names = [field.name for field in dataclasses.fields(self) if field.name not in (*but, "trust")]
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass
 class RecipeCommand(Command, Generic[Config]):
-    """A command on a recipe. Has the fields `recipe`, `out`, `trust`, `config`: the recipe with its overrides, and
-    `typed`: the names of these."""
+    """A command on a recipe, with the fields `recipe`, `out` and `trust`.
+
+    `config`: the recipe with its overrides. `typed`: the names of the overrides that were given.
+    """
 
     NO_OVERRIDES: ClassVar[tuple[str, ...]] = ("recipe",)  #: fields of the configuration that are no options here
 
 
 @dataclass
 class SamplingOptions:
-    """How images are sampled: each a field of SampleConfig. What is None stays as the run's configuration says."""
+    """How images are sampled: fields of SampleConfig. None: as in the run's configuration."""
 
     num: int | None = None
     """number of images; None, here and below: as in the run's configuration (--sample.num and so on at training)"""
@@ -93,10 +95,10 @@ class SamplingOptions:
     """a weaker model of the same data, such as RUN/stage1 or a run of fewer steps: the guidance scale w then extrapolates from
     its velocity, v_weak + w (v - v_weak), instead of from the null condition"""
     early_guidance: float | None = None
-    """of a model with a second output, such as Internal Guidance trains: w extrapolates from its velocity, v_early + w (v -
-    v_early); 1: none. Goes with classifier-free guidance and autoguidance"""
+    """w for a model with a second output, as Internal Guidance trains it: the velocity is extrapolated from that output,
+    v_early + w (v - v_early); 1: none. Can be combined with classifier-free guidance and autoguidance"""
     early_interval: tuple[float, float] | None = None
-    """t within which that acts; 0 is data, 1 is noise"""
+    """t within which early guidance acts; 0 is data, 1 is noise"""
     seed: int | None = None
     """image k depends on the seed and k alone"""
     batch_size: int | None = None
@@ -105,18 +107,18 @@ class SamplingOptions:
     """classes of the images. balanced: each equally often; random: drawn at random; names or numbers of classes, which repeat;
     cat:10 dog:5 makes 10 and 5 images (and sets --num)"""
     prompts: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="PROMPT [PROMPT ...]")] = None
-    """of a model of text: prompts, or a file with one in each line; image k has prompt k modulo their number. None: those of
+    """prompts for a model of text, or a file with one in each line; image k has prompt k modulo their number. None: those of
     the run's previews"""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """of the model; the sampler itself computes in fp32"""
+    """precision of the model; the sampler itself computes in fp32"""
     decode_with: str | None = None
     """another VAE that decodes the samples, by hub id or folder (published figures: stabilityai/sd-vae-ft-ema); its latents
     must have the same shape"""
     rounding: Literal["nearest", "down"] | None = None
-    """of pixels to whole numbers; down: truncated, as in REPA's release"""
+    """how pixels become whole numbers; down: truncated, as in REPA's release"""
 
     def given(self) -> dict[str, Any]:
-        """Those that were set, by name; a file of prompts as its lines. ValueError where it cannot be read."""
+        """The options that were set, by name; prompts from a file as its lines. ValueError where it cannot be read."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if self.prompts is not None:
             from selftrans.sampling.conditioning import read_prompts

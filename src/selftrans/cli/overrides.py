@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _NoOverrides:
-    """In place of a recipe's settings while the recipe is not known."""
+    """Takes the place of a recipe's settings while the recipe is not known yet."""
 
 
 def override_type(config: RunConfig, words: Sequence[str]) -> tuple[Any, Any]:
@@ -93,41 +93,45 @@ def parse_on_recipe(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: 
     The words are read twice: for the recipe and for the code to import, on which the overrides depend, and then in full.
     """
     known = snapshot.recipes(words)
-    if known:  # without torch: for help, and for arguments that are wrong
-        first = _named(kind, words, prog, {name: recipe.about for name, recipe in known.items()})
+    if known:  # prints help and refuses wrong arguments without importing torch
+        first = _command_of_recipe(kind, words, prog, {name: recipe.about for name, recipe in known.items()})
         default = known[first.recipe].overrides(words)
         if default is not None:
-            _parse(kind, words, prog, first.recipe, known[first.recipe].about, default)
+            _parsed_with(kind, words, prog, first.recipe, known[first.recipe].about, default)
     from selftrans.recipes import RECIPES
 
-    first = _named(kind, words, prog, {name: inspect.getdoc(function) or "" for name, function in RECIPES.items()})
+    first = _command_of_recipe(
+        kind, words, prog, {name: inspect.getdoc(function) or "" for name, function in RECIPES.items()}
+    )
     for name in first.trust:
         trust(name)
     recipe = RECIPES[first.recipe]
     _, config = override_type(recipe(), words)
-    command = _parse(kind, words, prog, first.recipe, inspect.getdoc(recipe) or "", config)
-    command.config = overridden(recipe(), _as(type(config), command.config))
+    command = _parsed_with(kind, words, prog, first.recipe, inspect.getdoc(recipe) or "", config)
+    command.config = overridden(recipe(), _converted(type(config), command.config))
     command.typed = tuple(word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
     return command
 
 
-def _named(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipes: Mapping[str, str]) -> Any:
-    """The command without overrides, whose recipe is one of these (name -> description). Raises as `parse` does."""
+def _command_of_recipe(
+    kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipes: Mapping[str, str]
+) -> Any:
+    """The command without overrides. Raises as `parse` does, and unless its recipe is one of these (name -> description)."""
     first = _own_options(kind, words, prog)
     if not first.recipe:
-        _without_recipe(kind, words, prog, recipes)
+        _show_recipes(kind, words, prog, recipes)
     if first.recipe not in recipes:
         raise UsageError(f"recipe '{first.recipe}' is unknown{did_you_mean(closest(first.recipe, recipes))}", prog)
     return first
 
 
-def _parse(
+def _parsed_with(
     kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipe: str, about: str, default: Any
 ) -> Any:
     """The command on a recipe, with `default` as its overrides' defaults. Raises as `parse` does."""
-    shown = _without(type(default), kind.NO_OVERRIDES)
+    shown = _with_fixed(type(default), kind.NO_OVERRIDES)
     return parse(
-        blank(kind, config=_as(shown, default)),
+        blank(kind, config=_converted(shown, default)),
         words,
         prog,
         kind=kind[shown],  # type: ignore[index]
@@ -141,17 +145,15 @@ def _own_options(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str
     command = blank(kind, recipe="", out=Path(), config=_NoOverrides())
     names, own, mine = option_names(command), [], True
     for word in words:
-        if re.match(r"--|-[A-Za-z]", word) and word not in HELP:  # -3 is a value
+        if re.match(r"--|-[A-Za-z]", word) and word not in HELP:  # but -3 is a value
             mine = word.startswith("--") and word[2:].partition("=")[0].replace("_", "-") in names
         if mine and word not in HELP:
             own.append(word)
     return parse(command, own, prog, kind=kind[_NoOverrides], see=prog)  # type: ignore[index]
 
 
-def _without_recipe(
-    kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipes: Mapping[str, str]
-) -> None:
-    """Print the page that lists the recipes, or raise UsageError where options were given without one."""
+def _show_recipes(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, recipes: Mapping[str, str]) -> None:
+    """Print the help page that lists the recipes; UsageError where help was not asked for."""
     if not HELP & set(words):
         raise UsageError(f"RECIPE is missing; it comes first: {prog} RECIPE ...", prog)
     width = max(map(len, recipes))
@@ -161,8 +163,8 @@ def _without_recipe(
     parse(command, ["--help"], prog, kind=kind[_NoOverrides], see=prog, description=about)  # type: ignore[index]
 
 
-def _without(kind: Any, names: Sequence[str]) -> Any:
-    """A subclass of a dataclass, in which these fields are neither options nor on the help page."""
+def _with_fixed(kind: Any, names: Sequence[str]) -> Any:
+    """A subclass of a dataclass in which these fields are fixed: neither options nor on the help page."""
     fixed = Annotated[Any, tyro.conf.Fixed, tyro.conf.SuppressFixed]
     hidden: list[Any] = [
         (each.name, fixed, dataclasses.field(default=each.default))
@@ -172,8 +174,8 @@ def _without(kind: Any, names: Sequence[str]) -> Any:
     return dataclasses.make_dataclass(kind.__name__, hidden, bases=(kind,), frozen=kind.__dataclass_params__.frozen)
 
 
-def _as(kind: Any, instance: Any) -> Any:
-    """The fields of a dataclass instance in another dataclass that has the same."""
+def _converted(kind: Any, instance: Any) -> Any:
+    """An instance of the dataclass `kind` with the values of `instance`, which has the same fields."""
     return kind(**{field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)})
 
 

@@ -1,4 +1,4 @@
-"""Words ⇒ a command, by tyro; what is wrong with them becomes one line, a `UsageError`.
+"""Words of the command line ⇒ a command, by tyro; wrong words become a `UsageError` of one line.
 
 tyro reports a parse error as an event to a hook (`tyro._errors.on_parse_error`), whose API it does not promise to keep.
 Where a release of tyro differs, its own text is shown instead; the exit status is 2 in both cases.
@@ -112,7 +112,7 @@ def wrapped(text: str) -> str:
 
 @contextlib.contextmanager
 def _descriptions_on_one_line() -> Iterator[None]:
-    """tyro keeps the line breaks of the strings below the fields, and wraps the lines between them again: join them first.
+    """Join the lines of the strings below fields: tyro would keep their line breaks and wrap each line by itself.
 
     Where a release of tyro differs, help pages have these line breaks.
     """
@@ -134,7 +134,7 @@ def _descriptions_on_one_line() -> Iterator[None]:
 
 
 def _check_for_empty_values(words: Sequence[str], see: str) -> None:
-    """An empty value is an unset variable of a shell script: `--out "$RUN"` would write to the current directory."""
+    """Raise UsageError for an empty value, as of an unset variable: `--out "$RUN"` would write to the current directory."""
     for at, word in enumerate(words):
         if word.startswith("--") and (word.endswith("=") or ("=" not in word and list(words[at + 1 : at + 2]) == [""])):
             raise UsageError(f"{word.removesuffix('=')} needs a value", see)
@@ -148,7 +148,7 @@ def _describe(event: Any, known: Sequence[str], words: Sequence[str]) -> str | N
         case "MissingArgs":
             if any(word.startswith("-") for word in event.unrecognized_tokens):  # a misspelt --out: name that
                 return unrecognised(event.unrecognized_tokens, known)
-            missing = [_invocation(each.arg) for each in event.missing_arguments]
+            missing = [_with_metavar(each.arg) for each in event.missing_arguments]
             return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         case "BadValue" if event.reason == "too_few_values":
             if event.argument.is_positional():
@@ -159,23 +159,24 @@ def _describe(event: Any, known: Sequence[str], words: Sequence[str]) -> str | N
             return f"{_flag(event.argument, words)} '{event.value}' is not one of {', '.join(sorted(event.choices))}"
         case "InstantiationFailure" if event.argument is not None:
             message = event.message.splitlines()[0].rstrip(".")
-            return f"{_flag(event.argument, words)}: {_no_number(message, event.argument)}"
+            return f"{_flag(event.argument, words)}: {_conversion_message(message, event.argument)}"
     return None
 
 
-def _no_number(message: str, argument: Any) -> str:
-    """The message of values that cannot be converted, without the full stop; in plain words if they should be numbers."""
+def _conversion_message(message: str, argument: Any) -> str:
+    """The message for values that cannot be converted, without a full stop; rewritten if they should be numbers."""
     if found := SEVERAL.fullmatch(message):
         values: list[str] = ast.literal_eval(found[1])
-        return _unfit(values, argument.field.type_stripped) or f"'{' '.join(values)}' is not {argument.lowered.metavar}"
+        said = _number_message(values, argument.field.type_stripped)
+        return said or f"'{' '.join(values)}' is not {argument.lowered.metavar}"
     for start, kind in NO_NUMBER.items():
         if message.startswith(start):
             return f"{message.removeprefix(start)} is not {kind}"
     return message
 
 
-def _unfit(values: Sequence[str], kind: Any) -> str | None:
-    """Which of `values` is no number, or how many an option of type `kind` takes; None where neither is wrong."""
+def _number_message(values: Sequence[str], kind: Any) -> str | None:
+    """The message for the first of `values` that is no number, or for a wrong number of them; None where both are right."""
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     forms = [form for form in (typing.get_args(kind) if union else (kind,)) if form is not type(None)]
     several = [typing.get_args(form) for form in forms if typing.get_origin(form) is tuple]
@@ -193,7 +194,7 @@ def _unfit(values: Sequence[str], kind: Any) -> str | None:
 
 
 def _flag(argument: Any, words: Sequence[str] = ()) -> str:
-    """`--out`, by the name that `words` have for it, or the name of a positional argument."""
+    """`--out`: of several names, the one in `words`; for a positional argument, its name."""
     flags = argument.lowered.name_or_flags
     flags = [flag for flag in flags if flag in {word.partition("=")[0] for word in words}] or flags
     return str(
@@ -201,6 +202,6 @@ def _flag(argument: Any, words: Sequence[str] = ()) -> str:
     )
 
 
-def _invocation(argument: Any) -> str:
+def _with_metavar(argument: Any) -> str:
     """`--out PATH`, or the name of a positional argument."""
     return _flag(argument) if argument.is_positional() else f"{_flag(argument)} {argument.lowered.metavar}"

@@ -39,29 +39,29 @@ class Prepare(Command):
     resolution: str | None = None
     """side of the pictures, or HEIGHTxWIDTH; None: as they are, which must be of one size"""
     buckets: int | None = None
-    """of aspect ratios, an odd number: each picture keeps about its shape, between 1:2 and 2:1; --resolution is the square"""
+    """number of aspect ratios from 1:2 to 2:1, odd: each picture goes to the nearest; --resolution is the side of the square"""
     bucket_multiple: int = 2
-    """sides of the buckets' latents are multiples of this: of the models' patch"""
+    """sides of the buckets' latents are multiples of this, the patch size of the models"""
     standardise: bool = True
-    """pixels: latents of zero mean and unit variance per channel; a folder that was begun without stays without"""
+    """give the latents of pixels zero mean and unit variance per channel; a folder that was begun without continues so"""
     flip: bool = False
     """store the mirrored pictures too"""
     skip_bad: bool = False
-    """leave out what cannot be used, and list it in the manifest: unreadable pictures, those without their label or caption"""
+    """leave out unreadable pictures and those without their label or caption, and list them in the manifest"""
     batch_size: int = 64
     """pictures that are encoded at a time"""
     shard_size: int = 8192
     """pictures per shard file"""
     dtype: Literal["float16", "float32"] | None = None
-    """of the stored numbers; None: float16, and float32 with --autoencoder values"""
+    """dtype of the stored numbers; None: float32 for sounds and --autoencoder values, else float16"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """in which the encoder computes"""
+    """precision in which the encoder computes"""
     split: str | None = None
-    """of a data set on the hub (None: train), or of a folder or archive with a part for each split (train/cat, val/cat;
+    """split of a data set on the hub (None: train), or of a folder or archive with a part for each split (train/cat, val/cat;
     train-0.tar), of which None reads all"""
     label_column: str | None = None
-    """of a parquet file or a data set on the hub (integers or words), or a field of key.json in tars; None: found by its
-    type or name, if it holds integers"""
+    """column with the labels (integers or words) of a parquet file or a data set on the hub, or field of key.json in tars;
+    None: found by its type or name, if it holds integers"""
     labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """csv or json with the path and the label (a word, or a number from 0) of each picture of a folder or zip, in place of
     class folders"""
@@ -70,13 +70,13 @@ class Prepare(Command):
     text_tokens: int | None = None
     """tokens of a caption, padding included; None: as many as the encoder takes (CLIP 77), 256 at most"""
     text_dtype: Literal["float16", "bfloat16"] = "float16"
-    """of stored tokens"""
+    """dtype of stored tokens"""
     text_store: Literal["tokens", "ids"] = "tokens"
-    """store the encoder's output, or its input: ids take little room, and training encodes them on its device"""
+    """store the encoder's output, or its input: ids take little space, and training encodes them on its device"""
     captions: Path | None = None
     """annotation file of captions, as COCO's; None: in name.txt, name.caption or name.json next to each picture"""
     caption_column: str | None = None
-    """of a parquet file or a data set on the hub, a text or a list of texts; None: found by its name"""
+    """column with the captions, texts or lists of texts, of a parquet file or a data set on the hub; None: found by its name"""
     captions_per_picture: int = 5
     """the most captions that are kept of a picture"""
     part: str = "1/1"
@@ -84,7 +84,7 @@ class Prepare(Command):
     features: str | None = None
     """also store the features of this vision model (of transformers, by hub id or local path), which --method repa reads"""
     grid: int | None = None
-    """of the features: GRID x GRID, one for each token of the students; None: half the latents' side, as for patch 2"""
+    """side of the grid of features, one for each token of the students; None: half the latents' side, as for patch 2"""
     audio: Literal["waveform", "mel"] | None = None
     """sounds are stored as samples, or as log-mel spectrograms; None: waveform"""
     rate: int | None = None
@@ -103,13 +103,13 @@ class Prepare(Command):
     """LOW HIGH: the values of black and white in pictures of more than 8 bits (0 4095 for 12 bits, or of float TIFFs);
     None: all bits"""
     max_pixels: int = 200_000_000
-    """of a picture or frame; larger ones are refused"""
+    """largest number of pixels of a picture or frame; larger ones are refused"""
     allow_empty: bool = False
-    """class folders without pictures are classes, without data"""
+    """class folders without pictures become classes without data"""
 
     streaming: bool = False
-    """of a parquet file or a data set on the hub: read the rows one after another, without a copy of them on the disk; columns
-    of labels or captions are read first. Needs --resolution"""
+    """read the rows of a parquet file or a data set on the hub in order, without a copy of them on the disk; columns of labels
+    or captions are read first. Needs --resolution"""
 
     def run(self) -> None:
         from selftrans.data.prepare import prepare
@@ -147,7 +147,7 @@ class Prepare(Command):
             print(prepare_features(self.source, self.out, self.features, **options).summary(manifest))
 
     def _text(self) -> TextOptions | None:
-        """The options of captions; None without --text."""
+        """The options of captions; None without --text. Warns of options that are ignored then."""
         from selftrans.data.encode_captions import TextOptions
         from selftrans.data.sources.captions import CaptionSource
 

@@ -1,8 +1,8 @@
 """`settings.json`: the settings of every recipe as data, so that help and wrong arguments need no torch.
 
 The settings themselves are dataclasses next to the code of methods and models, which imports torch for seconds. The snapshot
-has their names, types, defaults and descriptions. It is used only while it belongs to the sources that are there (a hash);
-otherwise, and where code outside the package adds methods or models, the dataclasses themselves are imported.
+has their names, types, defaults and descriptions. It is used only while the hash in it is that of the installed sources.
+Otherwise, and where code outside the package adds methods or models, the dataclasses themselves are imported.
 `python -m selftrans.cli.snapshot` writes it.
 """
 
@@ -34,7 +34,7 @@ GROUPS = ("selftrans.methods", "selftrans.models")  #: entry points that add set
 
 
 class Recipe(NamedTuple):
-    """What a command needs of a recipe for its help page and to check arguments."""
+    """What the help page of a recipe and the check of arguments need."""
 
     about: str  #: its docstring
     overrides: Callable[[Sequence[str]], Any]  #: arguments -> an instance of the dataclass of overrides, with defaults
@@ -110,7 +110,7 @@ def _section(known: dict[str, Any], values: dict[str, Any]) -> Any:
 
 
 def snapshot() -> dict[str, Any]:
-    """What the file holds."""
+    """The content of the file, computed from the dataclasses."""
     from selftrans.cli.overrides import override_type
     from selftrans.methods import registry as methods
     from selftrans.models import registry as models
@@ -135,12 +135,12 @@ def snapshot() -> dict[str, Any]:
         "methods": methods.REGISTRY.known(),
         "models": names,
         "recipes": described,
-        "sections": {name: _described(kind) for name, kind in sorted(kinds.items())},
+        "sections": {name: _section_record(kind) for name, kind in sorted(kinds.items())},
     }
 
 
-def _described(kind: Any) -> dict[str, Any]:
-    """A section's name, description, and of each field type, description and, as far as it has one, default."""
+def _section_record(kind: Any) -> dict[str, Any]:
+    """Name and description of a section; type, description and default of each field, where it has them."""
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unset = dataclasses.MISSING
@@ -165,13 +165,14 @@ def _help(kind: Any) -> dict[str, str]:
 
 
 def _strings(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:
+    """(field, the string below it on one line) in the body of a class."""
     for field, below in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             yield ast.unparse(field.target), " ".join(str(below.value.value).split())
 
 
 def text() -> str:
-    """The file as it should be."""
+    """The text of the file for the present sources."""
     return json.dumps(snapshot(), indent=1) + "\n"
 
 

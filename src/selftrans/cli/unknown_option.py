@@ -1,4 +1,4 @@
-"""Options that an unknown one may mean: misspelt, without its section, or by the name that other programs have for it."""
+"""Suggestions for an unknown option: it may be misspelt, lack its section, or have its name in other programs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from selftrans.suggest import closest, did_you_mean
 AUTOMATIC = "the device is found automatically, a GPU if there is one; for several: accelerate launch -m selftrans ..."
 SIZE = "the pictures have the size that `selftrans prepare --resolution` gave them"
 EPOCHS = ("epochs", "num-epochs", "num-train-epochs")
-#: last part of an option of other programs that has no counterpart here -> what takes its place
+#: last part of an option of other programs without a counterpart here -> what to do instead
 REPLACED = dict.fromkeys(("device", "devices", "cuda", "cpu", "gpu", "gpus", "num-gpus", "ngpus"), AUTOMATIC) | {
     "resume": "the same command again continues what was interrupted",
     **dict.fromkeys(("resolution", "image-size", "img-size"), SIZE),
 }
-#: last part of an option of other programs -> its name, or the last part of it, here
+#: last part of an option of other programs -> possible names here, in full or their last part
 SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("learning-rate", "base-lr", "blr"), ("lr",)),
     **dict.fromkeys(("batch", "bs", "global-batch-size", "train-batch-size"), ("batch-size",)),
@@ -70,7 +70,7 @@ def likely(name: str, known: Sequence[str]) -> list[str]:
         same = [option for option in options if _last(option) == last]
         if found := same or [option for option in options if _is_synonym(option, last)]:
             return (closest(name, found, most=1) if section else []) or found[:3]
-    if last in SYNONYMS:  # no misspelling
+    if last in SYNONYMS:  # a known name, so not a misspelling
         return []
     if own:
         lasts = closest(last, [option.removeprefix(section) for option in own], most=1)

@@ -62,9 +62,10 @@ class Buckets(Dataset):
         counts = [bucket.counts for bucket in buckets if bucket.counts is not None]
         super().__init__(path, manifest, self.base._tensors, labels, np.concatenate(counts) if counts else None)
         self._begins = np.cumsum([0, *self.parts])[:-1]
+        self.cache = CacheOptions()  #: where the shards of data at a URL are fetched to
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(open_data, text_encoder=self.text_encoder), (self.origin,)
+        return partial(open_data, text_encoder=self.text_encoder, cache=self.cache), (self.origin,)
 
     def fetch(self, *, progress: bool = True) -> None:
         """As `Dataset.fetch`, of every bucket."""
@@ -73,9 +74,9 @@ class Buckets(Dataset):
 
     def dry_run_data(self) -> Dataset:
         """As `Dataset.dry_run_data`, of every bucket."""
-        # all of them fit into the cache
+        # `open_streamed` has checked that all of them fit into the cache
         buckets = Buckets(self.path, [bucket.dry_run_data() for bucket in self.buckets])
-        buckets.origin, buckets.text_encoder = self.origin, self.text_encoder
+        buckets.origin, buckets.text_encoder, buckets.cache = self.origin, self.text_encoder, self.cache
         return buckets
 
     @property
@@ -98,7 +99,7 @@ class Buckets(Dataset):
     ) -> dict[str, Tensor]:
         """As `Dataset.read`. Raises ValueError for moments of rows of several buckets, which have different shapes."""
         rows, read = np.asarray(rows, dtype=np.int64).reshape(-1), dict[str, Tensor]()
-        for bucket, at, local in self._divided(rows):
+        for bucket, at, local in self._by_bucket(rows):
             if len(at) < len(rows) and "moments" in (self.names if names is None else names):
                 raise ValueError(f"the rows are of several buckets of {self.path}; read moments of one at a time")
             for name, tensor in bucket.read(local, names, None if which is None else np.asarray(which)[at]).items():
@@ -111,7 +112,7 @@ class Buckets(Dataset):
         """As `Dataset.captions`."""
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
         found: list[list[str]] = [[] for _ in rows]
-        for bucket, at, local in self._divided(rows):
+        for bucket, at, local in self._by_bucket(rows):
             for i, captions in zip(at, bucket.captions(local), strict=True):
                 found[i] = captions
         return found
@@ -140,8 +141,8 @@ class Buckets(Dataset):
         left_out = f"\n{len(skipped):,} left out, listed in their {FILE}" if (skipped := self.manifest.skipped) else ""
         return f"{plural(len(self), 'picture')} in {plural(len(self.buckets), 'bucket')}: {sizes}{left_out}"
 
-    def _divided(self, rows: np.ndarray) -> Iterator[tuple[Dataset, np.ndarray, np.ndarray]]:
-        """Each bucket that has some of these rows, where they stand in `rows`, and their numbers in the bucket."""
+    def _by_bucket(self, rows: np.ndarray) -> Iterator[tuple[Dataset, np.ndarray, np.ndarray]]:
+        """Each bucket with some of these rows, the positions of those in `rows`, and their numbers in the bucket."""
         self._check_range(rows)
         bucket_of = np.searchsorted(self._begins, rows, side="right") - 1
         for k in np.unique(bucket_of):
@@ -175,7 +176,7 @@ def open_buckets(path: Path) -> Buckets:
 
 
 def open_of_one_shape(path: str | Path, *, text_encoder: str | None = None) -> Dataset:
-    """As `open_data`, but of buckets only the base, with a warning: for what takes latents of one shape."""
+    """As `open_data`, for callers that take latents of one shape: of buckets only the base is opened, with a warning."""
     data = open_data(path, text_encoder=text_encoder)
     if not isinstance(data, Buckets):
         return data
@@ -183,7 +184,7 @@ def open_of_one_shape(path: str | Path, *, text_encoder: str | None = None) -> D
     base.text_encoder = text_encoder
     warnings.warn(
         f"{path} holds buckets of several sizes, of which {base.path.name} ({plural(len(base), 'picture')}) is read: it is "
-        "nearest to a square, and its size that of the model",
+        "nearest to a square, and the model is built for its size",
         stacklevel=3,
     )
     return base

@@ -1,7 +1,7 @@
 """Prepared data on disk => named tensors, memory-mapped and gathered by row.
 
-Shape legend: N batch, M moments channels, (C, *S) latent, T tokens and D width of the features, K captions of a row at most,
-L tokens of a caption and E width of those.
+Shape legend: N batch, M moments channels, (C, *S) latent, T tokens of width D of the features, at most K captions per row,
+L tokens of width E of a caption.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Dataset:
         self.path, self.manifest, self.labels = path, manifest, labels  #: labels (len,) int64
         self.origin = str(path)  #: where the data came from: the folder, or a URL
         self.counts = counts  #: (len,) captions of each row; None for data without captions
-        self._tensors = tensors  # name -> arrays (count, *row shape), by the number of their shard
+        self._tensors = tensors  # name -> one array (count, *row shape) per shard
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
-        self.text_encoder: str | None = None  #: where the encoder of stored ids lies, if not where it was
-        self._encoder: TextEncoder | None = None  # of ids; loaded when it is needed
+        self.text_encoder: str | None = None  #: hub id or folder of the encoder of stored ids, if it has moved
+        self._encoder: TextEncoder | None = None  # of stored ids; loaded at first use
 
     @classmethod
     def open(
@@ -67,13 +67,12 @@ class Dataset:
     ) -> Dataset:
         """Open a folder made by `prepare`, or one at a URL, whose shards are fetched into `cache` (see `streamed`).
 
-        `verify` reads every file and compares its sha256 with the manifest. `text_encoder`: hub id or folder of the encoder
-        of stored ids, if it is not where it was.
+        `verify` reads every file and compares its sha256 with the manifest. `text_encoder`: see the attribute.
         Raises ValueError, with the remedy, when the manifest is missing or invalid, when a shard is missing or has unexpected
         tensors, when its sha256 differs (`verify`), or when a label is out of range.
         """
         if is_url(path):
-            from selftrans.data.streaming.streamed import open_streamed  # which is made of this class
+            from selftrans.data.streaming.streamed import open_streamed  # a circular import at module level
 
             return open_streamed(str(path), verify=verify, text_encoder=text_encoder, cache=cache)
         path = Path(path)
@@ -122,30 +121,34 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process opens the files itself: the mapped arrays must not be pickled
-        return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,)
+        return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,), "features" in self._tensors
+
+    def __setstate__(self, with_features: bool) -> None:
+        if with_features:
+            self.open_features()
 
     def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
-        """Fetch the shards `now`, which are read from now on, then those of `then`; nothing to do for data on this machine."""
+        """Fetch the shards `now`, which are read next, then the shards `then`. Data on this machine need no fetching."""
 
     def fetch(self, *, progress: bool = True) -> None:
-        """Bring every shard to this machine, where it is not yet."""
+        """Copy every shard that is not yet on this machine to it."""
 
     def dry_run_data(self) -> Dataset:
-        """Data of the same size and kind, on this machine, that training can be tried and timed with."""
+        """Data on this machine, of the same size and kind, with which a dry run times training."""
         return self
 
     def some_rows(self, most: int) -> np.ndarray:
-        """At most `most` different rows, by a fixed shuffle."""
+        """At most `most` different rows, chosen by a fixed shuffle."""
         return np.random.default_rng(0).permutation(len(self))[:most]
 
     @property
     def random_access(self) -> Dataset:
-        """The same rows, read in a way that is fast for a few of them, far apart."""
+        """The same rows, with a `read` that is fast for a few scattered rows."""
         return self
 
     @cached_property
     def present(self) -> tuple[int, ...]:
-        """The classes that have samples, in order; empty when all of them do, and without classes."""
+        """The classes that have samples, in order; empty when all classes have some, or when there are no classes."""
         return present_classes(self.labels, self.manifest.classes)
 
     @property
@@ -171,23 +174,24 @@ class Dataset:
         if self.counts is not None:
             which = np.zeros_like(rows) if which is None else np.asarray(which, dtype=np.int64).reshape(-1)
             if which.shape != rows.shape or ((which < 0) | (which >= self.counts[rows])).any():
-                raise ValueError(f"a caption is asked for that its picture in {self.path} does not have")
+                raise ValueError(f"a caption number in `which` is larger than its picture in {self.path} has captions")
         return {
             name: torch.from_numpy(self.labels[rows]) if name == "labels" else self._gather(name, rows, which)
             for name in wanted
         }
 
     def condition(self, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> Cond:
-        """The condition of rows that `read` returned, on `device` (None: where they are).
+        """The condition of rows that `read` returned, on `device` (None: the device of the tensors).
 
-        Labels, all 0 when the data have no conditions; or float32 tokens and mask of a caption: ids are encoded there.
+        Labels (all 0 when the data have no conditions), or float32 tokens and mask of a caption. Stored ids are encoded.
         """
         text = self.manifest.text
         if text is None:
-            return _to(tensors["labels"], device)
+            return tensors["labels"].to(device=device, non_blocking=True)
         if text.stored == "ids":
             return self._text_encoder(device or "cpu").encode_ids(tensors[IDS], tensors[MASK])
-        return {TEXT: _to(tensors[TEXT], device).float(), MASK: _to(tensors[MASK], device)}
+        moved = {name: tensors[name].to(device=device, non_blocking=True) for name in (TEXT, MASK)}
+        return {TEXT: moved[TEXT].float(), MASK: moved[MASK]}
 
     def captions(self, rows: np.ndarray | Tensor) -> list[list[str]]:
         """The captions of each row (N,), as they were in the source; a list of empty lists without captions."""
@@ -234,8 +238,8 @@ class Dataset:
         """Caption => its row."""
         if self.counts is None:
             return {}
-        found, rows = dict[str, int](), self.some_rows(16 * PROMPTS)  # enough, if many captions are the same
-        for some in np.split(rows, [PROMPTS << k for k in range(4)]):  # no more than needed: at a URL each is a request
+        found, rows = dict[str, int](), self.some_rows(16 * PROMPTS)  # more, since captions may be equal
+        for some in np.split(rows, [PROMPTS << k for k in range(4)]):  # at a URL, each row is a request
             for row, of_row in zip(some.tolist(), self.random_access.captions(some), strict=True):
                 found.setdefault(of_row[0], row)
             if len(found) >= PROMPTS:
@@ -243,12 +247,12 @@ class Dataset:
         return dict(islice(found.items(), PROMPTS))
 
     def ready(self, device: torch.device | str) -> None:
-        """Load the encoder of stored ids now, where there are some. ValueError when it is missing or not the data's."""
+        """Load the text encoder now if the data store ids. ValueError when it is missing or is not the one of the data."""
         if self.manifest.text and self.manifest.text.stored == "ids":
             self._text_encoder(device)
 
     def _text_encoder(self, device: torch.device | str) -> TextEncoder:
-        """The encoder of stored ids, in the dtype of the manifest on a GPU. ValueError when it is not the data's."""
+        """The encoder of stored ids; on a GPU in the manifest's dtype. ValueError when it is not the one of the data."""
         device, text, conditions = torch.device(device), self.manifest.text, self.manifest.conditions
         assert text is not None
         if self._encoder is None or self._encoder.model.device.type != device.type:
@@ -261,28 +265,29 @@ class Dataset:
 
         Raises ValueError when there are none (`prepare --features` makes them), or a file is missing or damaged.
         """
-        manifest = self.manifest
-        if manifest.features is None:
+        features = self.manifest.features
+        if features is None:
             raise ValueError(f"{self.path} holds no features; repeat its `selftrans prepare`, with --features MODEL")
-        layout = manifest.features.layout(manifest)
         self._tensors["features"] = [
-            open_tensors(self.path / file.name, layout, shard.count)["features"]
-            for file, shard in zip(manifest.features.files, manifest.shards, strict=True)
+            open_tensors(self.path / file.name, features.layout(self.manifest), shard.count)["features"]
+            for file, shard in zip(features.files, self.manifest.shards, strict=True)
         ]
-        return manifest.features
+        return features
 
     def verify(self) -> None:
-        """Compare the sha256 of every file with the manifest. Raises ValueError naming the first that differs."""
+        """Compare the sha256 of every file with the manifest. Raises ValueError naming the first that is missing or differs."""
         for name in self.damaged():
+            if not (self.path / name).is_file():
+                raise ValueError(f"shard {self.path / name} is missing; {REMEDY}")
             raise ValueError(f"shard {self.path / name} fails its sha256; delete the file and {REMEDY}")
 
     def damaged(self, *, features: bool = True) -> Iterator[str]:
-        """Names of the files whose sha256 differs from the manifest; reads every byte."""
+        """Names of the files that are missing or whose sha256 differs from the manifest; reads every byte."""
         expected = {shard.file: shard.sha256 for shard in self.manifest.shards}
         if self.manifest.text:
             expected[NULL] = self.manifest.text.null
         if features and self.manifest.features:
-            expected |= {file.name: file.sha256 for file in self.open_features().files}
+            expected |= {file.name: file.sha256 for file in self.manifest.features.files}
         for name, sha256 in expected.items():
             if not (self.path / name).is_file() or sha256_file(self.path / name) != sha256:
                 yield name
@@ -295,10 +300,8 @@ class Dataset:
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         """Rows (N,) of one tensor, or of its captions `which`. Raises ValueError for values that are not finite."""
-        shards, layout = self._tensors[name], dict(self.manifest.layout)
-        if self.manifest.features:
-            layout |= self.manifest.features.layout(self.manifest)
-        stored, shape = layout[name]
+        shards, described = self._tensors[name], self.manifest.features if name == "features" else None
+        stored, shape = (described.layout(self.manifest) if described else self.manifest.layout)[name]
         of_caption = name in (TEXT, IDS, MASK)
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         out = np.empty((len(rows), *shape[1 if of_caption else 0 :]), dtype=numpy_dtype(stored))
@@ -328,18 +331,14 @@ class Dataset:
         )
 
 
-def _to(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    return tensor if device is None else tensor.to(device, non_blocking=True)
-
-
 def check_index(file: object, manifest: Manifest, labels: np.ndarray, counts: np.ndarray | None) -> None:
     """ValueError, naming the file, for a label or a number of captions that the manifest does not allow."""
-    _check_range(file, "label", labels, 0, max(manifest.num_classes, 1) - 1)
+    _check_values(file, "label", labels, 0, max(manifest.num_classes, 1) - 1)
     if manifest.text and counts is not None:
-        _check_range(file, "caption count", counts, 1, manifest.text.captions)
+        _check_values(file, "caption count", counts, 1, manifest.text.captions)
 
 
-def _check_range(path: object, what: str, values: np.ndarray, low: int, high: int) -> None:
+def _check_values(path: object, what: str, values: np.ndarray, low: int, high: int) -> None:
     """Raise ValueError for a value outside low .. high."""
     wrong = np.flatnonzero((values < low) | (values > high))
     if len(wrong):

@@ -20,7 +20,7 @@ from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder, to_uin
 def decode_images(autoencoder: Autoencoder, z0: Tensor, rounding: str = "nearest") -> np.ndarray:
     """Decode latents (N, C, *S) to pictures, uint8 (N, H, W, C), or to float32 (N, C, *S) when the data are not pictures.
 
-    `rounding` is that of `to_uint8`. ValueError for what is not finite, which pictures cannot show.
+    `rounding`: see `to_uint8`. Raises ValueError for decoded values that are not finite.
     """
     decoded = autoencoder.decode(z0)
     if not bool(torch.isfinite(decoded).all()):
@@ -37,8 +37,8 @@ def decoded_images(
 ) -> Iterator[np.ndarray]:
     """Decoded posterior means of prepared data, in order and not mirrored; every call returns the same.
 
-    Yields batches as `decode_images` returns them, each of one shape. `device` is where they are decoded (None:
-    `default_device`), `dtype` that of the autoencoder's network.
+    Yields batches as `decode_images` returns them, each of one shape. `device`: where they are decoded (None:
+    `default_device`). `dtype`: of the autoencoder's network.
     """
     manifest, device = dataset.manifest, device or default_device()
     autoencoder = load_autoencoder(manifest.autoencoder, device=device, dtype=dtype)
@@ -50,8 +50,10 @@ def decoded_images(
 
 
 def data_latents(dataset: Dataset, most: int) -> tuple[Tensor, Tensor]:
-    """At most `most` latents (N, C, *S), chosen by a fixed shuffle, and their labels (N,); of data of several shapes, those of
-    the shape that most rows have."""
+    """At most `most` latents (N, C, *S), chosen by a fixed shuffle, and their labels (N,).
+
+    Of data of several shapes, they are of the shape that most rows have.
+    """
     dataset = max(dataset.of_one_shape, key=len)
     return latents_of(dataset, dataset.some_rows(most))
 

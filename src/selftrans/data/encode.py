@@ -93,7 +93,7 @@ class ShardEncoder(ShardPlan):
         shift = model.latent_space.shift
         if isinstance(shift, tuple) and len(shift) != shape[0]:
             raise ValueError(
-                f"autoencoder {model.name} has numbers for {len(shift)} channels, the data have {shape[0]}"
+                f"autoencoder {model.name} has a shift for {len(shift)} channels, but the data have {shape[0]}"
             )
         return Manifest(
             version=VERSION,

@@ -81,7 +81,7 @@ class CaptionEncoder:
 
     @classmethod
     def of(cls, encoder: TextEncoder, captions: Sequence[tuple[str, ...]], options: TextOptions) -> CaptionEncoder:
-        """With K and B as large as these captions need."""
+        """The encoder of these captions, with K and B just large enough for them."""
         kept = [of_one[: options.most] for of_one in captions]
         longest = max((len(text.encode()) for of_one in kept for text in of_one), default=1)
         record = Text(

@@ -26,7 +26,7 @@ from selftrans.types import Conditions
 
 VERSION = 2
 FILE = "manifest.json"
-BUCKETS = "buckets.json"  #: in place of it in a folder of buckets, see `buckets`
+BUCKETS = "buckets.json"  #: takes the place of FILE in a folder of buckets, see `buckets.py`
 DTYPES = ("float16", "float32")  #: of stored moments
 REMEDY = "prepare the data again"
 Side: TypeAlias = Annotated[int, within(1, 1 << 16)]  #: of a picture
@@ -179,7 +179,7 @@ class Manifest:
     def to_json(self) -> str:
         data = asdict(self)
         if self.text is None:
-            del data["text"]  # so that data without captions are the same as before there were any
+            del data["text"]  # as in manifests from before captions could be stored
         return json.dumps(data, indent=1)
 
     @classmethod
@@ -211,10 +211,10 @@ class Manifest:
         if Path(folder, BUCKETS).is_file():
             raise ValueError(
                 f"{folder} holds buckets of several sizes, which only `selftrans train`, `compare`, `evaluate` and "
-                "`autoencoder` take; give one of its folders, such as that of the squares"
+                "`autoencoder` take; give one of its folders, such as the one of square pictures"
             )
         if not path.is_file():
-            # such as a run's data, from another working directory
+            # perhaps recorded in a run that was started in another working directory
             relative = not path.is_absolute() and not path.parent.exists()
             where = f"{folder} (below {Path.cwd()})" if relative else folder
             raise ValueError(f"no {FILE} in {where}: not prepared or not finished; run `selftrans prepare` to make it")
@@ -233,7 +233,7 @@ def conditions_of(classes: tuple[str, ...]) -> Conditions:
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
-    """Fields that contradict each other, one sentence for each."""
+    """One sentence for each pair of fields that contradict each other."""
     space, conditions, features = manifest.latent_space, manifest.conditions, manifest.features
     total, indices = sum(shard.count for shard in manifest.shards), [shard.index for shard in manifest.shards]
     if total != manifest.count:
@@ -247,8 +247,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"field 'latent_space': {name!r} should have {manifest.shape[0]} entries, not {len(each)}"
     if space.scale == 0 or (isinstance(space.scale, tuple) and 0 in space.scale):
         yield "field 'latent_space': 'scale' is zero"
-    numbers = "(" in manifest.autoencoder and identity_kind(manifest.autoencoder)
-    if numbers and identity(manifest.autoencoder).latent_space != space:
+    has_statistics = "(" in manifest.autoencoder and identity_kind(manifest.autoencoder)
+    if has_statistics and identity(manifest.autoencoder).latent_space != space:
         yield f"field 'latent_space' is not that of {printable(manifest.autoencoder, 200)}"
     if len(set(manifest.classes)) != len(manifest.classes):
         yield "field 'classes' names a class twice"

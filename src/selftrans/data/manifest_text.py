@@ -4,7 +4,8 @@
     mask      (count, K, L) uint8, 1 where there is no padding
     captions  (count,) int32, how many captions a row has: 1 .. K
     caption   (count, K, B) uint8, the captions themselves in UTF-8, padded with zeros
-`null.safetensors` holds one row of the empty caption: text (1, L, E) and mask (1, L). Captions a row lacks are zeros.
+A row with fewer than K captions is filled up with zeros. `null.safetensors` holds one row, the empty caption: text (1, L, E)
+and mask (1, L).
 Shape legend: K captions of a row at most, L tokens of E channels, B bytes of a caption.
 """
 
@@ -35,7 +36,7 @@ class Text:
     dtype: Annotated[str, one_of(TEXT_DTYPES)]  #: of stored tokens, and of the network that encodes ids on a GPU
     captions: Annotated[int, within(1, MAX_CAPTIONS)]  #: K
     bytes: Annotated[int, within(1, MAX_CAPTION_BYTES)]  #: B
-    #: sha256 of null.safetensors; in a plan, empty until that is written
+    #: sha256 of null.safetensors; empty in a plan until that file is written
     null: Annotated[str, matching("([0-9a-f]{64})?", "a sha256 in hexadecimal, or empty")] = ""
 
     def layout(self, conditions: Conditions) -> Layout:

@@ -7,6 +7,7 @@ Shape legend: N batch, M moments channels, (C, *S) latent.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,18 +46,22 @@ class OnDevice(Dataset):
             rows = np.arange(start, min(start + CHUNK, len(dataset)))
             moments[start : start + len(rows)] = dataset.read(rows, ["moments"])["moments"].to(device)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a worker process reads from disk: the device holds the moments once
+        return self._dataset.__reduce__()
+
     def some_rows(self, most: int) -> np.ndarray:
-        """As those of the data that are read."""
+        """As `Dataset.some_rows`, of the wrapped data."""
         return self._dataset.some_rows(most)
 
     @property
     def random_access(self) -> Dataset:
-        """As that of the data that are read: captions are not on the device."""
+        """As that of the wrapped data: captions are not on the device."""
         return self._dataset.random_access
 
     def open_features(self) -> Features:
-        """As `Dataset.open_features`; the data that are read know where they lie."""
-        return self._dataset.open_features()  # into the dict of tensors, which both have
+        """As `Dataset.open_features`, by the wrapped data, whose files may be at a URL."""
+        return self._dataset.open_features()  # both share the dict of tensors
 
     def read(
         self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None

@@ -1,6 +1,7 @@
-"""Pictures, arrays, sounds or videos => moments => shards on disk. Threads decode ahead of the encoder; work resumes by shards.
+"""Pictures, arrays, sounds or videos => moments => shards on disk.
 
-Shards are independent, so several processes or machines can each make some of them (`part`).
+Threads decode ahead of the encoder. Shards are independent: a repeated call makes only the missing ones, and several processes
+or machines can each make some of them (`part`).
 Shape legend: (C, *S) values of data that are not pictures.
 """
 
@@ -36,7 +37,7 @@ from selftrans.messages import are, plural, printable
 from selftrans.plain_json import Option
 from selftrans.precision import PRECISIONS, dtype_name
 
-#: sources that are part of the package, which a run prepares by itself -> how their captions are stored; None: labels
+#: built-in source, which a run prepares by itself -> how its captions are stored; None: it has labels instead
 BUILT_IN = {"digits": None, "digits_t2i": TextOptions("minilm", tokens=32)}
 NETWORK_DTYPES = {dtype_name(name): dtype for name, dtype in PRECISIONS.items()}  #: "float32", ... -> torch dtype
 
@@ -73,13 +74,13 @@ def prepare(
 
     Args:
         autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
-        resolution: side, or (height, width), to crop and resize to; None keeps the size. square: refuse others.
+        resolution: side, or (height, width), to crop and resize to; None keeps the size. square: refuse other shapes.
         flip: store the moments of the mirrored pictures as a second copy.
-        dtype: of the stored moments; None: float16, or float32 for values. `precision` is that of the network.
-        standardise: latents have zero mean and unit variance per channel (see `standardise_option`); None: those of pixels.
+        dtype: of the stored moments; None: float32 for values and sounds, else float16. precision: of the network.
+        standardise: whether latents get zero mean and unit variance per channel; None: see `standardise_option`.
         skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
         split: of a hub data set (None: train) or a folder (None: all). label_column: of tables. reading: see `Reading`.
-        text: a text encoder (see `load_text_encoder`), or more options: store captions, which `open_source` describes.
+        text: store captions (see `open_source`), with this text encoder (see `load_text_encoder`) or with these options.
         media: how sounds and videos are read. pictures: those of `source` to encode, opened at `resolution`; None: all.
         part: "I/N": make every Nth shard only; other processes make the others in the same folder. The part that ends
             last writes the manifest. Until then, the returned manifest lists the shards made so far.
@@ -87,7 +88,7 @@ def prepare(
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
-    mine, earlier = _check(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
+    mine, earlier = _checked_part(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
     given = (resolution, flip, split, label_column, text, media or MediaOptions(), reading, pictures, square, progress)
     samples = source_samples(source, earlier, autoencoder, *given)
     dtype, of_media = dtype or _dtype(autoencoder, samples), isinstance(samples, Clips)
@@ -115,10 +116,10 @@ def prepare_builtin(source: str, out: str | Path) -> Dataset:
     return Dataset.open(out)
 
 
-def _check(
+def _checked_part(
     source: str | Path, out: Path, batch_size: int, shard_size: int, dtype: str | None, precision: str, part: str
 ) -> resumable.Part:
-    """The part (I, N) of "I/N". Raises ValueError for an option out of range."""
+    """Check the options of `prepare`; returns the part (I, N) of "I/N". ValueError for an option out of range."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if precision not in NETWORK_DTYPES:
@@ -135,7 +136,7 @@ def _check(
 
 
 def _dtype(autoencoder: str, samples: Samples) -> str:
-    """Of the stored moments by default: sound has a larger range than pixels, and values have any."""
+    """The default dtype of stored moments: float32 for sounds, whose range is larger than that of pixels, and for values."""
     sound = isinstance(samples, Clips) and not isinstance(samples.media, Video)
     return "float32" if sound or identity_kind(autoencoder) == "values" else "float16"
 
@@ -148,7 +149,7 @@ def _options(
     media: MediaOptions | None,
     reading: Reading,
 ) -> dict[str, Option]:
-    """What a folder is begun with and must be continued with, besides the plain options of `prepare`."""
+    """Options that the manifest records because a folder must be continued with the same ones; `prepare` adds more."""
     return {
         "autoencoder": samples.media.kind if isinstance(samples, Clips) else autoencoder_name(autoencoder),
         "resolution": size_text(resolution) if isinstance(resolution, tuple) else resolution,
@@ -211,7 +212,7 @@ def _run(
 ) -> Manifest:
     """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished.
 
-    `warn` of what was found while they were decoded; else the source keeps its warnings.
+    warn: whether to give the warnings that were collected while decoding; otherwise the source keeps them.
     """
     from tqdm import tqdm
 
@@ -263,7 +264,7 @@ def _valid(encoder: ShardEncoder, plan: Manifest, out: Path) -> tuple[Manifest, 
 
 
 def _finish(encoder: ShardEncoder, plan: Manifest, out: Path, progress: bool) -> Manifest:
-    """The manifest, written to the folder if all shards are valid; otherwise one of the shards made so far."""
+    """The manifest, written to the folder if all shards are valid; else, not written, a manifest of the shards made so far."""
     plan, shards = _valid(encoder, plan, out)
     if len(shards) < len(encoder.shards()):
         count = sum(shard.count for shard in shards.values())

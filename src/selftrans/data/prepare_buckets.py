@@ -55,15 +55,16 @@ def prepare_buckets(
 ) -> str:
     """Encode pictures of any shape into buckets, see `bucket_sizes`; each picture goes to the nearest aspect ratio.
 
-    `out` then holds a folder of each bucket that has pictures, named by their size and made by `prepare`, which takes the
-    other options, and `buckets.json`, which of several parts (`part`) the last one writes. Repeat the call to continue it.
-    Returns a few lines to print. ValueError as `prepare`, for a resolution that does not fit, and a folder with other things.
+    `out` then holds a folder for each bucket that has pictures, named by their size and made by `prepare`, which gets the
+    other options. `buckets.json` is written last; of several parts (`part`), by the one that ends last. Repeat the call to
+    continue it. Returns a few lines to print. Raises ValueError as `prepare`, for a resolution that `bucket_sizes` refuses,
+    and for a folder that holds other files.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
     side, cell = _check_options(source, autoencoder, resolution, multiple, device, archives=not text)
     sizes = bucket_sizes(side, buckets, cell)
     if len(sizes) < buckets:
-        said = f"{plural(len(sizes), 'bucket')}: at {resolution} pixels, more have the same size in multiples of {cell}"
+        said = f"{plural(len(sizes), 'bucket')}: at {resolution} pixels, others would have the same size in multiples of {cell}"
         say(said, progress)
     chosen_as: Any = {"split": split, "label_column": label_column, "reading": reading}
     opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
@@ -79,9 +80,9 @@ def prepare_buckets(
         name, rows = size_text(sizes[k]), np.flatnonzero(bucket_of == k)
         say(f"{name}: {plural(len(rows), 'picture')}", progress)
         pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
-        every = options | {"resolution": pictures.resolution, "pictures": pictures}
+        of_bucket = options | {"resolution": pictures.resolution, "pictures": pictures}
         try:
-            prepare(source, out / name, **every)
+            prepare(source, out / name, **of_bucket)
             made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
@@ -101,7 +102,7 @@ def bucket_sizes(resolution: int, buckets: int, cell: int) -> tuple[Size, ...]:
     """Sizes of up to `buckets` aspect ratios, from wide to tall, of about the area of a square of side `resolution`.
 
     The ratios are equally spaced in their logarithm from 1 : 2 to 2 : 1, with the square in the middle. The shorter side is
-    rounded to a multiple of `cell`, and the longer one to that with which the area is nearest; of equal sizes there is one.
+    rounded to a multiple of `cell`, and the longer one to the multiple that keeps the area best. Equal sizes become one.
     Raises ValueError for an even number of buckets, and a resolution that is no multiple of `cell`.
     """
     if not 1 <= buckets <= MOST or buckets % 2 == 0:
@@ -121,9 +122,9 @@ def bucket_sizes(resolution: int, buckets: int, cell: int) -> tuple[Size, ...]:
 
 
 def assigned(source: Source, sizes: Sequence[Size], progress: bool = False) -> np.ndarray:
-    """(len(source),) the number of the size with the nearest aspect ratio, in its logarithm; reads the header of each picture.
+    """(len(source),) index in `sizes` of the aspect ratio whose logarithm is nearest; reads the header of each picture.
 
-    One whose header is unreadable goes where most are: `prepare` reports it when it reads the pixels.
+    A picture with an unreadable header gets the most frequent size: `prepare` reports it when it reads the pixels.
     """
     from tqdm import tqdm
 
@@ -163,14 +164,16 @@ def chosen(source: Source, rows: np.ndarray) -> Source:
 def _check_options(
     source: str | Path, autoencoder: str, resolution: Resolution | None, multiple: int, device: Any, *, archives: bool
 ) -> tuple[int, int]:
-    """The side of the square, and what sides of buckets are multiples of. Raises ValueError for what has no buckets.
+    """(side of the square, number that the sides of all buckets are multiples of).
 
-    `archives`: see `kind_of`.
+    `archives`: see `kind_of`. Raises ValueError for data and options that buckets do not support.
     """
     if identity_kind(autoencoder) == "values" or kind_of(Path(source), None, archives=archives) in ("sounds", "videos"):
         raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
     if not isinstance(resolution, int):
-        raise ValueError("--buckets needs --resolution SIDE, of the square whose area the pictures will have")
+        raise ValueError(
+            "--buckets needs --resolution SIDE: pictures of all buckets have about the area of that square"
+        )
     if multiple < 1:
         raise ValueError(f"--bucket-multiple {multiple} should be 1 or more")
     return resolution, multiple * load(autoencoder, device, "float32")[1].downsample
@@ -184,6 +187,6 @@ def _check_folder(out: Path, sizes: Sequence[Size]) -> None:
     for path in sorted(out.iterdir()) if out.is_dir() else ():
         if path.name not in known and not path.name.startswith("."):
             raise ValueError(
-                f"{out} holds {printable(path.name)}, which these buckets do not have; repeat the command as it was, or choose "
+                f"{out} holds {printable(path.name)}, which is none of these buckets; repeat the command as it was, or choose "
                 "another --out"
             )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from selftrans.data import resumable
-from selftrans.data.manifest import FILE, FeatureFile, Features, Manifest, Shard
+from selftrans.data.manifest import FILE, REMEDY, FeatureFile, Features, Manifest, Shard
 from selftrans.data.prepare import NETWORK_DTYPES
 from selftrans.data.reports import say
 from selftrans.data.resolution import Resolution, check_square, size_text
@@ -110,27 +110,30 @@ def check_before(
     batch_size: int,
     precision: str,
 ) -> None:
-    """ValueError for what `prepare_features` would refuse, as far as it is known before the pictures are prepared.
+    """Raise those ValueErrors of `prepare_features` that can be found before the pictures are prepared.
 
     Args:
-        resolution: as `prepare` is given it. text: whether captions are stored. frames: of videos, if it is given.
-        other: whether values, or pictures of several sizes, are prepared.
+        resolution, frames: as given to `prepare`; None: not given. text: whether captions are stored.
+        other: whether the data are values or buckets, which have no features.
     """
     if other or kind_of(Path(source), frames, archives=not text) in ("sounds", "videos"):
         raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
     check_square(resolution)
     _checked_size(1, batch_size, grid, precision)
-    if not (Path(out) / FILE).exists():  # else the pictures are prepared, and so may be the features
+    if not (Path(out) / FILE).exists():  # else moments are stored, and perhaps features, too
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said when it is used
-            load_encoder(encoder, grid or 1)  # a wrong name, or one that is no encoder of pictures
+            warnings.simplefilter("ignore")  # given again when the encoder is used
+            load_encoder(encoder, grid or 1)  # raises for a wrong name, and for a model that is no encoder of pictures
 
 
 def _checked_size(size: object, batch_size: int, grid: int | None, precision: str) -> int:
-    """Samples per shard. Raises ValueError for an option out of range."""
-    wrong = batch_size < 1 or (grid is not None and grid < 1) or precision not in NETWORK_DTYPES
-    if wrong or not isinstance(size, int):
-        raise ValueError(f"batch_size {batch_size}, grid {grid} or precision {precision!r} is out of range")
+    """`size`, the samples per shard as the manifest has them. Raises ValueError for it or an option out of range."""
+    if batch_size < 1 or (grid is not None and grid < 1):
+        raise ValueError(f"batch_size {batch_size} and grid {grid} should be 1 or more")
+    if precision not in NETWORK_DTYPES:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(NETWORK_DTYPES)}")
+    if not isinstance(size, int):
+        raise ValueError(f"{FILE}: option 'shard_size' should be an integer, not {size!r}; {REMEDY}")
     return size
 
 
@@ -235,7 +238,8 @@ def _write(
             advance(batch.asked)
         if rows.count != shard.count:
             raise ValueError(
-                f"{rows.count} pictures of shard {shard.index} can be read, where {out} holds {shard.count} of it"
+                f"{rows.count} pictures of shard {shard.index} can be read, but {out} holds moments of {shard.count}; restore "
+                "the source"
             )
     return replace(file, sha256=sha256_file(out / file.name))
 

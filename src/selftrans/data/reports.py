@@ -1,4 +1,4 @@
-"""What `prepare` says of a source: files that are not read, warnings, samples that cannot be used."""
+"""What `prepare` reports about a source: files that are not read, warnings, samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def say(text: str, progress: bool) -> None:
 
 
 def report_source(samples: Samples | None, progress: bool, *, flip: bool = False) -> None:
-    """Say how many files of a source are not read, and why, and give its warnings; None: it was said before.
+    """Print how many files of a source are not read and why, and give its warnings.
 
-    `flip`: mirrored pictures are stored, too.
+    samples: None: it was reported before. flip: whether mirrored pictures are stored, too.
     """
     if samples is None:
         return
@@ -40,18 +40,20 @@ def report_source(samples: Samples | None, progress: bool, *, flip: bool = False
 
 def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
     """Raise ValueError for samples that lack their picture, captions or label, before anything is encoded."""
-    for i, reason in () if skip_bad else samples.faults.items():
-        count, name = plural(len(samples.faults), "sample"), printable(samples.name(i))
-        first, them = ("; the first", "them") if len(samples.faults) > 1 else ("", "it")
-        raise ValueError(
-            f"{count} of {source} cannot be used{first}: {name} ({reason}); repair {them}, or leave {them} out with --skip-bad"
-        )
+    if skip_bad or not samples.faults:
+        return
+    i, reason = next(iter(samples.faults.items()))
+    count, name = plural(len(samples.faults), "sample"), printable(samples.name(i))
+    first, them = ("; the first", "them") if len(samples.faults) > 1 else ("", "it")
+    raise ValueError(
+        f"{count} of {source} cannot be used{first}: {name} ({reason}); repair {them}, or leave {them} out with --skip-bad"
+    )
 
 
 def warn_after_reading(samples: Samples, manifest: Manifest, finder: DuplicateFinder, *, now: bool = True) -> None:
-    """Warn of what was found while samples were read: ignored metadata, animations, duplicates, lost classes.
+    """Give the warnings that reading has led to: ignored metadata, animations, duplicates, classes without usable samples.
 
-    Unless `now`, warnings of pictures stay in the source, for its `read_warnings.emit`.
+    now: False keeps those of pictures in the source, until `read_warnings.emit` is called.
     """
     found = finder.find(samples.labels, samples.name)
     if isinstance(samples, Source):

@@ -95,7 +95,7 @@ def _records(out: Path) -> Iterator[Shard]:
 def check_options(before: Manifest, options: dict[str, Option], out: Path) -> None:
     """Raise ValueError naming the first option that differs from those with which the folder was begun.
 
-    The text encoder comes first: without one, there are no other options of captions.
+    The text encoder is compared first: without one, the other options of captions are absent.
     """
     for name in sorted(before.options.keys() | options.keys(), key=lambda name: (name != "text", name)):
         old, new = before.options.get(name), options.get(name)
@@ -121,9 +121,10 @@ def check_plan(before: Manifest, plan: Manifest, out: Path) -> None:
 
 @contextmanager
 def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterator[None]:
-    """Create the folder and lock it for this process, or lock one part of it (these shards) while others lock other parts.
+    """Create the folder and lock it for this process; or lock one part (these shards), so that others may lock other parts.
 
-    After an error before the first shard, one process leaves nothing behind, so that the next command may have other options.
+    After an error before the first shard, a process that works alone removes what it made: the next command may then have
+    other options.
     Raises ValueError when another process holds the lock, or the folder cannot be written.
     """
     new = not out.exists()
@@ -151,7 +152,7 @@ def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterato
             if part == ALONE and not is_finished(out) and not any(out.glob("shard-*")):
                 discard(out)
                 (out / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):  # something else is in it
+                with suppress(OSError):  # it is not empty
                     if new:
                         out.rmdir()
             raise
@@ -180,7 +181,7 @@ def begin(out: Path, plan: Manifest, shards: Iterable[Shard]) -> None:
 
 
 def discard(out: Path) -> None:
-    """Remove what was begun in an unfinished folder, whose shards hold nothing."""
+    """Remove the plan, empty caption and shards of an unfinished folder in which no sample is stored."""
     for path in (out / PLAN, out / NULL, *out.glob("shard-*")):
         path.unlink(missing_ok=True)
 

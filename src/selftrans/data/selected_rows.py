@@ -6,6 +6,7 @@ Shape legend: N batch, M moments channels, (C, *S) latent.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ class SelectedRows(Dataset):
         self.rows = np.concatenate(selected)  #: their numbers in `dataset`
         super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels[self.rows])
         self._dataset, self._parts = dataset, tuple(len(each) for each in selected)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SelectedRows, (self._dataset, np.split(self.rows, np.cumsum(self._parts)[:-1]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,19 +55,22 @@ class SelectedRows(Dataset):
 
 
 class OneShard(Dataset):
-    """As many rows as `dataset` has, all of them of its shard k, whose rows are repeated: no other shard is read."""
+    """A data set as long as `dataset` that repeats the rows of its shard k, so that no other shard is read."""
 
     def __init__(self, dataset: Dataset, k: int) -> None:
         begin, count = dataset._starts[k], dataset.manifest.shards[k].count
         self.rows = begin + np.arange(len(dataset)) % count  #: (len,) their numbers in `dataset`
         counts = None if dataset.counts is None else dataset.counts[self.rows]
         super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels[self.rows], counts)
-        self.origin, self._dataset = dataset.origin, dataset
+        self.origin, self._dataset, self._shard = dataset.origin, dataset, k
         self.text_encoder, self._encoder = dataset.text_encoder, dataset._encoder
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OneShard, (self._dataset, self._shard)
+
     def open_features(self) -> Features:
-        """As `Dataset.open_features`; the data that are read know where they lie."""
-        return self._dataset.open_features()  # into the dict of tensors, which both have
+        """As `Dataset.open_features`, by the wrapped data, whose files may be at a URL."""
+        return self._dataset.open_features()  # both share the dict of tensors
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         return self._dataset._gather(name, self.rows[rows], which)
@@ -72,8 +79,8 @@ class OneShard(Dataset):
 def split(dataset: Dataset, held_out: int, seed: int) -> tuple[SelectedRows, SelectedRows]:
     """(rows to train on, about `held_out` rows to measure on), drawn by the seed; from each part in proportion to its size.
 
-    At least one row is held out, and at most a tenth of the rows when there are ten or more; each part keeps a row to train
-    on. Raises ValueError for data of less than two rows.
+    At least one row is held out, and at most a tenth of the rows when there are ten or more; a part of several rows keeps one
+    to train on. Raises ValueError for data of less than two rows.
     """
     if len(dataset) < 2:
         raise ValueError(f"{dataset.path} holds {dataset.manifest.counted(len(dataset))}; at least two are needed")

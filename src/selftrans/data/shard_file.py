@@ -26,7 +26,7 @@ Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 
 #: name -> safetensors name
 DTYPES = {"float16": "F16", "float32": "F32", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
-VIEWS = {"bfloat16": "int16"}  #: numpy has no such type: arrays hold the same bits as this one
+VIEWS = {"bfloat16": "int16"}  #: dtype that numpy lacks -> the dtype of arrays that hold its bits
 PAGE = 4096  #: bytes
 CHUNK = 1 << 24  #: bytes copied at a time
 REMEDY = "repeat the `selftrans prepare` that made the folder to restore it"

@@ -1,7 +1,7 @@
 """A source divided into shards and batches: samples by index => decoded batches, the same in every run.
 
 Shard k holds samples [k * shard_size, (k + 1) * shard_size) of the source, minus the unreadable ones.
-Shape legend: (R, R, C) image, (C, *S) values of data that are not pictures.
+Shape legend: (H, W, C) image, (C, *S) values of data that are not pictures.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Decoded(NamedTuple):
 
     asked: int  #: how many were requested
     good: list[int]  #: index in the source of each sample that was read
-    arrays: list[np.ndarray]  #: each (R, R, C) uint8 or (C, *S) float32
-    skipped: tuple[tuple[str, str], ...]
+    arrays: list[np.ndarray]  #: each (H, W, C) uint8 or (C, *S) float32
+    skipped: tuple[tuple[str, str], ...]  #: name of each sample that was not read, and why
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The samples that `prepare` encodes: pictures, sounds, videos or arrays, with what is refused before any of them is read."""
+"""The samples that `prepare` encodes: pictures, sounds, videos or arrays. Options that do not apply to them are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def source_samples(
     square: bool,
     progress: bool,
 ) -> Samples:
-    """The samples of a source, with the options of `prepare`; `earlier` is what was begun in its folder.
+    """The samples of a source, with the options of `prepare`; `earlier` is the state of the output folder.
 
     Pictures are opened at `resolution`; if that is None, at the resolution with which the folder was begun.
     ValueError for a source that cannot be opened, and for an option that does not apply to it.

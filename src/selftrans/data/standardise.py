@@ -32,11 +32,11 @@ Part: TypeAlias = tuple[Path, Manifest, Iterable[Shard]]
 def standardise_option(
     asked: bool | None, autoencoder: str, before: Manifest | None, *, media: bool
 ) -> dict[str, Option]:
-    """The option of a folder that is standardised, to be recorded; none where it is not, as in older manifests.
+    """The option to record: {OPTION: True} for a folder that is standardised, else {}, as in older manifests.
 
-    Pixels and values can be: with True, not with False. None: as the folder was begun; of a new one, pixels are. The name
-    of an autoencoder with numbers in brackets (see `identity`) sets shift and scale instead.
-    Raises ValueError where it is asked for, or refused, for data whose latents have a scale of their own.
+    Only pixels and values can be standardised. asked: whether to; None: as the folder was begun, and in a new folder pixels
+    only. The name of an autoencoder with numbers in brackets (see `identity`) sets shift and scale instead.
+    Raises ValueError where `asked` is given for data whose latents have a scale of their own.
     """
     if media or autoencoder not in ("pixel", "values"):
         if asked is not None:
@@ -86,7 +86,7 @@ def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:
     for rows in _rows(parts, progress):  # (n, C, cells)
         values = rows.astype(np.float64)
         if not count:
-            origin = values.mean(axis=(0, 2))  # sums of squares about it lose no digits where the mean is large
+            origin = values.mean(axis=(0, 2))  # squares of distances from it lose no digits where the mean is large
         values -= origin[:, None]
         total += values.sum(axis=(0, 2))
         squares += np.square(values).sum(axis=(0, 2))
@@ -94,7 +94,7 @@ def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:
     mean = total / max(1, count)
     deviation = np.sqrt(np.maximum(0.0, squares / max(1, count) - mean**2))
     scale = np.where(deviation > CONSTANT, 1 / np.maximum(deviation, CONSTANT), 1.0)
-    # rounded, also so that sums that differ in the last bits give the same
+    # rounded, so that sums that differ in their last bits give the same numbers
     return LatentSpace(tuple(map(rounded, origin + mean)), tuple(map(rounded, scale)), stochastic=False)
 
 

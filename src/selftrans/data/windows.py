@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: windows that a cache must hold: the one that is read, the next, and the one before, in slower processes
+#: windows that a cache must hold: the current one, the next, and the previous one, which slower processes still read
 SHARE_OF_CACHE = 3
 
 
@@ -55,7 +55,7 @@ def window_that_fits(shard_bytes: Sequence[int], limit: int) -> int:
 
 
 def classes_in_a_window(labels: np.ndarray, counts: Sequence[int], window: int) -> float:
-    """Share of the classes that occur which a window has on average: 1 where shards are well mixed."""
+    """Mean share, over windows, of the occurring classes that a window contains; 1 where shards are well mixed."""
     every, starts = len(np.unique(labels)), np.cumsum([0, *counts])
     shares = [
         len(np.unique(np.concatenate([labels[starts[k] : starts[k + 1]] for k in shards]))) / max(every, 1)

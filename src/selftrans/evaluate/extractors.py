@@ -22,7 +22,7 @@ from selftrans.suggest import closest, did_you_mean
 Device: TypeAlias = torch.device | str
 NAMES = ("digits", "inception", "values")
 
-CHUNK, CHUNK_ON_GPU = 64, 512  #: images that an extractor takes at a time
+CHUNK, CHUNK_ON_GPU = 64, 512  #: images per call of an extractor
 TINY = 16  #: a classifier of images up to this side uses one CPU thread
 
 #: the weights that define FID: Inception of 2015-12-05, converted from TensorFlow
@@ -222,8 +222,10 @@ def load_extractor(
 def extractor_sha256(
     name: str | Path, *, weights: str | Path | None = None, shape: tuple[int, ...] | None = None
 ) -> str:
-    """The `sha256` of `load_extractor(name, weights=weights, shape=shape)`, without loading Inception, whose hash is known, or
-    the digits: that the kept classifier is one of these is not checked."""
+    """The `sha256` of `load_extractor(name, weights=weights, shape=shape)`.
+
+    Inception, whose hash is known, is not loaded. A file of the digit classifier is hashed without a check of its data.
+    """
     if str(name) == "inception" and weights is None:
         return INCEPTION_SHA256
     if Path(name).suffix == ".pth" and weights is None:
@@ -268,7 +270,7 @@ def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[
     """Check the batches of a stream and regroup them into chunks of `chunk` images of one shape (the last may be smaller)."""
     waiting: list[np.ndarray] = []
     for images in [batches] if isinstance(batches, np.ndarray) else batches:
-        _check(images, waiting)
+        _check_batch(images, waiting)
         if waiting and images.shape[1:] != waiting[-1].shape[1:]:
             if len(rest := np.concatenate(waiting)):
                 yield rest
@@ -285,9 +287,11 @@ def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[
         yield rest
 
 
-def _check(images: Any, before: list[np.ndarray]) -> None:
-    """ValueError unless a batch is uint8 (n, H, W, C) or float32 (n, C, *S), of the type of those before. Only the height and
-    width of pictures may change, as between buckets: an extractor of one size refuses them by itself."""
+def _check_batch(images: Any, before: list[np.ndarray]) -> None:
+    """ValueError unless a batch is uint8 (n, H, W, C) or float32 (n, C, *S), of the same type as the batches `before`.
+
+    Only the height and width of pictures may change, as between buckets: an extractor of one size refuses other ones itself.
+    """
     array = isinstance(images, np.ndarray)
     pictures = array and images.dtype == np.uint8 and images.ndim == 4
     if not pictures and not (array and images.dtype == np.float32 and 3 <= images.ndim <= 5):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEFAULT = "DejaVu Sans"  #: brought by matplotlib: it has most alphabets
-#: begins the names of fonts that have no text: boxes that name a script, and mathematical symbols in place of letters
+#: beginnings of the names of fonts without letters: they draw boxes that name a script, or mathematical symbols
 NO_TEXT = ("Last", "STIX", "cm")
 #: words in the names of fonts for text, the most suitable first; others are decorative more often
 PREFERRED = ("noto sans", "sans", "gothic", "hei", "")
@@ -33,7 +33,7 @@ class Face(NamedTuple):
 
 
 def lacking(text: str, *faces: Face) -> frozenset[str]:
-    """The characters of a text, but for spaces, that these fonts do not have (none given: DejaVu Sans)."""
+    """The characters of a text, spaces excepted, that none of these fonts has (no fonts given: DejaVu Sans)."""
     unknown = {each for each in text if not each.isascii() or not each.isprintable()} - set(" \n")
     for face in faces or (default(),):
         unknown -= {each for each in unknown if each.isprintable() and _has(face.file, each)}
@@ -47,7 +47,7 @@ def default() -> Face:
     return Face(DEFAULT, str(findfont(DEFAULT)))
 
 
-_named: set[str] = set()  #: characters that a warning of this process was about
+_named: set[str] = set()  #: characters that a warning of this process has named
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,7 +130,7 @@ def _faces() -> list[Face]:
     from matplotlib.font_manager import findSystemFonts, fontManager
 
     known = {entry.fname for entry in fontManager.ttflist}
-    for file in findSystemFonts():  # matplotlib's list is that of its first start on this machine
+    for file in findSystemFonts():  # matplotlib's own list may be old: it was made at its first start on this machine
         if file not in known:
             try:
                 fontManager.addfont(file)

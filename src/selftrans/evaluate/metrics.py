@@ -96,7 +96,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray | Iterable[int]) -> float:
 
 
 def _outside(logits: np.ndarray, labels: np.ndarray) -> str:
-    """What is wrong with labels (n,) that logits (n, K) have no class for; empty if nothing is."""
+    """What is wrong where labels (n,) are none of the K classes of logits (n, K); empty if all are."""
     if not len(labels) or (labels.min() >= 0 and labels.max() < logits.shape[1]):
         return ""
     classes = plural(logits.shape[1], "class")
@@ -174,7 +174,7 @@ def _precision_recall(m: MetricInput) -> Outcome:
 
 
 def _drawn(features: np.ndarray) -> np.ndarray:
-    """At most MANIFOLD rows (n, F), drawn once for all by SEED."""
+    """At most MANIFOLD rows of (n, F), a random choice that SEED fixes."""
     if len(features) <= MANIFOLD:
         return features
     return features[np.sort(np.random.RandomState(SEED).permutation(len(features))[:MANIFOLD])]
@@ -259,7 +259,7 @@ def evaluate(
 
 
 def _notes(samples: Statistics, reference: Statistics, extractor: Extractor) -> list[str]:
-    """What a reader of the report should know of the reference. Warns of samples of another size."""
+    """What a reader of the report should know about the reference. Warns where the samples have another size."""
     notes = [] if reference.sha256 else ["the reference does not name its extractor"]
     if samples.size and reference.size and samples.size != reference.size:
         sizes = f"the samples are {samples.size}, the reference {reference.size}"

@@ -22,7 +22,7 @@ MOST_BLOCKS = 12  #: of deeper models, some of the blocks are shown
 
 
 def spread_blocks(depth: int, count: int, more: Iterable[int | None] = ()) -> tuple[int, ...]:
-    """All blocks (1-based); of more than MOST_BLOCKS, `count` at equal distances, and those of `more` that there are."""
+    """All blocks (1-based); of more than MOST_BLOCKS, `count` at equal distances, and those of `more` up to the depth."""
     if depth <= MOST_BLOCKS:
         return tuple(range(1, depth + 1))
     spread = np.linspace(1, depth, count).round().astype(int).tolist()
@@ -97,7 +97,7 @@ def _split(count: int) -> tuple[Tensor, Tensor]:
 
 
 def can_be_probed(labels: Tensor) -> bool:
-    """Whether `linear_probe` finds two classes to be fitted on: data may have one, and few of another."""
+    """Whether the rows that `linear_probe` is fitted on hold at least two classes."""
     return len(labels) > 1 and len(torch.unique(labels[_split(len(labels))[0]])) > 1
 
 

@@ -42,7 +42,7 @@ class Plan:
 
 
 class BlockSums:
-    """What is summed over the pictures for one block; `report` turns it into numbers, which is where probes take time."""
+    """Sums over the pictures for one block; `report` turns them into numbers, and fits the probes, which takes time."""
 
     def __init__(self, plan: Plan, width: int) -> None:
         self.plan, self.fits, self.solved = plan, Fits(plan.times, plan.design), False
@@ -51,7 +51,7 @@ class BlockSums:
         self.squares = torch.zeros(2, dtype=torch.float64)  # of f_u and of f_c - f_u, summed
         self.norms = torch.zeros(1 + len(plan.scales), dtype=torch.float64)  # of tokens of f_u and f_g, summed
         self.tokens = 0
-        self.place = torch.cumsum(~plan.fitted, dim=0) - 1  # of a picture among the held-out ones
+        self.place = torch.cumsum(~plan.fitted, dim=0) - 1  # index of a held-out picture among the held-out ones
         self.pooled = {name: torch.zeros(n, width) for name in ("u", "own", "drawn")}
 
     def take(self, rows: Tensor, time: int, u: Tensor, own: Tensor | None, drawn: Tensor | None) -> None:

@@ -46,7 +46,7 @@ class Design(NamedTuple):
 
 
 class Fits:
-    """Predictors of f_u and d, fitted on sums over pictures that arrive in batches.
+    """Predictors of f_u and d, fitted on sums over batches of pictures.
 
     Call `add` for every picture of the fitted part at every timestep, then `solve`, then `errors` for the others.
     """

@@ -57,7 +57,7 @@ def analyse(
     check_writable(out / "analyse.json", size=1 << 20)
     decoder = load_autoencoder(loaded.autoencoder, device=device)
     z0, labels = data_latents(dataset, samples)
-    probed = _probed(dataset, labels)
+    probed = _can_be_fitted(dataset, labels)
     path, blocks = PATHS[loaded.config.train.path], tuple(range(1, model.depth + 1))
     null, maps = null_of(model, len(z0)), dict[str, np.ndarray]()
     probes, clouds = dict[float, list[float]](), dict[float, np.ndarray]()
@@ -65,7 +65,7 @@ def analyse(
         feats = collect(model, z0, null, t=t, taps=blocks, path=path)
         if probed:
             probes[t] = [linear_probe(feats[k].to(device), labels) for k in blocks]
-        maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _spread(blocks)}
+        maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _mapped_blocks(blocks)}
         clouds[t] = tsne(feats[blocks[len(blocks) // 2]])
     decoded = decode_images(decoder, z0[:MAPPED].to(device))
     shown_maps = {"data": as_pictures(decoded)} | maps
@@ -91,8 +91,8 @@ def analyse(
     return report
 
 
-def _probed(dataset: Dataset, labels: Tensor) -> bool:
-    """Whether linear probes can be fitted; warns where captions or rare classes prevent it."""
+def _can_be_fitted(dataset: Dataset, labels: Tensor) -> bool:
+    """Whether linear probes can be fitted; warns where captions, or too few pictures of a second class, prevent it."""
     classes = dataset.manifest.num_classes > 1
     if dataset.manifest.conditions.kind == "text":
         warnings.warn(f"no linear probes: {dataset.path} has captions, and no classes to be probed", stacklevel=3)
@@ -108,6 +108,6 @@ def null_of(model: Backbone, count: int) -> Cond:
     return map_cond(lambda x: x.expand(count, *x.shape[1:]), null)
 
 
-def _spread(blocks: Sequence[int]) -> list[int]:
+def _mapped_blocks(blocks: Sequence[int]) -> list[int]:
     """A shallow block, two middle blocks and the last one."""
     return sorted({blocks[round(fraction * (len(blocks) - 1))] for fraction in (0.15, 0.4, 0.7, 1.0)})

@@ -31,9 +31,9 @@ from selftrans.messages import are, plural
 from selftrans.storage import check_writable
 
 TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
-PER_CLASS = 16  #: pictures of a class at least; with more classes than that allows, some of them are left out
-HELD = 4  #: each HELDth picture is held out
-SPREAD = 8  #: blocks of a deep model that are measured unless others are given
+PER_CLASS = 16  #: fewest pictures per class on average; where there are too many classes for that, some are left out
+HELD = 4  #: one of HELD pictures is held out
+SPREAD = 8  #: number of blocks of a deep model that are measured by default
 MAPPED = 8  #: pictures with maps: pairs of a class
 
 
@@ -188,8 +188,8 @@ def _pairs(pictures: Pictures) -> Tensor:
 
 
 def _keeping(parts: Iterable[Parts], chosen: Tensor, kept: dict[str, dict[int, Tensor]], bar: Any) -> Iterator[Parts]:
-    """The same parts, counted by `bar`; features of the pictures `chosen` (n,) at the first timestep are stored in `kept`, in
-    that order."""
+    """Yield the same parts, counted by `bar`; stores in `kept` the features of the pictures `chosen` (n,), in their order, at
+    the first timestep."""
     for batch in parts:
         at, where = torch.nonzero(batch.rows[:, None] == chosen[None, :], as_tuple=True)
         if batch.time == 0 and len(at):

@@ -28,7 +28,7 @@ from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.comparison_files import unchanged, write
 from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
 from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape
-from selftrans.experiments.runner import Results, processes, train_and_measure
+from selftrans.experiments.runner import Results, check_workers, processes, train_and_measure
 from selftrans.experiments.schedule import Job
 from selftrans.experiments.summary import AXES, mean_curve, rows, time_line, time_shares
 from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier
@@ -66,7 +66,8 @@ def compare_methods(
     """
     if methods is None:
         methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
-    _check(methods, seeds, images)
+    _check_options(methods, seeds, images)
+    check_workers(workers)
     made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
     new = [path for path in (*made, out) if not path.exists()]
     with lock_file(out / ".lock"):
@@ -125,15 +126,17 @@ def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
 
 
 def check_before(chosen: Comparison, finished: Mapping[Job, FinishedRun]) -> None:
-    """ValueError now for what would stop a run or a measurement later. Nothing is decoded or built where all is trained and
-    measured."""
+    """Raise ValueError, before anything is trained, for what would stop a run or a measurement later.
+
+    Does nothing where all is trained and measured.
+    """
     if not all_measured(chosen, finished):
         check_measuring(chosen.shared, chosen.features, chosen.weights)
         rehearse(chosen.variants)
 
 
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
-    """Build each method once, without memory for its weights: an unusable setting is refused before anything is trained."""
+    """Build each method once, without memory for its weights. Raises ValueError for a setting that cannot be used."""
     for config in variants.values():
         dataset = data_of(config.data)
         for stage in stages(config):
@@ -143,7 +146,7 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
             meta_objective(config, stage, dataset.manifest.shape, dataset.manifest.conditions, given)
 
 
-def _check(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
+def _check_options(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
     if not methods or len(set(methods)) < len(methods):
         raise ValueError("give one method at least, and each of them once")
     for name in methods:
@@ -174,7 +177,7 @@ def shared_settings(config: RunConfig, out: Path, *, features: str | None = None
     if features is None:
         dataset = data_of(config.data)
         manifest, several = dataset.manifest, len(dataset.parts) > 1
-        features = "inception" if several else _without_classes(manifest)
+        features = "inception" if several else _extractor_without_classes(manifest)
         if identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1 and not several:
             features = str(classifier_of(config, dataset, out / "classifier.safetensors"))
     return equal_lengths(config).check(), features, weights
@@ -193,8 +196,10 @@ def classifier_of(config: RunConfig, dataset: Dataset, file: Path) -> Path:
 
 
 def check_measuring(config: RunConfig, features: str, weights: str | None) -> None:
-    """ValueError now where the autoencoder is missing, or the extractor takes no such images: not after a run is trained.
-    Trains the digit classifier where it is wanted: here and once, not in every worker."""
+    """Raise ValueError where the autoencoder is missing or the extractor does not take such images.
+
+    Trains the digit classifier if it is the extractor: once, instead of in every worker.
+    """
     dataset = data_of(config.data)
     shape, several = image_shape(dataset.manifest), len(dataset.parts) > 1
     try:
@@ -207,7 +212,7 @@ def check_measuring(config: RunConfig, features: str, weights: str | None) -> No
     next(extract(next(decoded_images(dataset, 1, device="cpu")), extractor))
 
 
-def _without_classes(manifest: Manifest) -> str:
+def _extractor_without_classes(manifest: Manifest) -> str:
     """The extractor for data without classes to train a classifier on."""
     if manifest.resolution is None:
         return "values"

@@ -33,7 +33,7 @@ class Comparison:
     features: str  #: extractor, by name or file
     weights: str | None = None  #: where a named extractor is kept
     block: int = PROBED_BLOCK  #: the shallow block whose features are probed (1-based)
-    #: steps between measurements, and only at the end beyond the steps of `shared`; None: a fifth
+    #: steps between measurements up to the steps of `shared`; after those, only the end is measured. None: a fifth
     every: int | None = None
 
     @property
@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def dense(self) -> int | None:
-        """Last step that is measured at every interval; None: there is none."""
+        """The last step up to which every interval is measured; None: up to the end."""
         return self.shared.train.steps if self.every else None
 
     def steps(self, job: Job) -> int:
@@ -83,18 +83,18 @@ def _own_teacher(config: RunConfig) -> Stage | None:
 
 
 def _trains(other: RunConfig, wanted: Stage, taught: RunConfig, every: int | None) -> bool:
-    """Whether another run consists of this stage alone, and passes a checkpoint of it that is the same bit for bit."""
+    """Whether another run consists of this stage alone, and has, on its way, the checkpoint that this stage would end with."""
     plan = stages(other)
     if [stage.name for stage in plan] != [wanted.name] or plan[0].stream != wanted.stream:
         return False
     total = other.train.steps
     held = wanted.steps == total or wanted.steps % (every or interval(total)) == 0 < total - wanted.steps
-    same = all(_acting(other.section(kind)) == _acting(taught.section(kind)) for kind in wanted.sections)
+    same = all(_step_settings(other.section(kind)) == _step_settings(taught.section(kind)) for kind in wanted.sections)
     theirs, ours = other.override(plan[0].settings), taught.override(wanted.settings)
     return held and same and (theirs.model, theirs.train) == (ours.model, ours.train)
 
 
-def _acting(section: Section) -> dict[str, Any]:
+def _step_settings(section: Section) -> dict[str, Any]:
     """Settings that a step depends on: all but the lengths of stages."""
     return {name: value for name, value, _, length in fields_of(section) if not length}
 

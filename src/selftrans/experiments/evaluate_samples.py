@@ -75,10 +75,10 @@ def evaluate_samples(
         show: see `finished`.
     Raises ValueError for unknown features, invalid images, statistics of another extractor, and unknown prompts.
     """
-    _check_place(out, samples)
+    _check_report_place(out, samples)
     device = default_device()
     extractor = None if features in (None, "values") else load_extractor(features, device=device)
-    extractor = _of_any_size(reference, features, extractor)
+    extractor = _checked_for_sizes(reference, features, extractor)
     opened = open_samples(samples, settings or {}, weights, stage, reference=reference, text_encoder=text_encoder)
     for target in (out or opened.report, *([save_reference] if save_reference else [])):
         check_writable(target)
@@ -93,12 +93,12 @@ def evaluate_samples(
         chosen = features or ("inception" if first.dtype == np.uint8 else "values")
         extractor = load_extractor(chosen, device=device, shape=first.shape[1:])
         images = itertools.chain([first], images)
-    with _named("reference", reference):
+    with _input_named("reference", reference):
         statistics = reference_of(reference, extractor)
     if save_reference is not None:
         statistics.save(save_reference)
     images = counted(images, opened.total)
-    with _named("samples", samples):
+    with _input_named("samples", samples):
         report = evaluate(images, statistics, extractor, labels=opened.labels, reference_name=described(reference))
     made = {name: (opened.settings or {}).get(name) for name in SETTINGS} | (opened.settings or {})
     report |= {"samples": str(samples), "made": made, "label_balance": _balance(opened.labels)}
@@ -109,7 +109,7 @@ def evaluate_samples(
 def finished(
     report: dict[str, Any], file: Path, show: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
-    """The report, shown before it is written: a full disk does not cost what was measured."""
+    """Show the report, write it, and return it. In this order, so that it is not lost where the disk is full."""
     if show is not None:
         show(report)
     write_json(file, report)
@@ -122,22 +122,22 @@ def _scorer_of_texts(clip: str, texts: Any, samples: str | Path) -> ClipScorer:
     return ClipScorer(clip, default_device())
 
 
-def _check_place(out: Path | None, samples: str | Path) -> None:
+def _check_report_place(out: Path | None, samples: str | Path) -> None:
     if out is None and hub.on_hub(samples):
         raise ValueError(f"{printable(samples)} is on the hub, where no report is written; give --out FILE")
 
 
 @contextlib.contextmanager
-def _named(what: str, path: str | Path) -> Iterator[None]:
-    """A message about the shape of images says which input they are from."""
+def _input_named(what: str, path: str | Path) -> Iterator[None]:
+    """Within the block, errors about the shape of images name the input that they are from."""
     try:
         yield
     except OtherShape as error:
         raise ValueError(f"{what} {printable(path)}: {error}") from error
 
 
-def _of_any_size(reference: str | Path, features: str | None, extractor: Extractor | None) -> Extractor | None:
-    """The extractor; for a reference of several sizes loaded now, and a ValueError unless it takes all of them."""
+def _checked_for_sizes(reference: str | Path, features: str | None, extractor: Extractor | None) -> Extractor | None:
+    """The extractor; for a reference of several sizes it is loaded here. ValueError unless it takes all of these sizes."""
     if is_prepared(reference) and len((dataset := open_data(reference)).parts) > 1:
         shape = image_shape(dataset.manifest)
         extractor = extractor or load_extractor(features or "inception", device=default_device(), shape=shape)
@@ -193,10 +193,10 @@ def text(report: dict[str, Any]) -> str:
             deviation = f" ± {report[f'{key}_std']:.4g}" if f"{key}_std" in report else ""
             lines.append(f"{name:<26}{report[key]:.5g}{deviation}")
     made, balance = report["made"], report["label_balance"]
-    prompts = _texts(made)
+    prompts = _prompt_source(made)
     texts = [printable(said) for said in beyond_defaults(made)] + prompts + _sizes(made)
     made_with = [
-        f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _short(made[name])}"
+        f"{name.replace('_', ' ')} {'unknown' if made[name] is None else _setting_text(made[name])}"
         for name in SETTINGS
         if not (prompts and name == "labels")
     ] + texts
@@ -219,7 +219,7 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *([f"note: {report['note']}"] if report["note"] else [])])
 
 
-def _texts(made: dict[str, Any]) -> list[str]:
+def _prompt_source(made: dict[str, Any]) -> list[str]:
     """Where the prompts of the samples are from; nothing without prompts."""
     if made.get("prompts"):
         return [plural(len(made["prompts"]), "prompt")]
@@ -234,7 +234,7 @@ def _sizes(made: dict[str, Any]) -> list[str]:
     return [f"sizes {', '.join(f'{printable(size)} ({count})' for size, count in sizes.items())}"]
 
 
-def _short(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     if not isinstance(value, (list, tuple)):
         return str(value)
     return f"[{', '.join(f'{each:g}' for each in value)}]" if len(value) <= LISTED else f"{len(value):,} listed"

@@ -56,7 +56,7 @@ class FinishedRun:
 def finished_runs(comparison: Comparison) -> dict[Job, FinishedRun]:
     """The runs that need no more training, with the settings and data of the comparison as they are now.
 
-    What cannot be read, or differs, is left out: training and measuring then say what is wrong with it.
+    A run that cannot be read, or differs, is left out: training or measuring it then names what is wrong.
     """
     data = comparison.shared.data
     found, identity = dict[Job, FinishedRun](), None
@@ -90,7 +90,7 @@ def all_measured(comparison: Comparison, finished: Mapping[Job, FinishedRun]) ->
 
 
 def with_samples(comparison: Comparison, finished: Mapping[Job, FinishedRun]) -> dict[Job, FinishedRun]:
-    """The runs without those whose samples cannot be drawn: the last checkpoint of the first seed's runs is verified."""
+    """The runs, without those of the first seed whose last checkpoint is damaged: samples of it are shown."""
     drawn = comparison.seeds[0]
     return {job: run for job, run in finished.items() if job[1] != drawn or not _is_damaged(run.due[-1])}
 

@@ -79,7 +79,7 @@ def marked(table: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def failures(summary: Mapping[str, Any]) -> list[str]:
-    """A line for each run of a compare.json that failed, with the reason; earlier versions ended with the first."""
+    """A line for each failed run of a compare.json, with the reason; files of earlier versions have no such runs."""
     return [f"failed: {one['method']}, seed {one['seed']}: {one['reason']}" for one in summary.get("failed", ())]
 
 

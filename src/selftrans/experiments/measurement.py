@@ -221,11 +221,11 @@ def _is_complete(point: Point) -> bool:
     kinds = {"step": int, "seconds": float, "metric": str, "distance": float}
     optional = {"tflops": float, "accuracy": float, "probe": float}
     known = {key: value for key, value in point.items() if key not in optional or value is not None}
-    right = [_is(known[key], kind) for key, kind in (kinds | optional).items() if key in known]
+    right = [_has_type(known[key], kind) for key, kind in (kinds | optional).items() if key in known]
     return all(right) and kinds.keys() <= known.keys() and optional.keys() <= point.keys()
 
 
-def _is(value: Any, kind: type) -> bool:
+def _has_type(value: Any, kind: type) -> bool:
     return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 

@@ -30,7 +30,7 @@ from selftrans.experiments.compare import for_method
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import PROBE_T, checkpoints_of, interval, samples_of
 from selftrans.experiments.quickstart_report import compared, cut, overview, page, sentence, text
-from selftrans.experiments.runner import Results, train_and_measure
+from selftrans.experiments.runner import Results, check_workers, train_and_measure
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.messages import first_line, printable
@@ -67,6 +67,7 @@ def quickstart(
     """
     if not seeds or len(set(seeds)) < len(seeds) or images < 2:
         raise ValueError("the quickstart needs seeds that differ from each other, and at least two images")
+    check_workers(workers)
     started = time.perf_counter()
     config = digits().override({"train.steps": STEPS if steps is None else steps}).check()
     every = interval(config.train.steps)

@@ -95,7 +95,7 @@ def train_and_measure(
     have ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
-    if workers > 1:  # threads that wait by spinning slow other processes down; those of one process are faster so
+    if workers > 1:  # threads that spin while they wait slow other processes down, but are faster in a single one
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     finished = finished_runs(comparison) if finished is None else finished
     shown = {"total": comparison.total, "disable": all_measured(comparison, finished), "unit": "step"}
@@ -125,6 +125,12 @@ def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
     return workers, max(1, cores // workers)
 
 
+def check_workers(workers: int | None) -> None:
+    """ValueError for a number of processes below one; None stands for the default."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers} should be 1 or more; leave it out for one process per core")
+
+
 def seconds_trained(run: Path) -> float:
     """Seconds of training steps until the newest checkpoints of a run."""
     total = 0.0
@@ -138,10 +144,10 @@ def seconds_trained(run: Path) -> float:
 
 @dataclass
 class Spent:
-    """Seconds of this call for one run."""
+    """Seconds that this call spent on one run."""
 
     steps: float = 0.0  #: training steps
-    training: float = 0.0  #: these, models and checkpoints
+    training: float = 0.0  #: training steps, building models, writing checkpoints
     measuring: float = 0.0
 
 
@@ -154,7 +160,7 @@ class Failed:
 
 @dataclass
 class Work:
-    """The runs of a comparison: what is left to do, and what has come of it so far."""
+    """The runs of a comparison: the remaining tasks, and the results so far."""
 
     comparison: Comparison
     schedule: Schedule
@@ -163,7 +169,7 @@ class Work:
     measured: dict[Job, PointsFile]
 
     def note(self, task: Task, found: Spent | tuple[Point, float] | Failed) -> None:
-        """What a task has led to. ValueError for a failure where `failed` is None."""
+        """Record the result of a task. ValueError for a failure where `failed` is None."""
         job, folder = task
         if isinstance(found, Failed):
             self._fail(task, found.reason)
@@ -206,15 +212,15 @@ def _in_workers(
         schedule.trained(job, [folder for folder in run.due if folder not in run.points])
         bar.update(comparison.steps(job) + len(run.points) * measuring_cost(comparison.shared, comparison.images))
     if schedule:
-        _work_off(work, workers, threads, bar)
+        _run_tasks(work, workers, threads, bar)
     check_alike((point for held in work.measured.values() for point in held.points), comparison.features)
     jobs = [job for job in comparison.jobs if job not in (failed or {})]
     reports = {job: json.loads((comparison.run(job) / REPORT).read_text()) for job in jobs}
     return {job: (reports[job] | {"spent": vars(work.spent[job])}, work.measured[job].points) for job in jobs}
 
 
-def _work_off(work: Work, workers: int, threads: int, bar: Any) -> None:
-    """Do what is left in worker processes. Raises `Stopped` after a stop signal, when all workers have ended."""
+def _run_tasks(work: Work, workers: int, threads: int, bar: Any) -> None:
+    """Run the remaining tasks in worker processes. Raises `Stopped` after a stop signal, when all workers have ended."""
     context, schedule = multiprocessing.get_context("spawn"), work.schedule
     steps_done = context.SimpleQueue()
     shared = (work.comparison, threads, steps_done, warnings.showwarning)
@@ -231,7 +237,7 @@ def _work_off(work: Work, workers: int, threads: int, bar: Any) -> None:
                     with interrupts_held():
                         running[pool.submit(_run_task, task)] = task
                 finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                _pass_on(steps_done, bar)
+                _update_bar(steps_done, bar)
                 for future in finished:
                     ended, found = running.pop(future), future.result()
                     if ended is not None:
@@ -242,7 +248,7 @@ def _work_off(work: Work, workers: int, threads: int, bar: Any) -> None:
         except BaseException:
             if stop.received is not None:
                 bar.set_postfix_str("stopping after the current step; a further signal stops at once")
-            killed = end_workers(pool, stop, lambda: _pass_on(steps_done, bar))
+            killed = end_workers(pool, stop, lambda: _update_bar(steps_done, bar))
             for future, task in running.items():  # what was measured meanwhile is kept
                 if task and task.checkpoint and not future.cancelled() and future.exception() is None:
                     with contextlib.suppress(ValueError):  # a full disk, perhaps; what ended the comparison is raised
@@ -252,7 +258,7 @@ def _work_off(work: Work, workers: int, threads: int, bar: Any) -> None:
             raise
 
 
-def _pass_on(steps_done: Any, bar: Any) -> None:
+def _update_bar(steps_done: Any, bar: Any) -> None:
     """Show the steps that the workers have reported."""
     while not steps_done.empty():
         bar.update(steps_done.get())
@@ -264,7 +270,7 @@ def _init_worker(comparison: Comparison, threads: int, steps_done: Any, show_war
     ignore_interrupts()
     end_with_parent()
     torch.set_num_threads(threads)
-    for config in comparison.variants.values():  # this process knows nothing of what the parent was allowed to import
+    for config in comparison.variants.values():  # the permission to import code, which the parent got, is not inherited
         trust_named(config.method, config.model.name)
     _worker.update(comparison=comparison, progress=steps_done.put)
 
@@ -302,7 +308,7 @@ def _run_task(task: Task) -> Spent | tuple[Point, float] | Failed:
         if not isinstance(error, FAILURES) and not is_out_of_memory(error):
             raise
         reason = first_line(error, limit=600)
-    gc.collect()  # what the failed run held: the next one in this process needs the memory, and other workers of a GPU do
+    gc.collect()  # frees the memory of the failed run for the next one, and for other workers on the same GPU
     torch.cuda.empty_cache()
     return Failed(reason)
 

@@ -201,7 +201,7 @@ def _built(
     objective = meta_objective(config, stage, shape, conditions, dtype=PRECISIONS[config.train.precision])
     average = copy.deepcopy(objective.student)
     frozen = next((guidance.teacher for guidance in objective.guidances if guidance.teacher), None)
-    objective.watch(average)  # by a guidance that it teaches its operations are counted
+    objective.watch(average)  # so that a guidance which it teaches counts its operations
     return objective, memory_use(objective, average, frozen, config.train.optimizer)
 
 
@@ -226,7 +226,7 @@ def _stage(
     wire = cluster.seconds(sent)
     step = (max(compute, wire), compute + wire)
     parts = {name: size // world if sharded and name != "teacher" else size for name, size in memory.items()}
-    if world > 1 and not sharded and train.accumulate > 1:  # sums of micro-batches before the one that is sent
+    if world > 1 and not sharded and train.accumulate > 1:  # sums of gradients, apart from those that are sent
         parts["buckets"] = memory["gradients"]
     own = config.override(stage.settings)
     parts["activations"] = activations(own, objective, memory, micro, cost.measured)

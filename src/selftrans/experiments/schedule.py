@@ -1,8 +1,8 @@
 """In which order workers train runs and measure checkpoints: no worker waits while there is something to do.
 
 A run that teaches others is trained first, then the longest. Finished runs are measured, checkpoint by checkpoint, before
-further ones are trained. When no more runs are left than there are workers, these are trained first, and the rest is shared
-out.
+further ones are trained. When no more runs are left than there are workers, these are trained first, and then all workers
+measure.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Schedule:
         self._unmeasured = deque[Task]()
 
     def __bool__(self) -> bool:
-        """Whether a task is left that was not yet given out."""
+        """Whether tasks are left that `next` has not returned."""
         return bool(self._untrained or self._unmeasured)
 
     def next(self, *, measuring: bool = True) -> Task | None:
-        """The next task; None if nothing can be done before a task that was given out has ended.
+        """The next task; None if nothing can be done before a running task has ended.
 
         `measuring`: whether checkpoints can be measured already.
         """

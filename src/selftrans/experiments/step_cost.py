@@ -16,7 +16,7 @@ from selftrans.types import Backbone
 
 #: bytes of activations for each token, channel and block in 16 bits, attention matrices not kept (2205.05198, section 4.1)
 ACTIVATIONS = 34
-SAME = 0.05  #: operations may differ by this share from those measured: a small batch selects whole samples
+SAME = 0.05  #: relative difference up to which operations are those measured: small batches round the selected samples
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class StepCost:
 
     per_image: float  #: seconds of an image
     fixed: float  #: seconds of a step besides
-    row: Row | None  #: what they come from; None: a given rate
-    measured: Row | None  #: the same, where it is of this stage with models of these sizes
+    row: Row | None  #: the measured row that they are computed from; None: a given rate
+    measured: Row | None  #: `row`, if it was measured in this stage with models of these sizes
 
 
 def replayed(config: RunConfig, world: int) -> bool:
-    """Whether a run on `world` GPUs replays its steps as CUDA graphs, as far as its settings say it."""
+    """Whether the settings of a run on `world` GPUs let it replay its steps as CUDA graphs."""
     return config.train.capture != "off" and obstacle_in_settings(config.train, world) is None
 
 
@@ -49,7 +49,8 @@ def flops_again(config: RunConfig, student: Backbone) -> float:
 def measured_cost(
     figures: BenchedModel, stage: str, student: Backbone, flops: float, again: float, *, graphs: bool
 ) -> StepCost:
-    """An image takes time by its operations, `flops` and those done `again`; the rest of a step by the student's parameters.
+    """The cost of a step by a measured row: time per image in proportion to operations, `flops` and those done `again`; the
+    fixed time in proportion to the student's parameters.
 
     graphs: whether the steps will be replays of CUDA graphs.
     """

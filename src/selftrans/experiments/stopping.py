@@ -96,13 +96,13 @@ def interrupts_held() -> Iterator[None]:
 
 
 def ignore_interrupts() -> None:
-    """In a new worker: Ctrl-C in a terminal reaches it, too, but its parent ends it. A run in training receives it."""
+    """In a new worker: ignore SIGINT, which Ctrl-C sends to it, too; its parent ends it. Training installs its own handler."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def end_with_parent() -> None:
-    """End this worker when its parent is killed: else it would train on unnoticed. Runs survive an end at any moment."""
+    """End this worker when its parent is killed: otherwise it would go on training. Runs can be continued after any end."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

@@ -172,8 +172,10 @@ def _draw_composition(report: Mapping[str, Any], axes: Axes) -> None:
     axes.set_xticks(range(len(columns)), [_heading(c) if report["scales"] else "features" for c in columns], fontsize=8)
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of variance")
-    _plain(axes, f"what the target of block {k} consists of" if report["scales"] else "what the features consist of")
-    _key(axes, 3)
+    _style_axes(
+        axes, f"what the target of block {k} consists of" if report["scales"] else "what the features consist of"
+    )
+    _legend(axes, 3)
 
 
 def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
@@ -187,7 +189,7 @@ def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
         axes.text(max(0.0, value) + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
-    _plain(axes, "an encoder's features, on held-out pictures", "x")
+    _style_axes(axes, "an encoder's features, on held-out pictures", "x")
 
 
 def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
@@ -210,8 +212,8 @@ def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
         axes.plot(ks, [np.nan if v is None else v for v in values], label=name, markersize=4, **style)
     axes.axhline(report["chance"], color=INK, linewidth=0.8, linestyle=":", label="chance")
     axes.set(xlabel="block", ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
-    _plain(axes, f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})")
-    _key(axes, 2)
+    _style_axes(axes, f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})")
+    _legend(axes, 2)
 
 
 def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
@@ -229,7 +231,7 @@ def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
         )
     axes.set(xlabel="block", ylabel="size of f_c - f_u over f_u")
     axes.set_ylim(bottom=0)
-    _plain(axes, "what guidance multiplies by w")
+    _style_axes(axes, "what guidance multiplies by w")
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -285,13 +287,13 @@ def _condition(report: Mapping[str, Any]) -> str:
     return "the text" if report["condition"] == "text" else "the label"
 
 
-def _key(axes: Axes, columns: int) -> None:
+def _legend(axes: Axes, columns: int) -> None:
     axes.legend(
         frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, handlelength=1.5
     )
 
 
-def _plain(axes: Axes, title: str, along: Literal["x", "y"] = "y") -> None:
+def _style_axes(axes: Axes, title: str, along: Literal["x", "y"] = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, axis=along, color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)

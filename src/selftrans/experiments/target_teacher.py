@@ -119,19 +119,19 @@ def _features(
     for rows in _batches(pictures):
         true: Cond = dataset.text(pictures.rows[rows.numpy()]) if kind == "text" else labels[rows]
         for time, t in enumerate(times):
-            # of the whole set, so that a picture's noise does not depend on the batch
+            # drawn for all pictures, so that the noise of one does not depend on the batch
             noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed((seed << 16) + time))
             zt, _ = interpolate(path, z0[rows].float(), noise[rows], torch.tensor(float(t)))
             conds = [] if kind == "none" else [true]
             if kind == "labels" and time == 0:
                 conds.append(pictures.others[rows])
-            null, *given = _run(model, zt.to(device), float(t), true, conds, taps)
+            null, *given = _features_under(model, zt.to(device), float(t), true, conds, taps)
             differences = [{k: each[k] - null[k] for k in taps} for each in given]
             own, drawn, *_ = (*differences, None, None)
             yield Parts(rows, time, null, own, drawn)
 
 
-def _run(
+def _features_under(
     model: Backbone, zt: Tensor, t: float, example: Cond, conds: Sequence[Cond], taps: tuple[int, ...]
 ) -> list[dict[int, Tensor]]:
     """Features of zt (n, C, *S) under the null condition, then under each of `conds`: block -> (n, T, D) on the CPU."""

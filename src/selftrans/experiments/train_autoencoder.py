@@ -100,7 +100,7 @@ def pixels_of(data: str | Path) -> Dataset:
         raise ValueError(f"{printable(data)} is not a folder of prepared data; {first}")
     dataset = open_data(data)
     manifest = dataset.manifest
-    if identity_kind(manifest.autoencoder) != "pixel":  # what is stored are pixels, standardised or not
+    if identity_kind(manifest.autoencoder) != "pixel":  # standardised pixels are stored as pixels, too
         raise ValueError(
             f"{data} holds latents by {printable(manifest.autoencoder)}, not the pixels of pictures; {first}"
         )

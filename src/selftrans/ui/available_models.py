@@ -13,7 +13,7 @@ from selftrans.ui.contained import number, part, plain
 from selftrans.ui.run_plan import scale_of
 from selftrans.ui.run_state import RunState
 
-MOST_CLASSES = 1000  #: whose names are sent
+MOST_CLASSES = 1000  #: classes whose names are sent to the page
 
 
 def available_models(state: RunState, known: Sequence[RunState]) -> dict[str, Any]:

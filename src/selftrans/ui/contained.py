@@ -18,7 +18,7 @@ _BY_FOLDER = os.open in os.supports_dir_fd
 
 
 class Contained(NamedTuple):
-    """A file or folder below a root, by the names on the way to it."""
+    """A file or folder below a root, by the names of the path from there."""
 
     root: Path  #: resolved; given by the user
     parts: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Contained(NamedTuple):
 
     def open(self) -> BinaryIO:
         """The file, for reading. OSError where it is missing, no regular file, or reached through a symbolic link."""
-        descriptor = self._descriptor(_PLAIN | getattr(os, "O_NONBLOCK", 0))  # a fifo must not stop the page
+        descriptor = self._descriptor(_PLAIN | getattr(os, "O_NONBLOCK", 0))  # opening a fifo must not block the page
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(f"{printable(self.path)} is no regular file")
@@ -46,7 +46,7 @@ class Contained(NamedTuple):
             return file.read(most)
 
     def stamp(self) -> tuple[int, int, int] | None:
-        """What changes when the file does; None where there is none, or a symbolic link."""
+        """(inode, bytes, time of change), which tell versions apart; None where there is no file, or a symbolic link."""
         if any(_unsafe(part) for part in self.parts):
             return None
         try:
@@ -71,7 +71,7 @@ class Contained(NamedTuple):
         return [each.name for each in self.entries() if each.is_dir(follow_symlinks=False)]
 
     def inside(self) -> bool:
-        """Whether no part of the way to it is a symbolic link: its real path is the path."""
+        """Whether no part of its path is a symbolic link."""
         return os.path.realpath(self.path) == str(self.path)
 
     def _descriptor(self, flags: int) -> int:

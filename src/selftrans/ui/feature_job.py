@@ -34,7 +34,8 @@ NULL = "null"  #: name of the null condition
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A request for maps. The condition is `prompt` or `label`, else the label of the row; else, and for `null`, none."""
+    """A request for maps. The condition is `prompt` or `label`, else the label of the row; with `null`, or without any of
+    these, the null condition."""
 
     times: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     row: int = 0
@@ -46,7 +47,7 @@ class Asked:
 
 
 def features(raw: Mapping[str, Any], run: Run, models: ModelCache, data: RunData) -> tuple[dict[str, Any], Work]:
-    """(what is asked for, the work) of a request for maps of a student, and of a teacher if one is named."""
+    """(the request as the page shows it, the work) for maps of a student, and of a teacher if one is named."""
     student = source_of(raw.get("student"), run, "student")
     teacher = source_of(raw["teacher"], run, "teacher") if raw.get("teacher") is not None else None
     asked: Asked = take(raw, "maps", Asked, Asked())
@@ -123,7 +124,7 @@ def _guided(source: Source, loaded: LoadedModel) -> dict[str, Any] | None:
         return None
     try:
         return guided_blocks(plan.config, stage, loaded.model)._asdict()
-    except (ValueError, RuntimeError, TypeError):  # a method that needs more than is known here
+    except (ValueError, RuntimeError, TypeError):  # the method needs what a run's folder does not hold
         return None
 
 

@@ -14,10 +14,10 @@ from selftrans.ui.contained import Contained
 
 DEPTH = 4  #: folders below a given one that are searched
 MOST = 20_000  #: folders that are looked at
-AGAIN = 2.0  #: seconds after which the folders are searched again
+AGAIN = 2.0  #: seconds between two searches of the folders
 #: folders of runs and data that hold no runs
 SKIPPED = {"__pycache__", "checkpoints", "node_modules", "previews", "site-packages", "tensorboard"}
-#: files of a comparison, newest command first
+#: files of `compare` and `quickstart`; a folder with one of them is a comparison
 TABLES = ("compare.json", "table.json")
 
 
@@ -48,7 +48,7 @@ class Folders:
         self._found, self._next = Listing({}, {}, ()), 0.0
 
     def listing(self) -> Listing:
-        """The runs and comparisons, AGAIN seconds old at most; where a search takes long, 20 times as long."""
+        """The runs and comparisons as they were at most AGAIN seconds ago, or 20 times as long as a search takes."""
         began = time.monotonic()
         if began >= self._next:
             self._found = search(self.roots)
@@ -88,7 +88,7 @@ def search(roots: Sequence[Path]) -> Listing:
 
 
 def _distinguished(runs: dict[str, Found]) -> dict[str, Found]:
-    """Runs of one name in several folders with the folder's name, or where that is the same, too, with its path."""
+    """The runs, with the name of their root before names that occur twice, or its path where they still do."""
     for folder in (lambda root: root.name, str):
         known = Counter(found.name for found in runs.values())
         runs = {

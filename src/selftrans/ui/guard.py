@@ -1,4 +1,4 @@
-"""Who may talk to the page: checks of host, token and origin before every answer, and headers that bind the browser."""
+"""Which requests are answered: checks of host, token and origin, and headers that restrict the browser."""
 
 from __future__ import annotations
 
@@ -70,35 +70,36 @@ class Guard:
     def refuse(self, scope: Scope) -> Response | None:
         """The answer to a request that is not served; None for one that is."""
         headers, query = Headers(scope=scope), dict(parse_qsl(scope["query_string"].decode("latin-1")))
-        if not self._known(headers.get("host", "")):
+        if not self._is_own_host(headers.get("host", "")):
             return PlainTextResponse("this address is not one of the page: open it as it was printed", 421)
         given = query.pop("token", None)
         if self.token is not None and given is not None and scope["method"] == "GET":
-            if not self._same(given):
-                return _without_token()
+            if not self._is_token(given):
+                return _token_is_missing()
             path = "/" + scope["path"].lstrip("/")  # `//name` would be another server
             answer = RedirectResponse(path + (f"?{urlencode(query)}" if query else ""), 303)
             answer.set_cookie(_cookie(scope), given, httponly=True, samesite="strict", path="/")
             return answer
-        if self.token is not None and not self._same(_token_of(headers, _cookie(scope))):
-            return _without_token()
+        if self.token is not None and not self._is_token(_token_of(headers, _cookie(scope))):
+            return _token_is_missing()
         if scope["method"] not in ("GET", "HEAD") and not _own_origin(headers):
             return PlainTextResponse("requests that change something must come from the page itself", 403)
         return None
 
-    def _known(self, host: str) -> bool:
+    def _is_own_host(self, host: str) -> bool:
+        """Whether the header Host names this server."""
         parsed = _parsed(f"//{host}") if host and "/" not in host and "@" not in host else None
         name = parsed.hostname if parsed else None
         if name is None:
             return False
         return name in self.names or (not self.loopback and _numeric(name) is not None)
 
-    def _same(self, given: str) -> bool:
+    def _is_token(self, given: str) -> bool:
         assert self.token is not None
         return hmac.compare_digest(given.encode(), self.token.encode())
 
 
-def _without_token() -> Response:
+def _token_is_missing() -> Response:
     return PlainTextResponse("this page needs its token: open the address that `selftrans ui` has printed", 401)
 
 

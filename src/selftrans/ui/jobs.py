@@ -1,4 +1,4 @@
-"""Work that takes longer than an answer: one job at a time in a thread of its own, with progress, and an end on request."""
+"""Work that takes longer than an answer: one job at a time in a thread of its own, with progress; it can be cancelled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from selftrans.messages import first_line
+from selftrans.messages import first_line, is_own_code
 
 KEPT = 12  #: finished jobs whose pictures are kept
 KEPT_BYTES = 128 << 20  #: of the pictures of all jobs
@@ -49,7 +49,7 @@ class Job:
         self.done += 1
 
     def add(self, png: bytes, **about: Any) -> None:
-        """A picture that is finished, and what it is. ValueError where the job has more of them than the page keeps."""
+        """Add a finished picture, described by `about`. ValueError where the pictures take more than the page keeps."""
         if sum(map(len, self.pictures)) + len(png) > KEPT_BYTES:
             raise ValueError(f"the pictures take more than {KEPT_BYTES >> 20} MB; ask for fewer, or for fewer steps")
         self.pictures.append(png)
@@ -82,7 +82,7 @@ class Jobs:
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        #: a tab may hold pictures of an earlier process: its addresses do not come again
+        #: random start: an address of a picture that a tab keeps from an earlier process must not come again
         self._next = secrets.randbits(48)
 
     def start(self, kind: str, about: dict[str, Any], work: Callable[[Job], None]) -> Job:
@@ -133,7 +133,7 @@ def _run(job: Job, work: Callable[[Job], None]) -> None:
             try:
                 work(job)
             finally:
-                job.notes += [first_line(each.message, 300) for each in said if "selftrans" in each.filename]
+                job.notes += [first_line(each.message, 300) for each in said if is_own_code(each.filename)]
         job.state = "done"
     except Cancelled:
         job.state = "cancelled"

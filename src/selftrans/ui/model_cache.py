@@ -81,7 +81,7 @@ class ModelCache:
 
 @contextmanager
 def counted_passes(model: Backbone, job: Job) -> Iterator[None]:
-    """In the block each pass of the model counts as one unit of the job, and ends it where that was asked for."""
+    """Within the block, each pass of the model counts as one unit of the job; Cancelled where the job was asked to end."""
     hook = model.register_forward_pre_hook(job.advance)
     try:
         yield
@@ -90,5 +90,5 @@ def counted_passes(model: Backbone, job: Job) -> Iterator[None]:
 
 
 def take(raw: Mapping[str, Any], name: str, kind: Any, default: Any = None) -> Any:
-    """A field of a request. ValueError names it where it has another type."""
+    """A field of a request, or the default. ValueError, with its name, where it has another type."""
     return default if raw.get(name) is None else from_plain(kind, raw[name], name)

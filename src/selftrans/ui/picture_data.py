@@ -1,4 +1,4 @@
-"""The picture whose features are drawn: a row of a run's data, or one that was handed in, as latents of its model.
+"""The picture whose features are drawn: a row of a run's data, or an uploaded one, as latents of its model.
 
 Shape legend: N pictures, (C, *S) latent, (H, W, C) picture.
 """
@@ -28,15 +28,15 @@ from selftrans.evaluate.plots import as_pictures
 from selftrans.ui.contained import Contained, part
 from selftrans.ui.run_state import RunState
 
-OTHERS = 7  #: further pictures of the data that the components are found on
-UPLOAD_BYTES, UPLOAD_PIXELS = 16 << 20, 50_000_000  #: of a picture that is handed in
+OTHERS = 7  #: further pictures of the data from which the components are computed
+UPLOAD_BYTES, UPLOAD_PIXELS = 16 << 20, 50_000_000  #: of an uploaded picture
 
 
 class Pictures(NamedTuple):
     """Latents; the first is the one that is looked at."""
 
     z0: Tensor  #: (N, C, *S)
-    labels: Tensor | None  #: (N,) of pictures of the data; None for one that was handed in, and without data
+    labels: Tensor | None  #: (N,) of pictures of the data; None for an uploaded one
     shown: np.ndarray  #: (1, H, W, C) uint8, the first as it is decoded
 
 
@@ -47,7 +47,7 @@ class RunData:
         self.roots = tuple(roots)
 
     def of(self, state: RunState) -> Dataset | None:
-        """The data of a run; None where they are in none of the given folders, or are no data that can be read."""
+        """The data of a run; None where they are in none of the given folders, or cannot be read."""
         config, _, _, _ = state.read()
         named = part(config, "data", dict).get("path")
         places = [self._given(named)] if isinstance(named, str) and "\0" not in named else []
@@ -91,7 +91,8 @@ def pictures(
 ) -> Pictures:
     """The latents of an upload, or of a row of the data, and of OTHERS rows. ValueError where there is no such picture."""
     autoencoder, shape = load_autoencoder(loaded.autoencoder, device=device), tuple(loaded.model.shape)
-    fitting = dataset if dataset is not None and tuple(dataset.manifest.shape) == shape else None
+    parts = () if dataset is None else dataset.of_one_shape
+    fitting = next((part for part in parts if tuple(part.manifest.shape) == shape), None)
     others = np.random.default_rng(0).permutation(len(fitting))[:OTHERS] if fitting else np.zeros(0, dtype=np.int64)
     if upload is not None:
         first, labels = encoded(upload, autoencoder, shape), None

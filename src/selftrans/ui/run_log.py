@@ -1,4 +1,4 @@
-"""log.jsonl for the page: read on from where it was left, reduced to as many points as a screen shows.
+"""log.jsonl for the page: only new lines are read, and curves are reduced to as many points as a screen shows.
 
 Shape legend: L lines, P points.
 """
@@ -17,7 +17,7 @@ from selftrans.ui.contained import Contained, number
 
 CHUNK = 4 << 20  #: bytes read at a time; a longer line is damage
 COLUMNS, EVENTS = 64, 500  #: most values of a line, and most skipped updates, that are kept
-CHECKED = 256  #: bytes before the place where reading goes on that must not have changed
+CHECKED = 256  #: bytes before the offset of the next read; if they have changed, the log was replaced
 SPARK, TAIL = 48, 16 << 10  #: points of the small curve in the list; bytes at the end that are read for it
 NOT_CURVES = {"step", "seconds", "skipped", "tflops"}
 
@@ -109,10 +109,10 @@ def _parsed(lines: list[bytes]) -> list[Any]:
         found = list(json.loads(b"[" + b",".join(lines) + b"]"))
     except (ValueError, RecursionError):
         found = []
-    return found if len(found) == len(lines) else [_one(line) for line in lines]
+    return found if len(found) == len(lines) else [_json_or_none(line) for line in lines]
 
 
-def _one(line: bytes) -> Any:
+def _json_or_none(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -125,15 +125,15 @@ def reduced(steps: Any, values: Any, points: int) -> dict[str, list[float]]:
     kept = np.isfinite(x) & np.isfinite(y)
     x, y = x[kept], y[kept]
     if len(x) <= points:
-        return {"x": _short(x), "y": _short(y)}
+        return {"x": _six_digits(x), "y": _six_digits(y)}
     starts = np.linspace(0, len(x), points, endpoint=False).astype(np.int64)
     ends = np.append(starts[1:], len(x))
     mean = np.add.reduceat(y, starts) / (ends - starts)
     low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
-    return {"x": _short(x[ends - 1]), "y": _short(mean), "low": _short(low), "high": _short(high)}
+    return {"x": _six_digits(x[ends - 1]), "y": _six_digits(mean), "low": _six_digits(low), "high": _six_digits(high)}
 
 
-def _short(values: np.ndarray) -> list[float]:
+def _six_digits(values: np.ndarray) -> list[float]:
     """Numbers in six significant digits."""
     return [float(f"{value:.6g}") for value in values]
 
@@ -169,7 +169,7 @@ def glance(file: Contained) -> Glance:
 
 
 def loss_of(values: dict[str, Any]) -> float | None:
-    """The flow loss of a line, which all methods have; of other logs the whole loss."""
+    """The flow loss of a line, which all methods log; without one, its total loss."""
     flow = number(values.get("flow"))
     return number(values.get("loss")) if flow is None else flow
 
@@ -178,7 +178,7 @@ def _last_lines(file: BinaryIO, size: int, most: int) -> list[dict[str, Any]]:
     """The whole lines among the last `most` bytes."""
     file.seek(max(0, size - most))
     tail = file.read(most).rpartition(b"\n")[0]
-    return [line for line in _parsed(tail.splitlines()) if _stepped(line)]
+    return [line for line in _parsed(tail.splitlines()) if _has_step(line)]
 
 
 def _line_at(file: BinaryIO, place: int) -> dict[str, Any] | None:
@@ -187,11 +187,11 @@ def _line_at(file: BinaryIO, place: int) -> dict[str, Any] | None:
     piece = file.read(2048)
     begin = piece.find(b"\n") + 1 if place else 0
     end = piece.find(b"\n", begin)
-    found = _one(piece[begin:end]) if end > begin else None
-    return found if _stepped(found) else None
+    found = _json_or_none(piece[begin:end]) if end > begin else None
+    return found if _has_step(found) else None
 
 
-def _stepped(line: Any) -> bool:
+def _has_step(line: Any) -> bool:
     return isinstance(line, dict) and number(line.get("step")) is not None
 
 

@@ -1,4 +1,4 @@
-"""What a run is going to be, from its config.json: its stages with their lengths, its teacher, the blocks that are guided."""
+"""The plan of a run, from its config.json: its stages with their lengths, its teacher, the blocks that are guided."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selftrans.types import Backbone
 
 
 class Plan(NamedTuple):
-    """Settings that are understood, or why they are not."""
+    """The settings of a run and its stages; or, in `problem`, why they cannot be used."""
 
     config: RunConfig | None = None
     stages: tuple[Stage, ...] = ()

@@ -30,7 +30,7 @@ IDENTITY = (*SHARED, "metric")
 
 
 class RunState:
-    """A run and what was read of it; keep it, so that only what has changed is read again."""
+    """A run and what was read of it. Kept by the page, so that only changed files are read again."""
 
     def __init__(self, found: Found, files: JsonFiles) -> None:
         self.found, self.place, self.files = found, found.place, files
@@ -118,7 +118,7 @@ class RunState:
         return known[1]
 
     def _length(self, stage: str, plan: Plan, report: dict[str, Any]) -> int | None:
-        """Its steps: as run.json says, but for a run that is extended: the report of its first finish is kept till the next."""
+        """The steps of a stage: as run.json says, unless the run is being extended since it was written."""
         spent = _spent(report, stage)
         return plan.steps(stage) if spent is None or self._extended(stage, plan, report) else spent
 
@@ -276,9 +276,9 @@ def _spent(report: dict[str, Any], stage: str) -> int | None:
     return None
 
 
-def _share(number_of: int, of: int, step: float | None, total: int | None) -> float | None:
-    """The part of the run that is done, with all stages counted alike; None if it is not known."""
-    return None if not of or not total or step is None else (number_of + min(1.0, step / total)) / of
+def _share(stage: int, stages: int, step: float | None, total: int | None) -> float | None:
+    """The share of a run that is done when stage number `stage` (from 0) is at `step` of `total`; None: unknown."""
+    return None if not stages or not total or step is None else (stage + min(1.0, step / total)) / stages
 
 
 def _blocks(depth: Any) -> str:

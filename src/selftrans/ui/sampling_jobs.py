@@ -31,8 +31,8 @@ PREVIEWED = (
     *("seed", "labels", "prompts", "guidance_scale", "guidance_interval", "guidance_channels", "time_shift"),
     *("early_guidance", "early_interval"),
 )
-Run = Callable[[str], RunState]
-Work = Callable[[Job], None]
+Run = Callable[[str], RunState]  #: id -> the run; LookupError where there is none
+Work = Callable[[Job], None]  #: what a job does in its thread
 
 
 def settings_of(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def settings_of(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def playground(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[dict[str, Any], Work]:
-    """(what is asked for, the work) of a request to sample one model."""
+    """(the request as the page shows it, the work) for sampling one model."""
     source = source_of(raw.get("model"), run, "model")
     chosen = settings_of(take(raw, "settings", dict, {}))
 
@@ -67,7 +67,7 @@ def playground(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[di
 
 
 def side_by_side(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[dict[str, Any], Work]:
-    """(what is asked for, the work) of a request to sample several runs at the same steps, from the same noise."""
+    """(the request as the page shows it, the work) for sampling several runs at the same steps, from the same noise."""
     wanted, steps = take(raw, "models", list, []), take(raw, "steps", tuple[int, ...], ())
     if not 1 <= len(steps) * len(wanted) <= MOST_POINTS:
         raise ValueError(f"choose 1 to {MOST_POINTS} checkpoints in all")

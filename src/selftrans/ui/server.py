@@ -85,9 +85,9 @@ class Page:
         """All about one run."""
         with self._lock:
             state = self.run(key)
-            return state.detail() | {"models": available_models(state, self._everything())}
+            return state.detail() | {"models": available_models(state, self._all_runs())}
 
-    def _everything(self) -> list[RunState]:
+    def _all_runs(self) -> list[RunState]:
         return [self.run(key) for key in self.folders.listing().runs]
 
     def side(self, keys: Sequence[str]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Page:
         with self._lock:
             found = self.folders.listing().tables.values()
             stored = [stored_table(each, self.files) for each in found]
-            return {"tables": stored + measured_tables(self._everything(), {each.place for each in found})}
+            return {"tables": stored + measured_tables(self._all_runs(), {each.place for each in found})}
 
     def preview(self, key: str, stage: int, step: int) -> bytes:
         """The picture of a step. LookupError, OSError where there is none."""

@@ -1,4 +1,4 @@
-"""Comparisons for the page: the tables of `compare` and `quickstart`, and tables of runs that were measured alike."""
+"""Comparisons for the page: the tables of `compare` and `quickstart`, and tables of runs measured in the same way."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _shown(table: Any, metric: str, curves: Any, settings: dict[str, str]) -> di
     """What the page gets of a comparison; raises where a part of it is not as it should be."""
     names = marked(table)
     lines = [cells(row, names) for row in table]
-    # others are of a baseline that is not here
+    # columns that compare with a baseline are empty where it has no run
     used = [i for i in range(len(HEADINGS)) if any(line[i] for line in lines)]
     drawn = {
         axis: {str(name): [[float(value) for value in column] for column in of_name] for name, of_name in found.items()}

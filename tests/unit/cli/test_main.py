@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -204,6 +205,20 @@ def test_second_sigterm_of_timeout_does_not_break_off_the_end_of_a_command(monke
 
 
 # ---- prepare
+
+
+def test_warnings_of_libraries_are_not_shown_whatever_the_folder_is_called(monkeypatch, capsys):
+    def warn():
+        warnings.warn_explicit("own", UserWarning, COMMANDS["doctor"].run.__code__.co_filename, 1)
+        warnings.warn_explicit("of a library", UserWarning, "/a/selftrans/.venv/lib/torch/nn.py", 1)
+        return {}
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    monkeypatch.setattr("selftrans.experiments.doctor.examine", lambda folder: warn())
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["doctor", "--json"]) == 0
+    assert capsys.readouterr().err == "selftrans: warning: own\n"
 
 
 def test_prepare_with_captions(tmp_path, capsys):

@@ -119,7 +119,9 @@ def test_only_the_chosen_caption_is_read(pictures: Path, encoder: str, tmp_path:
         ):
             dataset.read(np.array([3, 4]), which=np.array([0, which]))
     for which in (-1, 1):
-        with pytest.raises(ValueError, match=r"a caption is asked for that its picture in .* does not have"):
+        with pytest.raises(
+            ValueError, match=r"a caption number in `which` is larger than its picture in .* has captions"
+        ):
             dataset.read(np.array([4, 3]), which=np.array([0, which]))
 
 
@@ -165,7 +167,9 @@ def test_damaged_and_lost_empty_captions_are_made_again(pictures: Path, encoder:
     changed = complete["null.safetensors"][:-1] + b"\x01"
     for damage in (lambda: null.write_bytes(changed), lambda: null.write_bytes(b"x"), null.unlink):
         damage()
-        with pytest.raises(ValueError, match=r"null.safetensors fails its sha256; delete the file and repeat"):
+        with pytest.raises(
+            ValueError, match=r"null.safetensors (fails its sha256; delete the file and|is missing;) repeat"
+        ):
             Dataset.open(out, verify=True)
         run(pictures, out, encoder)
         assert contents(out) == complete

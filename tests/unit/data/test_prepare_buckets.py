@@ -115,7 +115,7 @@ def test_latents_of_an_autoencoder_have_sides_that_patches_divide(tmp_path, caps
     )
     assert [bucket.path.name for bucket in data.buckets] == ["12x20", "16x16", "20x12"]
     assert data.shapes == ((2, 6, 10), (2, 8, 8), (2, 10, 6)) and data.manifest.latent_space.stochastic
-    assert "3 buckets: at 16 pixels, more have the same size in multiples of 4" in capsys.readouterr().err
+    assert "3 buckets: at 16 pixels, others would have the same size in multiples of 4" in capsys.readouterr().err
 
 
 def test_captions_stay_with_their_pictures(tmp_path):
@@ -168,7 +168,7 @@ def test_command_prints_the_buckets_and_other_folders_are_refused(tmp_path, caps
     assert main(command) == 1
     assert "is not empty and holds no earlier preparation" in capsys.readouterr().err
     assert main([*command, "--buckets=1"]) == 1
-    assert "data holds 10x6, which these buckets do not have" in capsys.readouterr().err
+    assert "data holds 10x6, which is none of these buckets" in capsys.readouterr().err
     write(tmp_path / "pictures", {"cat/999.png": encoded(ratios.picture(0))})
     assert main([*command, "--buckets=3"]) == 1
     assert "6x10 was prepared from other pictures" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """A held-out part of prepared data, and the rest: every row in one of them, and the same numbers as in the data."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,18 @@ def test_batches_of_buckets_have_one_shape():
         tuple(loaded.tensors["moments"].shape[2:]) for loaded, _ in zip(stream.from_step(0), range(9), strict=False)
     }
     assert shapes == set(data.shapes)
+
+
+def test_pickled_parts_have_the_same_rows(tmp_path):
+    """A worker process of a loader gets the held-out rows and the others apart, as in the first process."""
+    data = open_data(ratios.shared())
+    for part in split(data, 1000, seed=0):
+        copied = pickle.loads(pickle.dumps(part))
+        assert (len(copied), copied.parts, copied.names) == (len(part), part.parts, part.names)
+        assert copied.rows.tolist() == part.rows.tolist() and copied.labels.tolist() == part.labels.tolist()
+    one = OneShard(open_data(captioned.prepared(tmp_path, count=8, shard_size=3)), 1)
+    copied, rows = pickle.loads(pickle.dumps(one)), np.array([0, 1, 5, 7])
+    assert copied.captions(rows) == one.captions(rows) and len(copied) == len(one)
 
 
 @pytest.mark.parametrize(("asked", "held_out"), [(1, 1), (5, 1), (1000, 1)])

@@ -118,7 +118,7 @@ def test_scale_of_other_data_may_be_given(source, tmp_path):
     )
     found = np.concatenate(list(decoded_images(Dataset.open(tmp_path / "data"))))
     assert np.array_equal(np.sort(found, axis=0), np.sort(PICTURES, axis=0))
-    with pytest.raises(ValueError, match="has numbers for 1 channels, the data have 3"):
+    with pytest.raises(ValueError, match="has a shift for 1 channels, but the data have 3"):
         prepare(source, tmp_path / "grey", autoencoder="pixel(shift=0.0,scale=2.0)", progress=False)
 
 

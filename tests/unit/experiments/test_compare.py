@@ -443,6 +443,8 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
         (["compare", "digits", "--out", "x", "--methods", "vanila"], "'vanila' is unknown; did you mean vanilla"),
         (["compare", "digits", "--out", "x", "--methods", "vanilla", "vanilla"], "each of them once"),
         (["compare", "digits", "--out", "x", "--seeds", "1", "1"], "seeds that differ"),
+        (["compare", "digits", "--out", "x", "--workers", "0"], "--workers 0 should be 1 or more"),
+        (["quickstart", "--out", "x", "--workers", "-1"], "--workers -1 should be 1 or more"),
         (["compare", "digits", "--out", "x", "--train.stepz", "3"], "did you mean --train.steps"),
         (["compare", "digits", "--methods", "vanilla"], "--out"),
         (["compare", "cifar10", "--out", "x"], "needs --data DIR"),

@@ -19,8 +19,8 @@ def test_progress_results_and_warnings():
         job.total = 4
         for _ in range(4):
             job.advance()
-        warnings.warn_explicit("said", UserWarning, "selftrans/x.py", 1)
-        warnings.warn_explicit("of a library", UserWarning, "other.py", 1)
+        warnings.warn_explicit("said", UserWarning, jobs.__file__, 1)
+        warnings.warn_explicit("of a library", UserWarning, "/a/selftrans/.venv/lib/other.py", 1)
         job.add(b"png", count=3)
 
     found = Jobs()

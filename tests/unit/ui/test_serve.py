@@ -30,7 +30,7 @@ def test_tokens():
 def test_the_printed_host_can_be_opened():
     assert shown_host("::1") == "[::1]" and shown_host("192.168.0.7") == "192.168.0.7"
     assert shown_host("0.0.0.0") == shown_host("::") == socket.gethostname()
-    assert Guard(None, host="0.0.0.0", token="x")._known(f"{socket.gethostname()}:8377")
+    assert Guard(None, host="0.0.0.0", token="x")._is_own_host(f"{socket.gethostname()}:8377")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])

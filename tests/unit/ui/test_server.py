@@ -14,13 +14,16 @@ from PIL import Image
 
 from selftrans.checkpoints.load import load_model
 from selftrans.data.buckets import open_data
-from selftrans.data.decoded import latents_of
+from selftrans.data.decoded import decode_images, latents_of
+from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.evaluate.plots import as_pictures
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments.analyse_run import null_of
 from selftrans.sampling.images import Sampler
+from selftrans.train.run import train
 from selftrans.ui import server
 from selftrans.ui.server import Page
-from tests.support import text_runs, toy
+from tests.support import ratios, text_runs, toy
 from tests.support.processes import LONGEST
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.support.ui_runs import begun, client, ids, line, preview, write_log
@@ -191,7 +194,23 @@ def upload(side=16):
     return base64.b64encode(content.getvalue()).decode()
 
 
-def test_maps_of_a_picture_that_was_handed_in(page, runs):
+def test_maps_of_a_run_on_buckets_are_of_pictures_of_the_model_s_size(tmp_path):
+    """The latents of several pictures are one tensor: of the buckets, only that of the model's size fits."""
+    few = {"data.path": str(ratios.shared()), "method": "vanilla", "train.steps": 2, "train.batch_size": 4}
+    train(toy.toy(few | {"train.checkpoint_every": 2, "train.preview_every": 0}), tmp_path / "run", quiet=True)
+    shown, key = client(tmp_path, ratios.shared()), ids(tmp_path)["run"]
+    job = done(shown, kind="maps", student=model(key, "vanilla", 2), maps={"times": [0.5], "row": 3})
+    assert job["state"] == "done", job["error"]
+    bucket = open_data(ratios.shared()).buckets[1]
+    expected = as_pictures(
+        decode_images(load_autoencoder(bucket.manifest.autoencoder), latents_of(bucket, np.array([3]))[0])
+    )
+    assert bucket.manifest.resolution == 8 and (cut(shown, job, job["results"][0]) == expected).all()
+    job = done(shown, kind="maps", student=model(key, "vanilla", 2), maps={"times": [0.5], "row": 8})
+    assert job["error"] == "row 8 is not in the data; use 0 to 7"
+
+
+def test_maps_of_an_uploaded_picture(page, runs):
     job = done(page, kind="maps", student=model(runs["vanilla"], "vanilla", 2), maps={"label": 3}, upload=upload())
     assert job["state"] == "done" and job["about"]["uploaded"], job["error"]
     assert job["results"][1]["condition"] == "label 3"

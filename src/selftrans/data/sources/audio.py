@@ -25,7 +25,7 @@ MAX_RATE = 1_000_000  #: samples per second
 MAX_BINS, MAX_HOP = 4096, 1 << 16  #: of a spectrogram
 MAX_SAMPLES = 1 << 27  #: of one sound after resampling
 FORMATS = {"FLAC", "RF64", "WAV", "WAVEX"}
-BINS, HOP = 64, 0.016  #: of a spectrogram by default: mel bands, and seconds between two frames
+BINS, HOP = 64, 0.016  #: defaults of a spectrogram: mel bands, and seconds between two frames
 
 
 class Header(NamedTuple):
@@ -49,7 +49,7 @@ def soundfile() -> Any:
 
 
 def open_sounds(files: Source, where: Path, options: MediaOptions, progress: bool) -> Clips:
-    """Sounds at one rate and length; what is not given is what all files have in common.
+    """Sounds at one rate and length; an option that is not given takes the value that all files share.
 
     Raises ValueError when the files differ in what is not given, and for a spectrogram that cannot be made.
     """
@@ -73,7 +73,8 @@ def open_sounds(files: Source, where: Path, options: MediaOptions, progress: boo
     if options.audio != "mel":
         options.refuse("bins hop", "waveforms (--audio mel makes spectrograms)")
         return Clips(files, (1, samples), Waveform(rate), lambda *file: load(*file)[None], remarks)
-    mel = Mel(rate, BINS if options.bins is None else options.bins, options.hop or max(1, round(HOP * rate)))
+    hop = max(1, round(HOP * rate)) if options.hop is None else options.hop
+    mel = Mel(rate, BINS if options.bins is None else options.bins, hop)
     if not 1 <= mel.bins <= MAX_BINS or not 1 <= mel.hop <= MAX_HOP:
         raise ValueError(f"--bins {mel.bins} and --hop {mel.hop} should be 1 to {MAX_BINS} and 1 to {MAX_HOP}")
     if not mel.frames(samples):
@@ -113,7 +114,7 @@ def fit(sound: np.ndarray, samples: int) -> np.ndarray:
 
 
 def _check_size(stream: BinaryIO) -> None:
-    """Raise ValueError for a wav that is shorter than its header says: the library reads what is left without a word."""
+    """Raise ValueError for a wav that is shorter than its header says: soundfile reads the rest without an error."""
     size = stream.seek(0, os.SEEK_END)
     if not size:
         raise ValueError("the file is empty")

@@ -83,7 +83,7 @@ def captioned(files: Entries) -> Source:
     """
     texts: dict[str, dict[str, int]] = {}  #: path without extension -> extension in lower case -> number of the file
     pictures = set[str]()
-    for i, name in enumerate(files.names):  # of .TXT and .txt the latter
+    for i, name in enumerate(files.names):  # of x.TXT and x.txt, the latter counts
         suffix = PurePosixPath(name).suffix
         if suffix.lower() in CAPTION_FILES:
             texts.setdefault(name.removesuffix(suffix), {})[suffix.lower()] = i
@@ -101,7 +101,7 @@ def captioned(files: Entries) -> Source:
 
 
 def _next_to(files: Entries, own: Mapping[str, int]) -> list[str] | str:
-    """The captions of a picture, or the reason why there are none; `own`: extension -> number of its caption file."""
+    """The captions of a picture, or the reason why it has none; `own`: extension -> number of the caption file."""
     suffix = next((suffix for suffix in CAPTION_FILES if suffix in own), None)
     if suffix is None:
         return NO_CAPTION
@@ -133,7 +133,7 @@ def annotated(pictures: Source, file: Path) -> Source:
     for key, name in images.items():
         if not parts_inside(name):
             raise ValueError(
-                f"{file} holds the name {name!r:.200}, which leads out of the pictures; do not trust this file"
+                f"{file} holds the name {name!r:.200}, which leads out of the source; do not trust this file"
             )
         last = by_last.get(PurePosixPath(name).name, [])
         path = name if name in known or len(last) != 1 else last[0]
@@ -167,7 +167,7 @@ def _annotations(file: Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
         data = json.loads(file.read_bytes())
         for image in data["images"]:
             if not isinstance(image["file_name"], str) or image["id"] in images:
-                raise ValueError(f"image {printable(image['id'])} is there twice, or its file_name is not text")
+                raise ValueError(f"image {printable(image['id'])} occurs twice, or its file_name is not text")
             images[image["id"]] = image["file_name"]
         for annotation in data["annotations"]:
             if not isinstance(annotation["caption"], str):

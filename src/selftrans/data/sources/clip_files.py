@@ -1,7 +1,7 @@
 """Where sounds and videos are: a folder, a zip, a tar file or a folder of tar files; found by their extension.
 
-In each of them the first folder of a name is its class, and without folders there are no classes. Of archives nothing is
-extracted: a file is read as a whole into memory when it is opened.
+In each of them the first folder of a name is its class, and without folders there are no classes. Archives are not extracted:
+a file in them is read as a whole into memory when it is opened.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 from selftrans.data.sources.decode import STANDARD, Reading
 from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, junk_name
-from selftrans.data.sources.folder import check_link, empty_classes, folder_entries, walk
+from selftrans.data.sources.folder import empty_classes, files_like, folder_entries, walk
 from selftrans.data.sources.label_file import given_labels
 from selftrans.data.sources.source import Entries, Source, classify
 from selftrans.data.sources.splits import split_files, split_folder, split_names, warn_of_splits
@@ -22,6 +22,7 @@ from selftrans.data.sources.tar_archive import tar_entries, walk_tar
 from selftrans.data.sources.zip_archive import from_class, open_zip, zip_entries
 from selftrans.messages import printable
 
+TARS = "*.tar"
 GIF = ".gif"  #: a video with --frames, a picture without
 KNOWN = PICTURES | SOUNDS | VIDEOS
 
@@ -29,10 +30,10 @@ Kind = Literal["sounds", "videos", "pictures"]
 
 
 def kind_of(path: Path, frames: int | None, *, archives: bool = True) -> Kind | None:
-    """What a folder, zip or tar holds: of a folder or tar what the first known file is, of a zip pictures, if it has any.
+    """The kind of files in a folder, zip or tar: that of the first known file; a zip with any pictures is one of pictures.
 
-    None without known files, for any other source, and unless `archives` for what is in archives (with captions, those are of
-    pictures). Raises ValueError for an archive that cannot be read.
+    frames: the option for videos, which makes a gif a video. archives: False ignores files in archives: with captions they
+    are pictures. None without known files and for any other source. Raises ValueError for an archive that cannot be read.
     """
     kinds = (_kind(name, frames) for name in _known(path, archives))
     first = next(kinds, None)
@@ -44,7 +45,7 @@ def _known(path: Path, archives: bool) -> Iterator[str]:
     suffix, tars = path.suffix.lower() if archives and path.is_file() else "", list[Path]()
     if path.is_dir():
         yield from (name for name, _ in walk(path, KNOWN, Counter()))
-        tars = _tars(path) if archives else []
+        tars = files_like(path, TARS) if archives else []
     elif suffix == ".tar":
         tars = [path]
     elif suffix == ".zip":
@@ -54,14 +55,6 @@ def _known(path: Path, archives: bool) -> Iterator[str]:
                 yield info.filename
     for tar in tars:
         yield from (name for name, _ in walk_tar(tar, KNOWN, Counter()))
-
-
-def _tars(folder: Path) -> list[Path]:
-    """The tar files in a folder. Raises ValueError for a link that leads out of it."""
-    tars = sorted(folder.glob("*.tar"))
-    for file in tars:
-        check_link(file, folder.resolve(), file.name)
-    return tars
 
 
 def _kind(name: str, frames: int | None) -> Kind:
@@ -77,8 +70,8 @@ def open_files(
     """The files of a source of this kind, with their labels; its `open` returns a file. `split` and `reading` as in
     `open_source`.
 
-    Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; of a zip
-    such folders are counted.
+    Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; in a zip
+    such folders are only counted as ignored.
     """
     empty: list[str] = []  #: class folders without files; tars have none
     if path.is_file() and path.suffix.lower() == ".zip":
@@ -87,7 +80,7 @@ def open_files(
     elif path.is_file():
         found, inside = _in_tar(path, split)
     elif next(walk(path, KNOWN, Counter()), None) is None:
-        found = tar_entries(split_files(_tars(path), split, str(path)), KNOWN)
+        found = tar_entries(split_files(files_like(path, TARS), split, str(path)), KNOWN)
         inside = _members(found.names)
     else:
         path = split_folder(path, split)
@@ -108,7 +101,7 @@ def open_files(
 
 
 def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str]]:
-    """The files of a split of a tar, and their names from their class on."""
+    """The files of a split of a tar, and their names beginning with the class folder."""
     found = tar_entries([path], KNOWN)
     names = _members(found.names)
     chosen = split_names(names, split, str(path))

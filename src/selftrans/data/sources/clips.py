@@ -25,7 +25,7 @@ MEASURED = 1000  #: clips from which mean and deviation are computed, spread eve
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """How sounds and videos are read; None: as the docstring of `Prepare` says."""
+    """How sounds and videos are read; None: the default that `selftrans prepare --help` names."""
 
     audio: Literal["waveform", "mel"] | None = None
     rate: int | None = None  #: samples per second
@@ -63,7 +63,7 @@ class Clips:
     media: Media  #: what the samples are; not yet normalised
     load: Callable[[str, BinaryIO], np.ndarray] = field(repr=False)  #: name and content of a file ⇒ (C, *S) float32
     remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
-    captions: None = None  #: as `Samples` asks for: there are none
+    captions: None = None  #: part of `Samples`; clips have none
     in_order: bool = False
 
     @property
@@ -123,9 +123,11 @@ class Clips:
 
 
 def missing(what: str, module: str, error: Exception) -> ValueError:
-    """The error for a module of the extra `media` that cannot be imported; `what` it reads."""
+    """The error for a module of the extra `media` that cannot be imported; `what`: the data that it reads."""
     reason = first_line(error, 100)
-    return ValueError(f"{what} are read by {module}, which is not there ({reason}): pip install 'selftrans[media]'")
+    return ValueError(
+        f"{what} are read by {module}, which cannot be imported ({reason}): pip install 'selftrans[media]'"
+    )
 
 
 def bad_clip(name: str, error: Exception, suffix: str) -> Exception:
@@ -148,7 +150,7 @@ def open_clips(
 ) -> Clips | None:
     """Open a folder, zip or tar of sounds or videos (see `kind_of`, also for `archives`); None for any other source.
 
-    `split` names a part of it; of `reading`, empty class folders, the file of labels and the limit of pixels count.
+    `split` names a part of it. `reading` is used for empty class folders, the file of labels and the limit of pixels.
     Raises ValueError for a source with several kinds, options of another kind, and clips that need an option.
     """
     from selftrans.data.sources import audio, video

@@ -64,7 +64,7 @@ def reason_of(error: Exception) -> str:
 
 
 def machine_fault(name: str, error: Exception, noun: str) -> ValueError | None:
-    """The error to raise when `error` is a fault of the machine and not of the file; None for any other."""
+    """The error to raise where `error` is a fault of the machine, not of the file; None for other errors."""
     if not isinstance(error, OSError) or error.errno not in MACHINE_FAULTS:
         return None
     return ValueError(
@@ -95,9 +95,10 @@ class Reading(NamedTuple):
     """How pictures are read."""
 
     max_pixels: int = MAX_PIXELS  #: larger pictures are refused
-    range: tuple[float, float] | None = None  #: values that become black and white, of more than 8 bits; None: all bits
+    #: values that become black and white in pictures of more than 8 bits; None: all bits
+    range: tuple[float, float] | None = None
     allow_empty: bool = False  #: a class folder without pictures is a class, instead of an error
-    streaming: bool = False  #: rows of a table are read one after another, those of the hub from there: no copy on disk
+    streaming: bool = False  #: rows of a table are read in order, those of the hub over the network: no copy on disk
     labels: Path | None = None  #: a file with the label of each picture, in place of class folders; see `label_file`
 
     def check(self) -> None:
@@ -136,12 +137,12 @@ def _decoder(file: BinaryIO) -> Image.Image:
 
     Image.init()  # registers the decoders; only those of FORMATS are called
     head = file.read(16)
-    unsupported = head[4:8] == b"ftyp"  # of AVIF and other HEIF pictures, whatever the extension says
+    heif = head[4:8] == b"ftyp"  # also begins AVIF; the extension may say something else
     for name in FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
         try:
             if factory is None or accept is None or accept(head) is not True:
-                continue  # a text in place of True says why this installation does not read it
+                continue  # `accept` returns a text where this installation of Pillow lacks the decoder
             file.seek(0)
             image = _jpeg_reader()(file) if name == "JPEG" else factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # as Pillow: not of this format
@@ -151,7 +152,7 @@ def _decoder(file: BinaryIO) -> Image.Image:
             raise ValueError(f"more than {most:,} pixels, which Pillow refuses in {name}; save it as png") from error
         image._exclusive_fp = True  # closed with the picture
         return image
-    if unsupported:
+    if heif:
         brand = printable(head[8:12].decode("latin-1"))
         raise ValueError(
             f"a HEIF picture ({brand}), which this Pillow does not read; convert it, or install a newer Pillow"
@@ -175,7 +176,7 @@ def _jpeg_reader() -> Callable[[BinaryIO], ImageFile.ImageFile]:
 
 
 def _unknown(head: bytes) -> str:
-    """What a file of none of FORMATS is, by its first bytes."""
+    """A description of a file in none of FORMATS, by its first bytes."""
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://"):
@@ -217,7 +218,7 @@ def to_array(
     """Decode, turn upright, convert to 8 bits, crop to the central rectangle and resize: (H, W, C) uint8.
 
     EXIF orientation is applied; transparency is composited on white; palette, grey, CMYK and 16-bit pictures become RGB
-    (or grey when `channels` is 1); colour profiles are ignored. Of more than 8 bits, `values` (low, high) become 0 and 255.
+    (or grey when `channels` is 1); colour profiles are ignored. Above 8 bits, `values` (low, high) become 0 and 255.
     A picture of more than LARGE pixels is decoded at a reduced scale where its format can, and alone.
     See `centre_crop` for the resampling.
     """
@@ -233,7 +234,7 @@ def to_array(
 
 
 def _reduce(image: Image.Image, height: int, width: int) -> None:
-    """Let a JPEG or JPEG 2000 decode at half its sides, a quarter and so on, at least twice the target."""
+    """Make a JPEG or JPEG 2000 decode at 1/2, 1/4, ... of its sides, which stay at least twice the target."""
     if image.format == "JPEG":
         image.draft(None, (2 * width, 2 * height))
     elif image.format == "JPEG2000":
@@ -289,7 +290,7 @@ def _eight_bit(image: Image.Image, mode: str, values: tuple[float, float] | None
         image = Image.fromarray(_scaled(np.asarray(image), values))
     elif values is not None and facts_of(image).deep:
         raise ValueError(
-            "of colour in 16 bits only the upper 8 are read, so --range does not apply; save it in grey or 8 bits"
+            "of 16-bit colours only the upper 8 bits are read, so --range does not apply; save it in grey or 8 bits"
         )
     if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
         image = image.convert("RGBA")
@@ -298,7 +299,7 @@ def _eight_bit(image: Image.Image, mode: str, values: tuple[float, float] | None
 
 
 def _scaled(pixels: np.ndarray, values: tuple[float, float] | None) -> np.ndarray:
-    """(H, W) uint8 of deeper pixels, (low, high) of `values` as 0 and 255. Raises ValueError beyond 16 bits without it."""
+    """(H, W) uint8 of pixels of more than 8 bits; `values` (low, high) become 0 and 255, else ValueError beyond 16 bits."""
     out = np.empty(pixels.shape, np.uint8)
     rows = max(1, (1 << 22) // max(1, pixels.shape[1]))
     for start in range(0, len(pixels), rows):  # so that a large picture needs little more memory than its pixels

@@ -21,7 +21,7 @@ from selftrans.data.sources.source import Source
 CAPTIONS = 4  #: captions of a scan
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-#: what is said at the levels -1, 0, 1; an empty tuple: nothing of that kind
+#: the words for each of the levels -1, 0, 1; an empty tuple: none of this kind
 Said = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
@@ -125,9 +125,8 @@ def sentence(described: Described, wording: Wording, key: str) -> str:
     chance = random.Random(key)
 
     def pick(options: Sequence[str]) -> str:
-        return options[
-            int(chance.random() * len(options))
-        ]  # `random` is reproducible in every version; `choice` is not
+        # the values of `random` are the same in every version of Python; those of `choice` are not
+        return options[int(chance.random() * len(options))]
 
     noun = pick(wording.nouns).format(pick((NAMES[described.digit], str(described.digit))))
     adjectives, phrases = [], []

@@ -17,10 +17,10 @@ class Duplicates(NamedTuple):
     """What was found among samples."""
 
     compared: int
-    number: int = 0  #: samples that equal an earlier one
-    relabelled: int = 0  #: of these, those whose label is not that of the first
-    example: tuple[str, str] | None = None  #: names of a copy, one with another label if there is any, and of the first
-    partial: bool = False  #: whether other samples were stored before, or are those of another part
+    number: int = 0  #: copies: samples that equal an earlier one, their original
+    relabelled: int = 0  #: copies whose label is not that of the original
+    example: tuple[str, str] | None = None  #: names of a copy (with another label, if there is one) and of its original
+    partial: bool = False  #: whether samples of earlier calls or of other parts were not compared
 
 
 class DuplicateFinder:
@@ -31,7 +31,7 @@ class DuplicateFinder:
         self._hashes = np.zeros(min(count, MOST), dtype=np.uint64)  #: 0: not decoded
 
     def add(self, positions: Iterable[int], arrays: Iterable[np.ndarray]) -> None:
-        """Take samples that were decoded."""
+        """Note the hashes of decoded samples."""
         for i, array in zip(positions, arrays, strict=True):
             if i < len(self._hashes):
                 digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=8).digest()

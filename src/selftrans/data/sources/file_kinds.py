@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from selftrans.messages import plural, printable
+from selftrans.messages import are, plural, printable
 
 #: extensions of pictures, sounds and videos that are read; a .gif is a picture or a video
 PICTURES = frozenset(
@@ -46,7 +46,7 @@ UNREAD_VIDEOS = frozenset((".3gp", ".flv", ".mpeg", ".mpg", ".mts", ".wmv"))
 ARCHIVES = frozenset((".7z", ".bz2", ".gz", ".lz4", ".rar", ".tgz", ".xz", ".zip", ".zst"))
 ARRAYS = frozenset((".npy", ".npz"))
 TABLES = frozenset((".csv", ".json", ".jsonl", ".tsv", ".txt", ".xls", ".xlsx", ".xml"))
-#: beginnings of reasons, of several files and of one
+#: beginnings of reasons: plural, singular
 NOUNS = (
     ("hidden files", "hidden file"),
     ("symbolic links to folders", "symbolic link to a folder"),
@@ -99,7 +99,7 @@ def of_other_kinds(ignored: Mapping[str, int]) -> dict[str, int]:
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
-    """What is not read, as one sentence; empty when nothing is."""
+    """What is not read, as one sentence; empty when everything is."""
     files = of_other_kinds(ignored)
     others = [
         f"{count:,} {printable(_singular(reason) if count == 1 else reason)}"
@@ -109,12 +109,12 @@ def describe_ignored(ignored: Mapping[str, int]) -> str:
     said = [f"ignored: {', '.join(others)}"] if others else []
     if files:
         total = sum(files.values())
-        said.insert(0, f"passed over {plural(total, 'file')}: {_kinds(files)}")
+        said.insert(0, f"{plural(total, 'file')} {are(total)} not read: {_kinds(files)}")
     return "; ".join(said)
 
 
 def _singular(reason: str) -> str:
-    """The reason for ignoring one file: of a sentence that begins with a noun in the plural, that in the singular."""
+    """A reason in words for one file: nouns in the plural at its beginning become singular."""
     for several, one in NOUNS:
         if reason.startswith(several):
             return one + reason.removeprefix(several)
@@ -136,7 +136,7 @@ def _kinds(files: Mapping[str, int]) -> str:
 
 
 def check_source_file(path: Path) -> None:
-    """Raise ValueError for a file that is no source, by its extension and first bytes; none for what may be a zip."""
+    """Raise ValueError unless a file may be a zip, with what it is by its extension and first bytes."""
     suffix = path.suffix.lower()
     with open(path, "rb") as file:
         head = file.read(4)
@@ -161,7 +161,7 @@ def check_source_file(path: Path) -> None:
 
 
 def remedy_for_ignored(ignored: Mapping[str, int]) -> str:
-    """What to do about files of a source without samples that were passed over, by their kinds; empty where that is unclear."""
+    """What to do where a source has only files that are not read, by their kinds; empty where that is unclear."""
     kinds = of_other_kinds(ignored).keys()
     remedies = (
         (ARCHIVES, "unpack the archives, or give one zip as the source"),

@@ -66,6 +66,17 @@ def check_link(path: Path, root: Path, name: str) -> None:
         raise ValueError(f"{printable(name)} in {root} is a symbolic link out of the folder; copy its target there")
 
 
+def files_like(folder: Path, pattern: str) -> list[Path]:
+    """The files directly in `folder` whose name has this pattern, sorted; hidden ones are ignored.
+
+    Raises ValueError for a symbolic link that leads out of the folder.
+    """
+    files = sorted(path for path in folder.glob(pattern) if junk_name(path.name) is None)
+    for file in files:
+        check_link(file, folder.resolve(), file.name)
+    return files
+
+
 def empty_classes(root: Path, names: Collection[str], unit: str, allowed: bool = False) -> list[str]:
     """The class folders in `root` that hold none of the files `names`. Raises ValueError for one unless that is `allowed`."""
     classes = {name.split("/", 1)[0] for name in names if "/" in name}

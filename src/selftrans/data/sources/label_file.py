@@ -51,10 +51,10 @@ def labelled_folder(source: Source, root: Path) -> Source | None:
 
 
 def labelled(source: Source, data: bytes, where: str, top: str = "") -> Source | None:
-    """The source with the labels of a `dataset.json`, whose names begin after `top`.
+    """The source with the labels of a `dataset.json`; `top`: the folder, ending in `/`, that its names leave out.
 
     None for a json of another kind, without `labels`. Pictures without a label become faults of the source. Raises
-    ValueError for labels that are no words or integers from 0, and where no picture has one.
+    ValueError for labels other than words and integers from 0, and where no picture has one.
     """
     if not len(source):
         return None
@@ -73,16 +73,18 @@ def labelled(source: Source, data: bytes, where: str, top: str = "") -> Source |
 
 
 def given_labels(source: Source, path: str | Path) -> Source:
-    """The source with the labels of a csv, tsv, json or json-lines file, see the head of this module; `with_labels` compares
-    their names. Raises ValueError for a file that is not of this kind, and as `with_labels`."""
+    """The source with the labels of a csv, tsv, json or json-lines file (see the head of this module), by `with_labels`.
+
+    Raises ValueError for a file that is not of this kind, and as `with_labels`.
+    """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"labels {printable(path)} do not end in {', '.join(SUFFIXES)}; {_FORMS}")
+        raise ValueError(f"the file of labels {printable(path)} does not end in {', '.join(SUFFIXES)}; {_FORMS}")
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"labels {printable(path)} cannot be read ({error.strerror}); {_FORMS}") from error
+        raise ValueError(f"the file of labels {printable(path)} cannot be read ({error.strerror}); {_FORMS}") from error
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path} is larger than {MAX_BYTES >> 20} MB; {_FORMS}")
     where, suffix = str(path), path.suffix.lower()
@@ -110,7 +112,7 @@ def _json(data: bytes, where: str, remedy: str) -> object:
 
 
 class _Object(dict[str, object]):
-    """An object of json, which knows the keys that it has with several values: the last one counts."""
+    """A json object that remembers its keys with several different values; the last value counts."""
 
     def __init__(self, pairs: list[tuple[str, object]]) -> None:
         super().__init__(pairs)
@@ -128,8 +130,7 @@ class _Object(dict[str, object]):
 
 
 def _entries(data: bytes, suffix: str, where: str) -> Iterable[object]:
-    """The entries of a json: those of `labels`, if it has that, of a dict its items, of a list its entries; of json lines
-    each line."""
+    """The entries of json: of its `labels` if it has that key, else of its dict or list; of json lines, one a line."""
     if suffix == ".jsonl":
         lines = _text(data, where).splitlines()
         return [_json(line.encode(), f"{where}, line {i},", _FORMS) for i, line in enumerate(lines, 1) if line.strip()]
@@ -138,7 +139,7 @@ def _entries(data: bytes, suffix: str, where: str) -> Iterable[object]:
         content.check(["labels"], where, _FORMS)
         content = content["labels"]
     if isinstance(content, _Object):
-        content.check(content, where, _FORMS)  # a map of names
+        content.check(content, where, _FORMS)  # its keys are names of pictures
         return [[*item] for item in content.items()]
     if not isinstance(content, list):
         raise ValueError(f"{where} holds no list of labels; {_FORMS}")
@@ -180,13 +181,13 @@ def _unique(pairs: Iterable[tuple[str, Label]], where: str, remedy: str) -> dict
 
 
 def _csv(text: str, delimiter: str | None, names: Collection[str], where: str) -> Iterator[tuple[str, Label]]:
-    """Name and label of each line; `names` are those of the pictures, by which a first line of other names is a header."""
+    """Name and label of each line; `names` of the pictures: a first line with one of them is no header."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     head = text.split("\n", 1)[0]
     delimiter = delimiter or max(",;\t", key=head.count)
     rows = csv.reader(io.StringIO(text), delimiter=delimiter)
     at: tuple[int, int] | None = None
-    same: list[tuple[int, int]] = []  # columns of one title
+    same: list[tuple[int, int]] = []  # pairs of columns with the same title
     try:
         for row in rows:
             if not any(cell.strip() for cell in row):
@@ -227,7 +228,7 @@ def _columns(row: list[str], where: str) -> tuple[int, int]:
 
 
 def _column(entry: Collection[str], names: tuple[str, ...], where: str) -> str:
-    """The one of `names` that an entry has. Raises ValueError where it has several labels; of names the first counts."""
+    """The one of `names` that an entry has; of several, the first. Raises ValueError where it has several of LABELS."""
     found = [name for name in names if name in entry]
     if names is LABELS and len(found) > 1:
         raise ValueError(f"{where} has the labels {' and '.join(found)}; keep one of them")

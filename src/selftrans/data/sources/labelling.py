@@ -35,7 +35,8 @@ class Numbered(NamedTuple):
     labels: np.ndarray  #: (n,) int64; 0 where there is none
     classes: tuple[str, ...]
     missing: list[int]  #: positions without a label
-    words: Mapping[int, str] = MappingProxyType({})  #: of these, those that have a word of NO_LABEL in its place
+    #: position without a label -> the word of NO_LABEL that stands there
+    words: Mapping[int, str] = MappingProxyType({})
 
     def faults(self, where: str) -> dict[int, str]:
         """Why each sample without a label has none, by its position."""
@@ -49,16 +50,16 @@ class Numbered(NamedTuple):
 def numbered(given: Sequence[Label], where: str) -> Numbered:
     """The classes of labels given as words or numbers, and each label as a number.
 
-    If all are whole numbers (also as text: 3, 3.0), they are the labels, and a negative one is none; classes are then named
-    0, 1, ... Otherwise they are words: the classes are these in the order of their code points. An empty word is none; so are
-    those of NO_LABEL among numbers, where they are less than half of the labels: more would rather be a class.
+    If all are whole numbers (also as text: 3, 3.0), they are the labels, classes are named 0, 1, ..., and a negative number is
+    a missing label. Otherwise the classes are the words, in the order of their code points. An empty word is a missing label.
+    So is a word of NO_LABEL among numbers, if such words are less than half of all: if they are more, it is rather a class.
     Raises ValueError for more than MAX_CLASSES classes, and where there is no label at all.
     """
     word_of = {label: None if label is None else one_line(str(label)) or None for label in {*given}}
     words = [word_of[label] for label in given]
     distinct = {word for word in word_of.values() if word is not None}
     absent = {word for word in distinct if word.casefold() in NO_LABEL}
-    # as pandas writes what is missing
+    # such as the "nan" that pandas writes for a missing number
     few = absent and 2 * sum(word in absent for word in words) < sum(word is not None for word in words)
     unread = dict[int, str]()
     if few and all(map(_NUMBER.fullmatch, distinct - absent)):
@@ -75,9 +76,9 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
         number = {word: i for i, word in enumerate(classes)}
         labels = [-1 if word is None else number[word] for word in words]
     if len(classes) > MAX_CLASSES:
-        raise ValueError(f"{where} has more than {MAX_CLASSES:,} classes; are its labels those of pictures?")
+        raise ValueError(f"{where} has more than {MAX_CLASSES:,} classes; check that these are labels of pictures")
     if not classes:
-        raise ValueError(f"{where} has no label from 0 and no word; give each picture its class")
+        raise ValueError(f"{where} has neither a label from 0 on nor a word; give each picture its class")
     missing = [i for i, label in enumerate(labels) if label < 0]
     return Numbered(np.maximum(np.array(labels, dtype=np.int64), 0), classes, missing, unread)
 
@@ -85,7 +86,7 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
 def with_labels(
     source: Source, given: Mapping[str, Label], file: str, *, loosely: bool = True, top: str = ""
 ) -> Source:
-    """The source with the labels that a file gives to its names, which begin after `top`.
+    """The source with the labels that a file gives to its names; `top`: beginning of the names that the file leaves out.
 
     With `loosely`, a name that is not found as it stands is compared in Unicode's composed form, then without its folders,
     then without its extension, where that is unambiguous. Pictures without a label become faults of the source. Warns of names
@@ -110,7 +111,7 @@ def with_labels(
 
 
 def _warn_of_unused(names: Sequence[str], found: Collection[str], unused: Sequence[str], file: str) -> None:
-    """Say which given names no picture has, and which could be those of several."""
+    """Warn of the given names that no picture has, and of those that several pictures could have."""
     forms = {_stem(name) for name in names if name not in found}
     unclear = [name for name in unused if _stem(name) in forms]
     absent = [name for name in unused if _stem(name) not in forms]
@@ -151,7 +152,7 @@ def _matched(names: Sequence[str], given: Mapping[str, Label], loosely: bool) ->
 
 
 def _composed(name: str) -> str:
-    """One form of letters with accents, which systems store in two."""
+    """The name with composed characters (NFC): some systems store letters and accents apart."""
     return unicodedata.normalize("NFC", name)
 
 

@@ -1,4 +1,4 @@
-"""What a picture file says besides its pixels: orientation, whether it has several frames, and what cannot be used of it.
+"""What a picture file says besides its pixels: orientation, whether it has several frames, which metadata are damaged.
 
 Pixels are what counts: text, EXIF, XMP, colour profiles and gamma that are damaged, or larger than MAX_METADATA, are
 noted in `Facts.broken` and never stop a picture. Orientation is applied where it can be read.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_METADATA = 1 << 20  #: bytes of one piece of metadata, also after decompression
-MAX_CHECKED = 16  #: pieces of a file that are decompressed to be checked; what follows is not looked at
+MAX_CHECKED = 16  #: pieces of metadata of a file that are decompressed and checked; further ones are not
 INFO = "selftrans"  #: of an opened picture, `image.info[INFO]` holds its Facts
 EXIF, PROFILE, TEXT, GAMMA = "EXIF", "colour profile", "text", "gamma and size"
 ORIENTATION = 0x0112  #: tag of EXIF and TIFF
@@ -26,9 +26,9 @@ XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 
 @dataclass
 class Facts:
-    """What the metadata of one file say, as far as a reader of pixels is concerned."""
+    """What a reader of pixels needs to know of the metadata of one file."""
 
-    orientation: int | None = None  #: 1 .. 8 as in EXIF; None: not said
+    orientation: int | None = None  #: 1 .. 8 as in EXIF; None: not given
     broken: set[str] = field(default_factory=set)  #: kinds of metadata that are damaged or too large, and ignored
     several: bool = False  #: animated, or of several pages
     deep: bool = False  #: colour in 16 bits per channel, of which Pillow reads the upper 8
@@ -42,7 +42,7 @@ class Facts:
             self.broken.add(EXIF)
 
     def add_xmp(self, data: bytes) -> None:
-        """Take the orientation from XMP, where EXIF says none."""
+        """Take the orientation from XMP, where EXIF has none."""
         found = XMP_ORIENTATION.search(data[:MAX_METADATA])
         if found and self.orientation is None:
             self.orientation = int(found[1])
@@ -53,7 +53,7 @@ class Facts:
             self.broken.add(PROFILE)
 
     def inflate(self, data: bytes, kind: str) -> bytes:
-        """Decompressed metadata, empty when they are damaged, too large or not looked at."""
+        """Decompressed metadata; empty when they are damaged, too large, or come after MAX_CHECKED others."""
         self.checked += 1
         if self.checked > MAX_CHECKED:
             return b""

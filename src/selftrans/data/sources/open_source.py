@@ -83,7 +83,7 @@ def _open(
     captions: CaptionSource | None = None,
     reading: Reading = STANDARD,
 ) -> Source:
-    """A source with this resolution (None: 0, to be set later). Raises ValueError as `open_source` does."""
+    """The source with this resolution (None: 0, to be replaced). Raises ValueError as `open_source` does."""
     if resolution is not None and not all(1 <= side <= MAX_RESOLUTION for side in sides(resolution)):
         raise ValueError(f"resolution {size_text(resolution)} is not between 1 and {MAX_RESOLUTION}")
     if channels not in (1, 3):
@@ -120,7 +120,7 @@ def _find(
     if split is not None and (str(source) == "digits" or path.suffix.lower() == ".parquet"):
         warnings.warn(f"split {split!r} is ignored: {source} is one table", stacklevel=4)
     if reading.labels is not None:
-        return given_labels(_loose(source, split, f"--labels {reading.labels}"), reading.labels)
+        return given_labels(_unlabelled(source, split, f"--labels {reading.labels}"), reading.labels)
     if str(source) == "digits" and not captions:
         return _digits()
     if str(source) == "digits_t2i":
@@ -128,7 +128,7 @@ def _find(
             raise ValueError("digits_t2i are pictures with captions; add --text minilm, or another text encoder")
         return digits_with_captions(_digits())
     if captions and captions.file is not None:
-        return annotated(_loose(source, split, f"--captions {captions.file}"), Path(captions.file))
+        return annotated(_unlabelled(source, split, f"--captions {captions.file}"), Path(captions.file))
     files, inside = [path] if path.is_file() else [], path
     if path.is_dir():
         files, inside = _files_of(path, split, "*.parquet", *(["*.tar"] if captions or only_tars(path) else []))
@@ -159,7 +159,7 @@ def _find(
 
 
 def _is_hub_id(source: str | Path) -> bool:
-    """Whether a source that is not on this machine is named as data sets on the hub are. Warns when its folder is here."""
+    """Whether a source has the form of a hub id, OWNER/NAME, and no such path exists. Warns when a folder OWNER exists."""
     path = Path(source)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         return False
@@ -176,23 +176,23 @@ def _is_hub_id(source: str | Path) -> bool:
     return True
 
 
-def _loose(source: str | Path, split: str | None, file: str) -> Source:
-    """Every picture of a folder or zip, without labels, for a `file` that describes them. ValueError for another source."""
+def _unlabelled(source: str | Path, split: str | None, file: str) -> Source:
+    """Every picture of a folder or zip, without labels; `file` describes them. ValueError for another source."""
     path = Path(source)
     if path.is_dir():
         return folder.folder_entries(split_folder(path, split), PICTURES).pictures()
     if path.is_file() and path.suffix.lower() == ".zip":
         return zip_archive.zip_entries(path, PICTURES, split).files.pictures()
-    raise ValueError(f"{printable(source)} is not a folder or a zip of pictures, which {file} belongs to")
+    raise ValueError(f"{printable(source)} is not a folder or a zip of pictures, which {file} needs")
 
 
 def _files_of(path: Path, split: str | None, *patterns: str) -> tuple[list[Path], Path]:
-    """The tables or archives of a folder, or of the folder of its split, and that folder; of several patterns the first
-    that has files. Raises ValueError for a link that leads out of the folder, and a split that is not there."""
+    """The tables or archives of a folder, or of the folder of its split, and that folder; by the first pattern with files.
+
+    Raises ValueError for a link that leads out of the folder, and for a split that it does not have.
+    """
     for pattern in patterns:
-        if files := sorted(path.glob(pattern)):
-            for file in files:
-                folder.check_link(file, path.resolve(), file.name)
+        if files := folder.files_like(path, pattern):
             return split_files(files, split, str(path)), path
     inside = split_folder(path, split)
     return ([], inside) if inside == path else _files_of(inside, None, *patterns)

@@ -12,8 +12,10 @@ from selftrans.messages import are, plural, printable
 
 
 class ReadWarnings:
-    """Counts of a source's pictures with ignored metadata, with several frames, and of those enlarged, and its duplicates; used
-    from any thread."""
+    """Counts a source's pictures with ignored metadata, with several frames, and those enlarged; keeps its duplicates.
+
+    Safe from any thread.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -22,7 +24,7 @@ class ReadWarnings:
         self.duplicates = list[Duplicates]()  #: of each part of the source
 
     def add(self, name: str, facts: Facts, enlarged: str = "") -> None:
-        """Count one picture that was read; `enlarged`: its size and the larger one that was made of it, in words."""
+        """Count one picture that was read; `enlarged`: its size and the larger one it got, as text; empty: not enlarged."""
         if not facts.broken and not facts.several and not enlarged:
             return
         kinds = {"broken": name if facts.broken else "", "several": name if facts.several else ""}
@@ -58,7 +60,7 @@ class ReadWarnings:
         return said
 
     def emit(self) -> None:
-        """Warn with each sentence, and begin again."""
+        """Give each sentence as a warning, and set all counts to zero."""
         for sentence in self.sentences():
             warnings.warn(sentence, stacklevel=3)
         with self._lock:

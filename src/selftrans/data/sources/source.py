@@ -43,7 +43,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_CLASSES = 1_000_000
-FAR = 256  #: items ahead from which a stream is begun again there
+FAR = 256  #: items to skip from which on a stream is begun anew instead
 MAX_PICTURE_BYTES = 1 << 29  #: entries of archives that claim a larger size are refused
 
 
@@ -128,7 +128,7 @@ class Source:
     names: Sequence[str]  #: path of each picture inside the source, sorted by code point
     labels: np.ndarray  #: (len,) int64
     classes: tuple[str, ...]  #: empty: unconditional
-    #: picture i, its pixels not yet decoded; of sounds and videos the file
+    #: opens picture i, its pixels not yet decoded; for sounds and videos, the file
     open: Callable[[int], Any] = field(repr=False)
     sizes: Sequence[int] = ()  #: bytes of each picture, if known
     ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `file_kinds`
@@ -137,9 +137,8 @@ class Source:
     is_table: bool = False
     in_order: bool = False  #: its pictures should be read in their order, by one thread
     captions: Sequence[tuple[str, ...]] | None = None  #: of each picture; None: the source was opened without
-    faults: Mapping[int, str] = field(
-        default_factory=dict
-    )  #: sample that lacks its picture, captions or label -> the reason
+    #: sample that lacks its picture, captions or label -> the reason
+    faults: Mapping[int, str] = field(default_factory=dict)
     reading: Reading = STANDARD  #: limits and values of the pixels
     #: the first `most` bytes of files next to the pictures that may hold labels, with the extension of each
     tables: Callable[[int], Iterable[tuple[str, bytes]]] = field(default=lambda most: (), repr=False)
@@ -191,8 +190,8 @@ def classify(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels and classes of sorted names: the first folder of a name is its class; without folders there are no classes.
 
-    `also` are classes without files. Raises ValueError when some files are in class folders and some are not; `unit` is
-    their noun in the message.
+    `also` are classes without files. Raises ValueError when some files are in class folders and some are not; `unit`: what
+    the message calls the files.
     """
     heads = [name.split("/", 1)[0] if "/" in name else None for name in names]
     loose = heads.count(None)
@@ -223,8 +222,8 @@ def ahead(
 ) -> Generator[Result, None, None]:
     """Yield the results of `work` in the order of the items, computed by threads ahead of the caller.
 
-    Threads suffice, since decoders release the GIL. `threads` None: number of cores + 1. An error of `work` is
-    raised in place of its result.
+    Threads suffice, since decoders release the GIL. `threads` None: number of cores + 1, at most 16. An error of `work`
+    is raised in place of its result.
     """
     threads = threads or min(cpu_cores() + 1, 16)
     waiting: deque[Future[Result]] = deque()
@@ -244,8 +243,8 @@ def ahead(
 class InOrder:
     """Item i of a stream, for indices that mostly rise; from any thread, one at a time.
 
-    `begin(i)` returns an iterator that starts with item i; it is called again to go back, and to go `far` ahead. Raises OSError
-    where the stream ends before an item.
+    `begin(i)` returns an iterator that starts with item i; it is called again to go back, and to skip `far` items or more.
+    Raises OSError where the stream ends before an item.
     """
 
     def __init__(self, begin: Callable[[int], Iterator[Any]], far: float = FAR) -> None:
@@ -267,6 +266,6 @@ class InOrder:
             except StopIteration:
                 raise OSError(errno.ETIMEDOUT, "the stream has ended before this row") from None
             except Exception:
-                self._items = None  # begun again if this row is asked for once more
+                self._items = None  # so that another try begins the stream again
                 raise
             return self._last

@@ -51,11 +51,11 @@ def source_warnings(samples: Samples, *, flip: bool = False) -> Iterator[str]:
     if pairs := _alike(classes):
         named = listed([f"{printable(one)} and {printable(other)}" for one, other in pairs], MOST_PAIRS)
         yield (
-            f"classes whose names look the same but for case, spaces or composed letters: {named}; they stay apart, so "
-            "merge their folders if they are one"
+            f"classes whose names differ only in case, spaces or composed letters: {named}; they are separate classes, so "
+            "merge their folders if they are the same"
         )
     if isinstance(samples, Source):
-        yield from _of_labels(samples)
+        yield from _label_warnings(samples)
     formats = (
         ("pictures", UNREAD_PICTURES, "png"),
         ("sounds", UNREAD_SOUNDS, "wav"),
@@ -71,8 +71,8 @@ def source_warnings(samples: Samples, *, flip: bool = False) -> Iterator[str]:
         yield from mirrored_classes(samples)
 
 
-def _of_labels(source: Source) -> Iterator[str]:
-    """Sentences on classes that may be none, and on files that may hold the labels or captions of pictures without classes."""
+def _label_warnings(source: Source) -> Iterator[str]:
+    """Sentences on classes that may mean a missing label, and on files that may hold the labels or captions of the pictures."""
     given = source.is_table or source.reading.labels is not None
     doubtful = [name for name in source.classes if name.casefold() in NO_LABEL] if given else []
     if doubtful and len(source.classes) > 1:
@@ -82,15 +82,17 @@ def _of_labels(source: Source) -> Iterator[str]:
     files = of_other_kinds(source.ignored)
     tables = [suffix for suffix in SUFFIXES if 0 < files.get(suffix, 0) <= MOST_TABLES]
     if naming := [
-        suffix for suffix, data in source.tables(MOST_BYTES) if tables and suffix in tables and _names(source, data)
+        suffix
+        for suffix, data in source.tables(MOST_BYTES)
+        if tables and suffix in tables and _names_a_picture(source, data)
     ]:
         yield f"the pictures have no classes; if a {naming[0]} file next to them holds labels, give it by --labels FILE"
     elif texts := [suffix for suffix in CAPTION_FILES if 2 * files.get(suffix, 0) > len(source)]:
         yield f"the pictures have no classes; if the {texts[0]} files next to them hold captions, give --text MODEL"
 
 
-def _names(source: Source, data: bytes) -> bool:
-    """Whether a table or json, or the beginning of one, has the name of a picture as one of its values."""
+def _names_a_picture(source: Source, data: bytes) -> bool:
+    """Whether the beginning of a table or json has the name of a picture as one of its values."""
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     text = unicodedata.normalize("NFC", data.decode(encoding, "ignore"))
     values = {value.strip().replace("\\", "/").rsplit("/", 1)[-1] for value in re.split(r'[,;\t\r\n"]', text)}

@@ -1,4 +1,4 @@
-"""Folders and files named after splits (train, val, test): read one on request, and say when they would be classes."""
+"""Folders and files named after splits (train, val, test): one is read on request; warns where they would become classes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def split_folder(root: Path, split: str | None) -> Path:
     folders = sorted(path.name for path in root.iterdir() if path.is_dir() and is_split(path.name))
     if folders:
         raise ValueError(f"{root} has no split {split!r}; it has {', '.join(map(printable, folders))}")
-    _not_there(str(root), split)
+    _warn_of_no_splits(str(root), split)
     return root
 
 
@@ -54,7 +54,7 @@ def split_names(names: Sequence[str], split: str | None, where: str) -> list[str
     if any(map(is_split, inside)):
         found = ", ".join(printable(name) for name in sorted(inside) if is_split(name))
         raise ValueError(f"{where} has no split {split!r}; it has {found}")
-    _not_there(where, split)
+    _warn_of_no_splits(where, split)
     return list(names)
 
 
@@ -77,7 +77,7 @@ def split_files(files: Sequence[Path], split: str | None, where: str) -> list[Pa
         return chosen
     if found:
         raise ValueError(f"{where} has no split {split!r}; it has {', '.join(found)}")
-    _not_there(where, split)
+    _warn_of_no_splits(where, split)
     return list(files)
 
 
@@ -95,5 +95,5 @@ def warn_of_splits(names: Sequence[str], classes: Sequence[str], where: str) -> 
     )
 
 
-def _not_there(where: str, split: str) -> None:
+def _warn_of_no_splits(where: str, split: str) -> None:
     warnings.warn(f"split {split!r} is ignored: {where} has no folders or files of splits", stacklevel=5)

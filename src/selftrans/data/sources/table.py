@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "sentence", "sentences", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "cls")
-PERHAPS_LABELS = (*LABEL_NAMES, "label_id", "class_id", "category", "target")  #: named in a warning, not read unasked
+#: named in a warning, not read without --label-column
+PERHAPS_LABELS = (*LABEL_NAMES, "label_id", "class_id", "category", "target")
 
 
 def parquet(
@@ -136,8 +137,8 @@ def _image_column(features: Any, where: str) -> str:
     if len(columns) != 1:
         found = f"several columns of pictures: {', '.join(columns)}" if columns else "no column of pictures"
         raise ValueError(
-            f"{where} has {found}, among {', '.join(map(printable, features))}; call the one to read `image`, and store the "
-            "bytes of a picture file in each row"
+            f"{where} has {found}, among {', '.join(map(printable, features))}; rename the one to read to `image`, and store "
+            "the bytes of a picture file in each row"
         )
     if columns[0] not in typed:
         _check_pictures(columns[0], features[columns[0]], where)
@@ -183,7 +184,7 @@ def _label_column(features: Any, where: str, wanted: str | None) -> str | None:
 
 
 def _warn_of_labels(features: Any, where: str) -> None:
-    """Say that columns which look like labels are not read: data without classes would be a surprise."""
+    """Warn of columns that look like labels and are not read: the user may expect classes."""
     for name, kind in features.items():
         if name.lower() in PERHAPS_LABELS:
             dtype = str(getattr(kind, "dtype", "values of another kind"))
@@ -205,7 +206,8 @@ def _labels(rows: TableRows, column: str | None, where: str) -> Numbered:
     if column is None:
         return Numbered(np.zeros(len(rows), dtype=np.int64), (), [])
     values = rows.column(column).to_pylist()
-    whole = (None if value is None or value != value else as_label(value) for value in values)  # NaN is not itself
+    # only NaN differs from itself
+    whole = (None if value is None or value != value else as_label(value) for value in values)
     labels = list(whole)
     if not all(label is None or isinstance(label, int | str) for label in labels):
         raise ValueError(

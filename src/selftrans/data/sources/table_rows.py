@@ -53,7 +53,7 @@ class StoredRows:
 class StreamedRows:
     """Rows that are read in their order, from the hub or from local files; only the last one is kept.
 
-    `load` returns the `datasets.IterableDataset`; where the format allows it (parquet), with `columns` it reads these alone.
+    `load` returns the `datasets.IterableDataset`; where the format allows it (parquet), `columns` limits what is read.
     ValueError for a table whose columns are not known before it is read.
     """
 
@@ -85,7 +85,7 @@ class StreamedRows:
 
         chunks = []
         with tqdm(desc=f"column {name}", unit=" rows", disable=None, leave=False) as bar:
-            for table in _unbroken(self._only(name).with_format("arrow").iter(CHUNK), self._where):
+            for table in _read_stream(self._only(name).with_format("arrow").iter(CHUNK), self._where):
                 chunks += table[name].chunks
                 bar.update(len(table))
         found = pyarrow.chunked_array(chunks) if chunks else pyarrow.chunked_array([], pyarrow.null())
@@ -102,12 +102,12 @@ class StreamedRows:
         import datasets
 
         rows = self._load().select_columns([name]).cast_column(name, datasets.Image(decode=False))
-        read = InOrder(lambda i: (row[name] for row in _unbroken(rows.skip(i) if i else rows, self._where)))
+        read = InOrder(lambda i: (row[name] for row in _read_stream(rows.skip(i) if i else rows, self._where)))
         return read
 
 
-def _unbroken(rows: Any, where: str) -> Iterator[Any]:
-    """The rows of a stream. Whatever stops it is a fault of the connection or of the disk, not of the next row."""
+def _read_stream(rows: Any, where: str) -> Iterator[Any]:
+    """The rows of a stream. Any error is raised as one of the connection (OSError): the next row is not to blame."""
     items = iter(rows)
     while True:
         try:

@@ -17,7 +17,7 @@ from selftrans.messages import first_line, printable
 def tar_entries(tars: list[Path], suffixes: Collection[str]) -> Entries:
     """The members of tar files with one of these suffixes, each named `TAR/member`.
 
-    Raises ValueError for compressed or truncated files, unsafe or double names, links, sparse members, and sizes above
+    Raises ValueError for compressed or truncated files, unsafe or duplicate names, links, sparse members, and sizes above
     `MAX_PICTURE_BYTES`.
     """
     ignored: Counter[str] = Counter()

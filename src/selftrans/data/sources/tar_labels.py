@@ -19,7 +19,7 @@ from selftrans.data.sources.tar_archive import tar_entries
 from selftrans.messages import first_line, printable
 
 CLASS, FIELDS = ".cls", ".json"
-FIELD_NAMES = ("label", "labels", "cls", "class")  #: of a .json, the first that is there
+FIELD_NAMES = ("label", "labels", "cls", "class")  #: of a .json; the first that it has counts
 MAX_LABEL_BYTES = {CLASS: 1 << 12, FIELDS: 1 << 20}
 WHERE = f"the {CLASS} or {FIELDS} of its key"
 REMEDY = "add its class, or give captions (--text ENCODER)"
@@ -62,7 +62,7 @@ def labelled_tars(tars: list[Path], field: str | None = None) -> Source:
 
 
 def _with_classes(source: Source, files: Mapping[str, Callable[[], BinaryIO]], field: str | None) -> Source:
-    """The source with the classes that its files say. Raises ValueError where all pictures are without."""
+    """The source with the classes in these files. Raises ValueError where no picture has one."""
     values, faults = list[Label](), dict[int, str]()
     for i, name in enumerate(source.names):
         try:
@@ -82,7 +82,7 @@ def _key(name: str) -> str:
 
 
 def _value(name: str, files: Mapping[str, Callable[[], BinaryIO]], field: str | None) -> int | str:
-    """The class of a picture, as it is written. Raises ValueError where there is none."""
+    """The class of a picture, as its file has it. Raises ValueError where there is none."""
     key = _key(name)
     if field is None and (found := files.get(key + CLASS)):
         text = found().read().decode("utf-8", "replace").strip()

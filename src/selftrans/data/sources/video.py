@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: extension -> demuxer of FFmpeg
 DEMUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska", ".avi": "avi"}
-FPS = 10.0  #: where a file does not say it
+FPS = 10.0  #: frames per second where a file does not give them
 MAX_FRAMES = 1 << 14
 
 
@@ -90,8 +90,8 @@ def _gif(stream: BinaryIO, most: int) -> Image.Image:
 
 
 def _gif_frames(stream: BinaryIO, most: int) -> Generator[Image.Image]:
-    """Programs that write gifs merge equal frames into one that is shown longer: it is repeated, where all durations are
-    multiples of the shortest one."""
+    """The frames of a gif, RGB. Where all durations are multiples of the shortest one, longer frames are repeated: programs
+    that write gifs merge equal frames."""
     durations = _gif_durations(stream, most)
     shortest = min(durations)
     merged = shortest > 0 and not any(duration % shortest for duration in durations)
@@ -104,7 +104,7 @@ def _gif_frames(stream: BinaryIO, most: int) -> Generator[Image.Image]:
 
 
 def _gif_durations(stream: BinaryIO, most: int) -> list[int]:
-    """Milliseconds of each frame, of the first MAX_FRAMES at most; 0 where the file does not say it."""
+    """Milliseconds of each frame, of the first MAX_FRAMES at most; 0 where the file does not give it."""
     with _gif(stream, most) as image:
         durations = []
         for k in range(min(MAX_FRAMES, getattr(image, "n_frames", 1))):
@@ -120,7 +120,9 @@ def _av_frames(name: str, stream: BinaryIO, most: int) -> Generator[Image.Image]
         video = container.streams.video[0]
         check_pixels(video, most)
         for frame in container.decode(video):
-            yield frame.to_image()
+            # degrees counterclockwise, which phones record in the header; older versions of PyAV do not report them
+            turn = int(getattr(frame, "rotation", 0)) % 360
+            yield frame.to_image().rotate(turn, expand=True) if turn else frame.to_image()
 
 
 def _first(files: Source, where: Path, most: int) -> tuple[tuple[int, int], float]:

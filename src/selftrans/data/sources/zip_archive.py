@@ -46,7 +46,7 @@ class ZipEntries(NamedTuple):
 
     archive: zipfile.ZipFile
     files: Entries
-    heads: list[str]  #: their names from the folder of their class on
+    heads: list[str]  #: their names, beginning with the class folder
     empty: list[str]  #: class folders that hold none of them
     label_files: list[tuple[str, zipfile.ZipInfo]]  #: each `dataset.json` with the folder that it is in, ending in `/`
     tables: list[zipfile.ZipInfo]  #: other files that may hold labels
@@ -137,7 +137,7 @@ def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:
 
 
 def from_class(names: list[str], split: str | None) -> list[str]:
-    """The names in an archive from the folder of their class on: below the folder of a split, if they were chosen by it."""
+    """Names in an archive, beginning with the class folder: without their split's folder, or without one that encloses all."""
     return _without_top(names) if split is None else _below(names, split)
 
 
@@ -156,7 +156,7 @@ def _below(names: list[str], split: str) -> list[str]:
 
 
 def _empty(names: list[str], heads: list[str], folders: Collection[str]) -> list[str]:
-    """Class folders that hold no picture: `heads` are the `names` from their class on."""
+    """Class folders that hold no picture; `heads`: the `names`, beginning with the class folder."""
     classes = {head.split("/", 1)[0] for head in heads if "/" in head}
     if not classes:
         return []

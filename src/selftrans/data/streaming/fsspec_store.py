@@ -48,7 +48,8 @@ class FsspecStore:
 
     def read(self, name: str, start: int, end: int) -> bytes:
         path = f"{self.root}/{name}"
-        if self.system.async_impl and end - start > RANGE:  # as much as there is, whose size gives the limit of time
+        # more than one range: the size of the file gives the time limit
+        if self.system.async_impl and end - start > RANGE:
             end = min(end, self._size(path))
         if end <= start:
             return b""
@@ -88,7 +89,7 @@ class FsspecStore:
         return int(self._call("info", path, seconds=TIMEOUT)["size"])
 
     def _call(self, name: str, *args: object, seconds: float, **options: object) -> Any:
-        """A method of the file system; of an asynchronous one at most so many seconds, whatever its client repeats."""
+        """Call a method of the file system; of an asynchronous one for at most `seconds`, retries of its client included."""
         if not self.system.async_impl:
             return getattr(self.system, name)(*args, **options)
         from fsspec.asyn import sync

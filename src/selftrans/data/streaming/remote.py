@@ -47,7 +47,7 @@ _NAMED = re.compile(
     r"(?i)\b([\w-]*(?:token|signature|password|passwd|secret|credential|access_?key(?:_?id)?))(\s*[=:]\s*)\S+"
 )
 _HEADER = re.compile(r"(?i)\b(authorization['\"]?\s*[=:]\s*)[^\r\n]+")
-#: names of errors of botocore and google-auth: which packages of stores are installed is not known here
+#: names of error classes of botocore and google-auth, which may not be installed
 _ACCESS = re.compile(
     r"(No|Partial|Unknown|Default)Credentials?Error|ProfileNotFound|NoAuthTokenError|(SSO|Login|Refresh)Error"
 )
@@ -66,19 +66,19 @@ def cleaned(text: object) -> str:
     Everything that is shown or written about a URL goes through this.
     """
 
-    def one(found: re.Match[str]) -> str:
+    def without_secrets(found: re.Match[str]) -> str:
         protocol, host, rest, query, _ = found.groups()
         host = host.rpartition("@")[2]
-        if _no_port(host):
+        if _has_invalid_port(host):
             return f"{protocol}…"
         return f"{protocol}{host}{rest}{'?…' if query else ''}"
 
-    shown = _HEADER.sub(r"\1…", _IN_TEXT.sub(one, str(text)))
+    shown = _HEADER.sub(r"\1…", _IN_TEXT.sub(without_secrets, str(text)))
     return _NAMED.sub(r"\1\2…", shown)
 
 
-def _no_port(host: str) -> bool:
-    """Whether what follows the colon of a host is no port: part of a password with a slash in it."""
+def _has_invalid_port(host: str) -> bool:
+    """Whether the colon of a host is not followed by a port: it is then part of a password that contains a slash."""
     _, colon, port = host.rpartition("]")[2].partition(":")
     return bool(colon) and not port.isdigit()
 
@@ -87,7 +87,7 @@ def refuse_secrets(text: str, *, queries: bool = True) -> None:
     """ValueError, which does not repeat them, where a URL in the text holds credentials or (if `queries`) a query."""
     for found in _IN_TEXT.finditer(text):
         protocol, host, rest, query, fragment = found.groups("")
-        if "@" in host or _no_port(host) or "@" in fragment:
+        if "@" in host or _has_invalid_port(host) or "@" in fragment:
             part = "a user or password"
         elif queries and (query or _PARAMETER.search(rest)):
             part = "a query"
@@ -112,7 +112,7 @@ def checked(url: str) -> str:
 
 
 class Lasting(Exception):
-    """An error that another attempt does not mend."""
+    """An error that remains after another attempt."""
 
 
 class Store(Protocol):
@@ -138,7 +138,7 @@ def store_of(url: str) -> Store:
     url = checked(url)
     if url.startswith(("http://", "https://")):
         return HttpStore(url)
-    from selftrans.data.streaming.fsspec_store import FsspecStore  # which is made of this module
+    from selftrans.data.streaming.fsspec_store import FsspecStore  # it imports this module
 
     return FsspecStore(url)
 
@@ -152,13 +152,13 @@ class HttpStore:
     def read(self, name: str, start: int, end: int) -> bytes:
         with self._open(name, {"Range": f"bytes={start}-{end - 1}"}) as answer:
             first = start if answer.status == 206 else 0
-            return next(_passed(answer, [(start - first, end - first)]))
+            return next(_spans_of(answer, [(start - first, end - first)]))
 
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         if self.ranges:
             return [self.read(name, start, end) for start, end in spans]
         with self._open(name, {}) as answer:
-            return list(_passed(answer, spans))
+            return list(_spans_of(answer, spans))
 
     def download(self, name: str, to: Path) -> None:
         with self._open(name, {}) as answer, open(to, "r+b") as file:
@@ -185,8 +185,8 @@ class HttpStore:
             raise
 
 
-def _passed(answer: http.client.HTTPResponse, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """These bytes of an answer, in order; those before and between them are dropped a PIECE at a time."""
+def _spans_of(answer: http.client.HTTPResponse, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes of an answer in these spans, in order; bytes before and between them are dropped, a PIECE at a time."""
     at = 0
     for start, end in spans:
         while at < start and (piece := answer.read(min(PIECE, start - at))):
@@ -241,7 +241,7 @@ def http_status(error: BaseException) -> int | None:
 
 
 def _final(error: Exception) -> bool:
-    """Whether another attempt is of no use."""
+    """Whether another attempt cannot succeed."""
     status = http_status(error)
     answered = status is not None and 300 <= status < 500 and status not in (408, 425, 429)
     refused = answered and not isinstance(error, TimeoutError | ConnectionError)  # S3 says 400 for a slow client
@@ -249,13 +249,14 @@ def _final(error: Exception) -> bool:
     kinds = (
         Lasting | FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | ValueError | TypeError
     )
-    cut_off = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)  # or the page of a gateway
+    # the answer was cut off, or it is the html page of a gateway
+    cut_off = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
     lasting = isinstance(error, kinds) and not cut_off
     return refused or full or lasting or _named(error, _SETTINGS) or _about_credentials(error)
 
 
 def _about_credentials(error: Exception) -> bool:
-    """Whether credentials are missing, wrong or not enough; False where the server of credentials may answer later."""
+    """Whether credentials are missing, wrong or insufficient; False where their server may only be busy."""
     forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # of gcsfs, which drops the status
     named = _named(error, _ACCESS) and not getattr(error, "retryable", False)
     return named or forbidden or isinstance(error, PermissionError) or http_status(error) in (401, 403)

@@ -1,7 +1,7 @@
 """Parts of a shard at a URL without the rest of it: its small tensors, and single rows.
 
-What is read here has no sha256: labels are compared with the shards when these are opened; single rows are only shown, or
-condition previews.
+What is read here is not compared with a sha256. So labels are compared again with the shards when these are opened, and single
+rows are only shown, or used as conditions of previews.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from selftrans.messages import first_line
 from selftrans.types import MASK, TEXT
 
 AT_A_TIME = 16  #: requests at the same time
-HEADER = 1 << 16  #: bytes that are read for the header of a shard; it has fewer
+HEADER = 1 << 16  #: bytes that are read at the start of a shard; its header is shorter
 
 
 class Start(NamedTuple):
@@ -58,7 +59,7 @@ def start_of(url: str, store: Store, manifest: Manifest, shard: Shard, names: Co
 
 
 def small_tensors(url: str, store: Store, manifest: Manifest, shard: Shard, names: list[str]) -> dict[str, np.ndarray]:
-    """Small tensors of a shard; they are at its start, if `prepare` has written it. ValueError as `start_of`."""
+    """Small tensors of a shard; in shards that `prepare` wrote, they are at the start. ValueError as `start_of`."""
     start = start_of(url, store, manifest, shard, names, HEADER + sum(8 * shard.count for _ in names))
     found = {}
     for name, (begin, end) in start.spans.items():
@@ -72,7 +73,7 @@ def small_tensors(url: str, store: Store, manifest: Manifest, shard: Shard, name
 
 
 class RemoteShard:
-    """A shard whose rows are read one by one, and kept: for a few rows that are far apart."""
+    """A shard of which single rows are read, and kept in memory: for a few rows that are far apart."""
 
     def __init__(self, url: str, store: Store, manifest: Manifest, shard: Shard) -> None:
         self.url, self.store, self.manifest, self.shard = url, store, manifest, shard
@@ -95,12 +96,12 @@ class RemoteShard:
             self._kept[begin, end] = content
 
     def content(self, span: tuple[int, int]) -> bytes:
-        """These bytes of the file, which `fetch` has read."""
+        """The bytes of a span that `fetch` has read."""
         return self._kept[span]
 
 
 class RemoteRows:
-    """A tensor of such a shard, which takes rows (N,), or rows and which entry of each."""
+    """A tensor of a `RemoteShard`, indexed by rows (N,), or by rows and an entry of each, both (N,)."""
 
     def __init__(self, shard: RemoteShard, name: str) -> None:
         self.shard, self.name = shard, name
@@ -138,7 +139,10 @@ class RandomAccess(Dataset):
         tensors: Any = {name: [RemoteRows(part, name) for part in parts] for name in names}
         super().__init__(of.path, of.manifest, tensors, of.labels, of.counts)
         self.origin, self.text_encoder, self._encoder = of.origin, of.text_encoder, of._encoder
-        self._store, self._parts = store, parts
+        self._of, self._store, self._parts = of, store, parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return attrgetter("random_access"), (self._of,)
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1

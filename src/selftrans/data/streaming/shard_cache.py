@@ -25,15 +25,15 @@ from selftrans.storage import atomic_write, no_symlink
 DIRECTORY, GIGABYTES = "SELFTRANS_CACHE_DIR", "SELFTRANS_CACHE_GB"
 DEFAULT_GB = 100.0
 PATIENCE = 600.0  #: seconds that a read waits for others to release files of a full cache
-#: seconds after which a lease that cannot be read is that of a dead process; of a living one, files that it has opened are
-#: removed at worst: they stay readable to it, and are fetched again later
+#: seconds after which a lease that cannot be read counts as that of a dead process; if the process lives, at worst files are
+#: removed that it has open: it can go on reading them, and they are fetched again later
 OLD = 86400.0
 REMEDY = "raise --data.cache-gb, or choose another --data.cache-dir"
 SUFFIX = ".safetensors"
 
 
 class CacheOptions(NamedTuple):
-    """Where fetched files are kept, and how much of them; None: the environment says it, or the defaults do."""
+    """The folder of fetched files, and their largest total size; None: from the environment, else the default."""
 
     directory: str | None = None
     gigabytes: float | None = None
@@ -53,7 +53,7 @@ class CacheOptions(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """What one process reads, and the bytes of what it fetches."""
+    """Names of the files that one process reads, and name -> bytes of those that it fetches."""
 
     reading: set[str]
     fetching: dict[str, int]
@@ -65,7 +65,7 @@ class ShardCache:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         self._own = Lease(set(), {})
-        self._said: set[str] = set()  #: names of leases that a warning has named
+        self._said: set[str] = set()  #: names of leases for which a warning was given
         self._id = f"{os.getpid()}-{secrets.token_hex(4)}"
         path = folder / f".lease-{self._id}"
         try:
@@ -86,7 +86,7 @@ class ShardCache:
         with self._locked():
             for name in self._own.reading - set(names):
                 with suppress(OSError):
-                    os.utime(self.folder / name)  # used until now
+                    os.utime(self.folder / name)  # it was used until now: the removal order is by this time
             self._own.reading.clear()
             self._own.reading.update(names)
             self._write()
@@ -285,7 +285,7 @@ def _is_locked(descriptor: int) -> bool:
 
 
 def _end(descriptor: int, path: Path, process: int) -> None:
-    """The lease ends with its cache, however that ends; not with a copy of it in a forked process."""
+    """Remove the lease of a cache that is no longer used; a forked process, which has a copy of it, does nothing."""
     if os.getpid() == process:
         with suppress(OSError):
             path.unlink(missing_ok=True)

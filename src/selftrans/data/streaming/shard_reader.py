@@ -58,14 +58,16 @@ class ShardReader:
     ) -> None:
         self.url, self.store, self.cache, self.manifest = url, store, cache, manifest
         ends = np.cumsum([shard.count for shard in manifest.shards])[:-1]
-        self._index = {name: np.split(values, ends) for name, values in index.items()}  #: what was read without a hash
+        #: labels and caption counts, which were read without a hash
+        self._index = {name: np.split(values, ends) for name, values in index.items()}
         self._index_file = index_file
         self.features = False  #: whether files of features are fetched with their shards
         self.bytes = [sum(file.size for file in self._files(k, features=True)) for k in range(len(manifest.shards))]
         self._mutex = threading.RLock()
         self._open: dict[tuple[int, bool], dict[str, np.ndarray]] = {}  #: shard, whether of its features -> arrays
         self._prefetched: set[int] | None = None  #: by `prefetch`
-        self._recent: deque[int] = deque()  #: shards in the order of their first reading, where nothing is expected
+        #: shards in the order in which they were opened, unless `prefetch` has named some
+        self._recent: deque[int] = deque()
         self._held: set[int] = set()
         self._queue: deque[int] = deque()
         self._workers = 0
@@ -86,7 +88,7 @@ class ShardReader:
         found = self._open.get(key)
         if found is None:
             file = self._files(k, features=True)[-1 if name == "features" else 0]
-            self._note(k)
+            self._hold_recent(k)
             self._obtain(file)
             found = self._opened(k, file)
             with self._mutex:
@@ -99,7 +101,7 @@ class ShardReader:
         with self._mutex:
             self._prefetched = set(order)
             self._hold(self._prefetched)
-            self._ahead(order)
+            self._fetch_ahead(order)
 
     def size(self, k: int) -> int:
         """Bytes of shard k, with its features if they are read."""
@@ -180,8 +182,8 @@ class ShardReader:
 
         retried(once, f"{self.url}/{file.name}")
 
-    def _note(self, k: int) -> None:
-        """A shard is read for the first time, or again after it was released: what to hold where nothing is expected."""
+    def _hold_recent(self, k: int) -> None:
+        """Decide which shards to hold now that shard k is opened, unless `prefetch` has said which."""
         with self._mutex:
             if self._prefetched is not None:
                 return
@@ -194,7 +196,7 @@ class ShardReader:
             ahead = [j for j in (k + 1, k + 2) if follows and j < len(self.bytes) and self.manifest.shards[j].count]
             ahead = ahead if self.fits or most > 1 else []
             self._hold({*self._recent, *ahead})
-            self._ahead(ahead)
+            self._fetch_ahead(ahead)
 
     def _hold(self, shards: Collection[int]) -> None:
         files = [file for k in shards for file in self._files(k)]
@@ -202,8 +204,8 @@ class ShardReader:
         self.cache.hold([file.cached for file in files])
         self._held = set(shards)
 
-    def _ahead(self, order: Sequence[int]) -> None:
-        """Let threads fetch these shards, in place of what they had to fetch."""
+    def _fetch_ahead(self, order: Sequence[int]) -> None:
+        """Let threads fetch these shards, in place of those that still wait."""
         self._queue = deque(order)
         while self._workers < min(THREADS, len(self._queue)):
             self._workers += 1
@@ -219,7 +221,7 @@ class ShardReader:
             try:
                 for file in self._files(k):
                     self._obtain(file, wanted=lambda k=k: k in self._held)  # type: ignore[misc]
-            except Exception:  # the one who reads the shard tries again, and gets the error
+            except Exception:  # `arrays` tries again when the shard is read, and raises the error
                 continue
 
 

@@ -52,7 +52,8 @@ class Streamed(Dataset):
         self._whole = False  #: whether all shards have been fetched
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Dataset.open, text_encoder=self.text_encoder, cache=self._cache), (self.origin,)
+        reopened = partial(Dataset.open, text_encoder=self.text_encoder, cache=self._cache)
+        return reopened, (self.origin,), "features" in self._tensors
 
     def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
         """Hold and fetch these shards; see `ShardReader.prefetch`."""
@@ -65,7 +66,7 @@ class Streamed(Dataset):
             self.reader.fetch(self.reader.filled, progress=progress)
 
     def dry_run_data(self) -> Dataset:
-        """As `Dataset.dry_run_data`: these data if the cache holds them all, else rows of one shard (fetched if need be)."""
+        """As `Dataset.dry_run_data`: these data if the cache holds them all, else rows of one shard, which may be fetched."""
         reader = self.reader
         missing = {k: reader.missing(k, features=True) / reader.bytes[k] for k in reader.filled}
         if not any(missing.values()):
@@ -93,7 +94,7 @@ class Streamed(Dataset):
         return found
 
     def verify(self) -> None:
-        """Remove what is damaged in the cache, so that it is fetched again; what is fetched is always compared."""
+        """Remove damaged files from the cache, so that they are fetched again. Each download is always verified."""
         self.reader.remove_damaged()
 
 
@@ -103,14 +104,14 @@ def open_streamed(url: str, *, verify: bool, text_encoder: str | None, cache: Ca
     store, opened = store_of(url), cache.open()
     content, names = _described(url, store)
     if names is None:
-        return _one(url, store, opened, content, verify, text_encoder, cache)
+        return _open_one(url, store, opened, content, verify, text_encoder, cache)
     parts = []
     for name in names:
         part = f"{url}/{name}"
         of_part, _ = _described(part, within := store_of(part))
-        parts.append(_one(part, within, cache.open(), of_part, verify, None, cache))
+        parts.append(_open_one(part, within, cache.open(), of_part, verify, None, cache))
     buckets = Buckets(_folder(opened, url), parts)
-    buckets.origin, buckets.text_encoder = url, text_encoder
+    buckets.origin, buckets.text_encoder, buckets.cache = url, text_encoder, cache
     total = sum(sum(part.reader.bytes) for part in parts)
     if total > opened.limit:
         raise ValueError(
@@ -154,9 +155,10 @@ def _text(url: str, store: Store, file: str) -> str:
         raise ValueError(f"{url}/{file} is not text; {WANTED}") from error
 
 
-def _one(
+def _open_one(
     url: str, store: Store, cache: ShardCache, text: str, verify: bool, text_encoder: str | None, options: CacheOptions
 ) -> Streamed:
+    """Open data of one shape, whose manifest is `text`. ValueError as `open_streamed`."""
     try:
         manifest = Manifest.from_json(text)
         if not manifest.count:
@@ -194,7 +196,7 @@ def _fetch_null(url: str, store: Store, folder: Path, sha256: str, size: int) ->
 
 
 def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, np.ndarray]:
-    """Labels (N,) and numbers of captions (N,) of all rows: from an earlier time, or read from the start of every shard."""
+    """Labels (N,) and numbers of captions (N,) of all rows: from the file `path`, or else from the start of every shard."""
     names = [name for name in INDEX if name in manifest.layout]
     if path.is_file() and not path.is_symlink():
         try:

@@ -49,7 +49,7 @@ from selftrans.train.processes import keep_memory
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
 QUICK = 90  #: seconds for the steps of a quick run
-SAMPLING, LOADING = 25.0, 10.0  #: seconds that must remain of a limit for each: compilation of two passes; reading
+SAMPLING, LOADING = 25.0, 10.0  #: seconds of the limit that must remain to measure them; sampling compiles two passes
 #: name -> (numerator, denominator), both rows of the table
 RATIOS = {
     "stage1_over_vanilla": ("stage1", "vanilla"),
@@ -63,7 +63,7 @@ RATIOS = {
 }
 #: row -> the method that the trainer runs in it
 TRAINED = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
-CAPTURED, PLAIN = "captured_", "plain_"  #: before the name of one of these: as CUDA graphs (`train.capture`), or plain
+CAPTURED, PLAIN = "captured_", "plain_"  #: prefixes of their rows: as CUDA graphs (`train.capture`), or `plain_step`
 ROWS = ("vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2")  #: what is measured by default
 KNOWN = (*ROWS, *(CAPTURED + name for name in TRAINED))
 
@@ -100,7 +100,7 @@ def bench(
     """
     rows = tuple(dict.fromkeys(rows or ROWS))
     where = torch.device(device or default_device().type)
-    _check(models, where, tokens, batch_size, rows)
+    _check_arguments(models, where, tokens, batch_size, rows)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = _accelerator(where, precision)
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
@@ -138,7 +138,7 @@ def _accelerator(where: torch.device, precision: str) -> TimedAccelerator:
     return found
 
 
-def _check(
+def _check_arguments(
     models: Mapping[str, SiTConfig], where: torch.device, tokens: int, batch_size: int | None, rows: Sequence[str]
 ) -> None:
     for row in rows:
@@ -177,7 +177,7 @@ class Budget:
         self.steps_only = steps_only
 
     def allows(self, seconds: float) -> bool:
-        """Whether what takes so long, and is no step, is still measured."""
+        """Whether there is time for a measurement, other than of steps, that takes so many seconds."""
         return not self.steps_only and (self.deadline is None or time.monotonic() + seconds < self.deadline)
 
 

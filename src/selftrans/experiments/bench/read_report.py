@@ -17,7 +17,7 @@ from selftrans.models.registry import find
 from selftrans.storage import UNREADABLE
 from selftrans.types import Conditions
 
-#: rows of the plain implementation, which is not what `train` runs, and of steps that are replays of CUDA graphs
+#: prefixes of the rows of the plain implementation, which `train` does not run, and of steps replayed as CUDA graphs
 PLAIN, CAPTURED = "plain_", "captured_"
 
 
@@ -70,7 +70,7 @@ class BenchedModel:
         return sum(p.numel() for p in model.parameters())
 
     def row(self, stage: str, *, replayed: bool = False) -> Row:
-        """The row of a stage of this name, or the first one: of replayed steps, or of launched ones, where there are such."""
+        """The row of this stage, or else the first: of replayed steps, or of launched ones, where there are any of these."""
         wanted = [row for row in self.rows.values() if row.replayed == replayed]
         known = [*wanted, *self.rows.values()] if replayed else wanted or [*self.rows.values()]
         return next((row for row in known if row.stage == stage), known[0])

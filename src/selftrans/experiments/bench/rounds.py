@@ -29,7 +29,7 @@ PARTS = ("data", "forward", "backward", "optimiser")
 class Candidate(Protocol):
     """One implementation of a training step."""
 
-    flops: int  #: operations that the method needs
+    flops: int  #: floating-point operations that the method needs per step
     captured_in: float  #: seconds that it took to capture the step; 0 where it is not captured
 
     @property
@@ -45,7 +45,7 @@ class Candidate(Protocol):
 class TimedAccelerator(Accelerator):
     """An Accelerator that takes a timestamp after each backward pass."""
 
-    timestamps: list[Any] | None  #: None: none are taken
+    timestamps: list[Any] | None  #: None: off
     clock: Clock
 
     def backward(self, loss: Tensor, **options: Any) -> None:
@@ -53,7 +53,7 @@ class TimedAccelerator(Accelerator):
         self.timestamp()
 
     def timestamp(self) -> None:
-        """Take one, where they are taken: a graph would hold it instead."""
+        """Note the time, unless timestamps are off: a step that is captured would make it part of the graph."""
         if self.timestamps is not None:
             self.timestamps.append(self.clock.now())
 
@@ -147,7 +147,7 @@ class Memory:
     def __init__(self, device: torch.device) -> None:
         self.device, self.known = device, device.type == "cuda"
         self.own: dict[str, int] = {}
-        self.transient: dict[str, int] = {}  #: of captured steps: what the statistics do not count
+        self.transient: dict[str, int] = {}  #: bytes of captured steps that the allocator's statistics do not count
         self.peak: dict[str, int] = {}
 
     def allocated(self) -> int:

@@ -124,6 +124,7 @@ def test_interrupted_and_continued_equals_uninterrupted(tmp_path: Path) -> None:
         (["--length", "nan"], "--length nan give 0 samples"),
         (["--length", "1e30"], "samples; 1 to"),
         (["--audio", "mel", "--hop", "1000000"], "--hop 1000000 should be"),
+        (["--audio", "mel", "--hop", "0"], "--bins 64 and --hop 0 should be"),
         (["--audio", "mel", "--bins", "0"], "--bins 0 and --hop 128 should be"),
         (["--features", "owner/vit"], "--features is for pictures"),
     ],

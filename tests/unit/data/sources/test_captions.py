@@ -184,11 +184,11 @@ INVALID = {
     "instances": ({"images": COCO["images"], "annotations": [{"image_id": 3, "bbox": []}]}, r"\(no 'caption'\)"),
     "no annotations": ({"images": []}, r"\(no 'annotations'\)"),
     "name": ({"images": [{"id": 1, "file_name": 3}], "annotations": []}, "its file_name is not text"),
-    "twice": ({"images": [COCO["images"][0]] * 2, "annotations": []}, "image 7 is there twice"),
+    "twice": ({"images": [COCO["images"][0]] * 2, "annotations": []}, "image 7 occurs twice"),
     "id": ({"images": [{"id": [1], "file_name": "x"}], "annotations": []}, NOT_COCO),
     "text": ({"images": [], "annotations": [{"image_id": 3, "caption": 3}]}, "the caption of image 3 is not text"),
     "latin": (b'{"images": "\xff"}', NOT_COCO),
-    "up": ({"images": [{"id": 1, "file_name": "../one.png"}], "annotations": []}, "which leads out of the pictures"),
+    "up": ({"images": [{"id": 1, "file_name": "../one.png"}], "annotations": []}, "which leads out of the source"),
     "root": ({"images": [{"id": 1, "file_name": "/etc/one.png"}], "annotations": []}, "which leads out"),
     "drive": ({"images": [{"id": 1, "file_name": "C:\\one.png"}], "annotations": []}, "which leads out"),
 }
@@ -212,7 +212,7 @@ def test_missing_annotations_and_other_sources(tmp_path: Path) -> None:
             opened(source)
     with pytest.raises(ValueError, match=r"x\.7z is an archive of a kind that is not read"):
         opened(write(tmp_path, {"x.7z": b"x"}) / "x.7z")
-    with pytest.raises(ValueError, match=r"is not a folder or a zip of pictures, which --captions .* belongs to"):
+    with pytest.raises(ValueError, match=r"is not a folder or a zip of pictures, which --captions .* needs"):
         opened(tmp_path / "x.tar", tmp_path / "captions.json")
     with pytest.warns(UserWarning, match="caption_column is ignored: .* is not a table"):
         opened(write(tmp_path / "x", {"one.txt": b"a"}), column="text")

@@ -79,16 +79,16 @@ def test_other_files_are_named_by_extension(tmp_path: Path, kind: str) -> None:
     ]
     files = {"1.png": PNG} | dict.fromkeys(others, b"")
     source = open_source(write(tmp_path / "x", files) if kind == "folder" else zipped(tmp_path / "x.zip", files))
-    said = "passed over 10 files: 3 .heic, 2 .jxl, 2 .…, 1 without extension, 1 .gz2, 1 .txt"
+    said = "10 files are not read: 3 .heic, 2 .jxl, 2 .…, 1 without extension, 1 .gz2, 1 .txt"
     assert describe_ignored(source.ignored) == said
     assert describe_unread(source.ignored) == "3 .heic, 2 .jxl"
 
 
 def test_words_for_what_is_ignored() -> None:
-    assert describe_ignored({}) == "" and describe_ignored({"*.txt": 1}) == "passed over 1 file: 1 .txt"
+    assert describe_ignored({}) == "" and describe_ignored({"*.txt": 1}) == "1 file is not read: 1 .txt"
     assert (
         describe_ignored({"*": 1200, "@eaDir": 2})
-        == "passed over 1,200 files: 1,200 without extension; ignored: 2 @eaDir"
+        == "1,200 files are not read: 1,200 without extension; ignored: 2 @eaDir"
     )
     one = {"hidden files": 1, "broken links, pipes and devices": 1, "class folders without sounds": 1, "Thumbs.db": 1}
     said = "ignored: 1 hidden file, 1 broken link, pipe or device, 1 class folder without sounds, 1 Thumbs.db"
@@ -162,7 +162,7 @@ def test_zip_that_extracts_itself_is_read(tmp_path: Path) -> None:
 )
 def test_folders_that_are_no_source(tmp_path: Path, name: str, remedy: str | None) -> None:
     with pytest.raises(
-        ValueError, match=r"no pictures in .*; passed over 1 file: 1 \.\w+\)" + (f"; {remedy}" if remedy else "$")
+        ValueError, match=r"no pictures in .*; 1 file is not read: 1 \.\w+\)" + (f"; {remedy}" if remedy else "$")
     ):
         open_source(write(tmp_path / "x", {name: b"x"}))
     assert remedy_for_ignored({"hidden files": 3, "*.zip": 1}) and remedy_for_ignored({"zip": 1}) == ""

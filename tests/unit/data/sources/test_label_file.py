@@ -144,12 +144,12 @@ def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: st
         ("l.json", '[{"path": "a.png", "path": "d.png", "label": 1}]', "l.json has path twice, as 'a.png' and 'd.png'"),
         ("l.jsonl", '{"path": "a.png", "label": "x", "label": "y"}', "l.jsonl has label twice, as 'x' and 'y'"),
         ("l.csv", b"\xff\xfea.png,1", "is not text in UTF-8"),
-        ("l.csv", "a.png,\nd.png,-1\n", "has no label from 0 and no word"),
+        ("l.csv", "a.png,\nd.png,-1\n", "has neither a label from 0 on nor a word"),
         ("l.json", "[1]", "a name and a word or an integer"),
         ("l.json", "3", "holds no list of labels"),
         ("l.jsonl", "{}\n", "a name and a word or an integer"),
         ("l.jsonl", '{"path": "a.png", "label": 1}\n{', "line 2, is not valid json"),
-        ("l.txt", "a.png,1", "do not end in .csv, .tsv, .json, .jsonl"),
+        ("l.txt", "a.png,1", "does not end in .csv, .tsv, .json, .jsonl"),
     ],
 )
 def test_given_file_that_does_not_fit_is_refused(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -174,9 +174,7 @@ def test_repeated_keys_and_columns_that_do_not_matter(tmp_path: Path, name: str,
 
 def test_given_labels_belong_to_folders_and_zips(tmp_path: Path) -> None:
     reading = Reading(labels=tmp_path / "missing.csv")
-    with pytest.raises(
-        ValueError, match=r"^digits is not a folder or a zip of pictures, which --labels .* belongs to$"
-    ):
+    with pytest.raises(ValueError, match=r"^digits is not a folder or a zip of pictures, which --labels .* needs$"):
         open_source("digits", reading=reading)
     with pytest.raises(ValueError, match=r"missing.csv cannot be read \(.*No such file"):
         open_source(write(tmp_path / "x", PICTURES), reading=reading)

@@ -41,7 +41,7 @@ def test_classes_of_words_and_numbers(given: list, labels: list, classes: tuple,
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [([None, ""], "no label from 0"), ([-1], "no label"), ([10**6], "1,000,000 cl")]
+    ("given", "said"), [([None, ""], "neither a label from 0"), ([-1], "neither a label"), ([10**6], "1,000,000 cl")]
 )
 def test_labels_that_make_no_classes_are_refused(given: list, said: str) -> None:
     with pytest.raises(ValueError, match=rf"^x has .*{said}"):

@@ -74,7 +74,7 @@ def test_digits_equal_those_of_scikit_learn() -> None:
 def test_source_without_pictures_is_refused(tmp_path: Path, kind: str) -> None:
     files = {"readme.txt": b"x"}
     empty = write(tmp_path / "x", files) if kind == "folder" else zipped(tmp_path / "x.zip", files)
-    with pytest.raises(ValueError, match=r"no pictures in .*passed over 1 file: 1 .txt"):
+    with pytest.raises(ValueError, match=r"no pictures in .*1 file is not read: 1 .txt"):
         open_source(empty)
 
 
@@ -105,7 +105,7 @@ def test_ambiguous_layouts_are_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "y")
     write(tmp_path / "y" / "aardvark", {"a.heic": b"", "b.txt": b""})
     with pytest.raises(
-        ValueError, match=r"holds no picture \(passed over 2 files: 1 .heic, 1 .txt\); .* --allow-empty"
+        ValueError, match=r"holds no picture \(2 files are not read: 1 .heic, 1 .txt\); .* --allow-empty"
     ):
         open_source(tmp_path / "y")
 

@@ -73,7 +73,7 @@ def test_dark_colour_of_sixteen_bits_is_said(tmp_path: Path) -> None:
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     source = open_source(write(tmp_path / "x", {"a.png": data}))
     assert "16 bits in colour use little of their range: at most 15 of 255" in next(dark_pictures(source))
-    with pytest.raises(ValueError, match="of colour in 16 bits only the upper 8 are read, so --range does not apply"):
+    with pytest.raises(ValueError, match="of 16-bit colours only the upper 8 bits are read, so --range does not apply"):
         open_source(tmp_path / "x", reading=Reading(range=(0, 4095))).read(0)
 
 
@@ -113,7 +113,7 @@ def test_classes_whose_names_look_the_same_are_named(tmp_path: Path) -> None:
     names = ("Cat", "cat", "caf\u00e9", "cafe\u0301", "dog", "dogs", "wild  cat", "Wild cat")
     source = open_source(write(tmp_path / "x", {f"{name}/a.png": encoded(noise(8)) for name in names}))
     (said,) = source_warnings(source)
-    assert ": cafe\u0301 and caf\u00e9, Cat and cat, Wild cat and wild  cat; they stay apart" in said
+    assert ": cafe\u0301 and caf\u00e9, Cat and cat, Wild cat and wild  cat; they are separate classes" in said
     assert len(source.classes) == 8
 
 
@@ -121,7 +121,7 @@ def test_pictures_that_are_not_read_are_a_warning(tmp_path: Path, capsys: pytest
     source = open_source(write(tmp_path / "x", {"a.png": encoded(noise(8)), "b.heic": b"", "c.txt": b""}))
     with pytest.warns(UserWarning, match=r"are left out: 1 \.heic; convert them, for example to png"):
         report_source(source, progress=True)
-    assert capsys.readouterr().err == "passed over 2 files: 1 .heic, 1 .txt\n"
+    assert capsys.readouterr().err == "2 files are not read: 1 .heic, 1 .txt\n"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report_source(open_source(write(tmp_path / "y", {"a.png": encoded(noise(8))})), progress=True)

@@ -34,6 +34,7 @@ def test_parquet(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"image": cells, "label": [1, 0, 1, 0]}, features=features)
     (tmp_path / "x").mkdir()
     rows.to_parquet(tmp_path / "x" / "train.parquet")
+    (tmp_path / "x" / "._train.parquet").write_bytes(b"hidden")
     for where in (tmp_path / "x", tmp_path / "x" / "train.parquet"):
         source = open_source(where)
         assert source.classes == ("cat", "dog") and source.labels.tolist() == [1, 0, 1, 0]
@@ -169,10 +170,10 @@ def test_columns_that_look_like_labels_are_named(tmp_path: Path, name: str, cell
             "holds text in place of pictures.* give their folder, and the table's labels by --labels",
         ),
         ({"image": [1, 2]}, "holds values of type int64 in place of pictures"),
-        ({"label": [1, 2]}, "has no column of pictures, among label; call the one to read `image`"),
+        ({"label": [1, 2]}, "has no column of pictures, among label; rename the one to read to `image`"),
         (
             {"left": [PNG] * 2, "right": [PNG] * 2},
-            "has several columns of pictures: left, right, among left, right; call the",
+            "has several columns of pictures: left, right, among left, right; rename the",
         ),
         ({"image": [], "label": []}, "cannot be read as parquet \\(it has no rows\\); make or download it again"),
     ],

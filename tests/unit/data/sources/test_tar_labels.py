@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from selftrans.cli.main import main
+from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.tar_labels import only_tars
 from tests.support.pictures import encoded, noise, write
@@ -79,6 +80,16 @@ def test_folders_are_the_classes_of_tars_without_class_files(tmp_path):
     assert opened(tarred(tmp_path / "y.tar", {"1.png": PNG[1]})).classes == ()
 
 
+def test_hidden_files_next_to_tars_are_ignored(tmp_path):
+    """macOS stores `._NAME` next to each file on disks of other systems."""
+    tarred(tmp_path / "x" / "a.tar", {"1.png": PNG[1], "1.cls": b"0"})
+    (tmp_path / "x" / "._a.tar").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert list(opened(tmp_path / "x").names) == ["a.tar/1.png"]
+    tarred(tmp_path / "y" / "a.tar", {"1.wav": b"RIFF"})
+    (tmp_path / "y" / "._a.tar").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert kind_of(tmp_path / "y", None) == "sounds"
+
+
 def test_splits_are_chosen_by_the_names_of_the_files(tmp_path):
     for k, name in enumerate(("train-0", "train-1", "val-0")):
         tarred(tmp_path / "x" / f"{name}.tar", {"1.png": PNG[k], "1.cls": b"0"})
@@ -106,7 +117,7 @@ def test_folder_of_pictures_with_a_tar_next_to_them_is_read_as_before(tmp_path):
         ({"1.json": b"{"}, r"x.tar/1.json is not valid json"),
         ({"1.json": b"[" * 5000}, r"x.tar/1.json is not valid json"),
         ({"1.json": b'{"label": true}'}, "has no class, an integer or a name, in label, labels, cls, class"),
-        ({"1.json": b'{"label": -1}'}, "the .cls or .json of its key has no label from 0 and no word"),
+        ({"1.json": b'{"label": -1}'}, "the .cls or .json of its key has neither a label from 0 on nor a word"),
         ({"1.json": b"[1]"}, "has no class, an integer or a name"),
     ],
 )

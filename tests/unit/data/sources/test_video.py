@@ -46,6 +46,31 @@ def test_mp4_is_read_by_its_frames(tmp_path: Path) -> None:
     assert Dataset.open(tmp_path / "small").manifest.shape == (3, 2, 8, 12)
 
 
+#: quarter turns clockwise by which a video is shown -> the matrix (a, b, c, d) of its mp4, x' = a x + c y, y' = b x + d y
+TURNED = {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}
+
+
+@pytest.mark.parametrize("turns", TURNED)
+def test_video_of_a_turned_camera_is_read_upright(turns: int, tmp_path: Path) -> None:
+    """Phones store frames as the sensor gives them, with the rotation in the header, as EXIF has it of pictures."""
+    path = save_mp4(tmp_path / "x" / "0.mp4", moving(1, frames=4, height=32, width=48))
+    stored = [np.asarray(frame) for frame in iter_frames(path.name, path.open("rb"))]
+    content, (a, b, c, d) = path.read_bytes(), TURNED[turns]
+    old, new = (
+        b"".join(int(value).to_bytes(4, "big", signed=True) for value in matrix)
+        for matrix in (
+            (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30),
+            (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30),
+        )
+    )
+    at = content.index(old, content.index(b"tkhd"))
+    path.write_bytes(content[:at] + new + content[at + len(old) :])
+    shown = [np.asarray(frame) for frame in iter_frames(path.name, path.open("rb"))]
+    np.testing.assert_array_equal(shown, [np.rot90(frame, -turns) for frame in stored])
+    manifest = prepare(tmp_path / "x", tmp_path / "out", media=MediaOptions(frames=4), progress=False)
+    assert manifest.shape == ((3, 4, 32, 48) if turns == 2 else (3, 4, 48, 32))
+
+
 def test_frames_that_a_gif_shows_longer_are_repeated(tmp_path: Path) -> None:
     video = moving(0)[[0, 1, 1, 1, 2, 3]]  # Pillow writes four frames, the second of 300 ms
     path = save_gif(tmp_path / "x" / "0.gif", video)

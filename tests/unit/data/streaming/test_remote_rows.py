@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,10 @@ def test_prompts_do_not_depend_on_the_cache_and_fetch_no_shard(tmp_path: Path, r
             data.ready("cpu")
             conditioning = CaptionConditioning(data.random_access, rows=data.prompt_rows[:6])
             found.append((data.prompts, conditioning.texts(np.arange(8)), conditioning.of(np.arange(8))))
+        copied = pickle.loads(pickle.dumps(small.random_access))
+        assert type(copied) is RandomAccess and copied.captions(np.arange(2)) == Dataset.open(folder).captions(
+            np.arange(2)
+        )
         assert not list((tmp_path / "cache").glob("*.safetensors"))
         again = open_data(server.url, cache=CacheOptions(str(tmp_path / "cache"), 1e-6)).random_access
         (folder / "shard-00000.safetensors").write_bytes(bytes(100))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,7 +74,7 @@ def test_streamed_data_are_those_of_the_folder(folder: Path, tmp_path: Path, ran
         rows = np.array([59, 0, 31, 30, 0])
         for name, tensor in dataset.read(rows).items():
             assert torch.equal(tensor, local.read(rows)[name])
-        rebuild, arguments = dataset.__reduce__()
+        rebuild, arguments, _ = dataset.__reduce__()
         assert torch.equal(rebuild(*arguments).read(rows)["moments"], local.read(rows)["moments"])
         assert np.array_equal(dataset.some_rows(7), local.some_rows(7))
         count = len(server.asked)
@@ -287,7 +288,10 @@ def test_captions_and_buckets(tmp_path: Path) -> None:
     streamed = open_data(url, cache=CacheOptions(str(tmp_path)))
     assert streamed.parts == buckets.parts and streamed.origin == url
     assert torch.equal(streamed.read(np.arange(2))["moments"], buckets.read(np.arange(2))["moments"])
-    one = open_data(url, cache=CacheOptions(str(tmp_path / "c"))).dry_run_data()
+    whole = open_data(url, cache=CacheOptions(str(tmp_path / "c")))
+    copied = pickle.loads(pickle.dumps(whole))
+    assert [bucket.reader.cache.folder for bucket in copied.buckets] == 3 * [tmp_path / "c"]  # type: ignore[attr-defined]
+    one = whole.dry_run_data()
     assert one.parts == buckets.parts and one.shapes == buckets.shapes and one.origin == url
     assert len(list((tmp_path / "c").glob("*.safetensors"))) == 3, "the shard of each bucket"
     assert torch.equal(one.read(np.arange(8, 10))["moments"], buckets.read(np.arange(8, 10))["moments"])

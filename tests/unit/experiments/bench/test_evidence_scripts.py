@@ -19,12 +19,13 @@ import uvicorn
 from torch import nn
 
 from selftrans.data.dataset import Dataset
+from selftrans.data.prepare import prepare
 from selftrans.encoders.vision import load_encoder
 from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 from selftrans.ui.serve import listening
 from selftrans.ui.server import Page, application
 from tests.support.scripts import script
-from tests.support.toy import prepared
+from tests.support.toy import pictures, prepared
 
 # ---- encoders without labels
 
@@ -97,6 +98,13 @@ def test_unusable_settings_of_an_encoder(
     with pytest.raises(SystemExit):
         script("encoder").main(["--out", str(tmp_path / "e"), "--data", str(data), *options])
     assert message in capsys.readouterr().err and not (tmp_path / "e").exists()
+
+
+def test_encoder_refuses_pictures_that_are_not_square(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(pictures(tmp_path / "pictures"), tmp_path / "data", resolution=(8, 4), progress=False)
+    with pytest.raises(SystemExit):
+        script("encoder").main(["--out", str(tmp_path / "e"), "--data", str(tmp_path / "data"), "--epochs", "1"])
+    assert "does not hold square pictures; prepare some with --resolution SIDE" in capsys.readouterr().err
 
 
 # ---- every method in one process
