@@ -224,7 +224,12 @@ def _flock(file: Any, *, shared: bool, wait: bool) -> None:
     import fcntl  # not on Windows, where the package can still be imported
 
     fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    if not os.path.lexists(file.name):  # its owner was refused and has removed it (`removed_if_refused`)
+    # its owner may have removed the file (`removed_if_refused`), and a third process may hold the lock of a new one
+    try:
+        current = os.path.samestat(os.fstat(file.fileno()), os.lstat(file.name))
+    except FileNotFoundError:
+        current = False
+    if not current:
         raise BlockingIOError
 
 

@@ -393,6 +393,9 @@ def test_lock_that_its_owner_removes_is_not_taken(tmp_path: Path) -> None:
         lock.unlink()
         with pytest.raises(BlockingIOError):
             storage._flock(file, shared=False, wait=False)
+        lock.touch()  # a third process has made a new one, whose lock is another
+        with pytest.raises(BlockingIOError):
+            storage._flock(file, shared=False, wait=False)
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path):
