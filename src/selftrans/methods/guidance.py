@@ -86,7 +86,8 @@ class Frozen:
     """A frozen teacher: a plain object, so that it is never optimised, averaged, wrapped or saved.
 
     It keeps blocks 1..`block` of a copy of `model` (of `model` itself with `in_place`), in eval mode, and moves to the data's
-    device by itself. `dtype` is that of its parameters and of its products (None: as they are); buffers and the residual sum
+    device by itself. `dtype` is that of its parameters and of its products (None: the parameters stay as they are, and products
+    follow the caller's autocast); buffers and the residual sum
     along the blocks keep their precision, since guidance multiplies their rounding error by w. `source` says where its weights
     came from (path, sha256). ValueError for a block (1-based) that the model does not have, and for what is no `Backbone`.
     """
@@ -143,12 +144,18 @@ class Frozen:
         if next(self.model.parameters()).device != zt.device:
             self.model.to(zt.device)
         many = len(conds)
-        reduced = self.dtype not in (None, torch.float32)
-        amp = torch.autocast(zt.device.type, dtype=self.dtype) if reduced else contextlib.nullcontext()
-        with torch.no_grad(), amp:  # not inference mode: its tensors cannot take part in a loss
+        with torch.no_grad(), self._precision(zt.device.type):  # not inference mode: its tensors cannot take part in a loss
             out = self.model(torch.cat([zt] * many), torch.cat([t] * many), cat_cond(*conds), taps=taps, stop=True)
         features = out.feats[taps[0]] if len(taps) == 1 else torch.cat([out.feats[k] for k in taps], dim=-1)
         return list(features.chunk(many, dim=0))
+
+    def _precision(self, device: str) -> contextlib.AbstractContextManager[object]:
+        """Products in `dtype`, whatever the caller's autocast; without a `dtype` as the caller has them."""
+        if self.dtype in (torch.bfloat16, torch.float16):
+            return torch.autocast(device, dtype=self.dtype)
+        if self.dtype is None or not torch.amp.is_autocast_available(device):
+            return contextlib.nullcontext()
+        return torch.autocast(device, enabled=False)
 
 
 def check_tokens(student: Backbone, teacher: Frozen) -> None:

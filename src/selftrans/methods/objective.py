@@ -184,8 +184,8 @@ def _check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ..
     for k in taps:
         if k not in out.feats:
             raise ValueError(f"{name} returned no features of block {k}; feats must hold each block of taps (1-based)")
-        feature = tuple(out.feats[k].shape)
-        expected = (x.shape[0], student.tokens if own else (*feature, 0)[1], student.width)
+        feature = tuple(getattr(out.feats[k], "shape", ()))
+        expected = (x.shape[0], student.tokens if own else (*feature, 0, 0)[1], student.width)
         if feature != expected:
             raise ValueError(
                 f"{name} returned features of shape {feature} after block {k}; expected (N, T, D) = {expected}: the tokens "

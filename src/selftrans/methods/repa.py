@@ -62,9 +62,11 @@ class RepaGuidance(Guidance):
     def __init__(self, student: Backbone, encoder: Features, config: Repa) -> None:
         if tuple(encoder.grid) != tuple(student.grid):
             theirs, ours = ("x".join(map(str, grid)) for grid in (encoder.grid, student.grid))
+            remedy = f"prepare the data with --grid {student.grid[0]}, or choose another patch size of the model"
+            if len(student.grid) != 2 or student.grid[0] != student.grid[1]:
+                remedy = "an encoder's grid is a square, so give data of square pictures, or choose another method"
             raise ValueError(
-                f"the stored features lie on a {theirs} grid, the student's tokens on {ours}; prepare the data with "
-                f"--grid {student.grid[0]}, or choose another patch size of the model"
+                f"the stored features lie on a {theirs} grid, the student's tokens on {ours}; {remedy}"
             )
         block = max(1, min(8, student.depth // 3)) if config.block is None else config.block
         super().__init__(config.weight, (block,), until_step=config.until_step)

@@ -576,6 +576,8 @@ def with_register(out):
         (lambda out: Output(out.v, {}), r"no features of block 2; feats must hold each block of taps \(1-based\)"),
         (with_register, r"shape \(3, 5, 8\) after block 2; expected \(N, T, D\) = \(3, 4, 8\): .* register tokens"),
         (lambda out: Output(out.v, {2: out.feats[2].flatten(1)}), r"shape \(3, 32\) after block 2; expected"),
+        (lambda out: Output(out.v, {2: out.feats[2].mean()}), r"shape \(\) after block 2; expected"),
+        (lambda out: Output(out.v, {2: [out.feats[2]]}), r"shape \(\) after block 2; expected"),
     ],
 )
 def test_output_of_another_shape_is_refused(change, message):
