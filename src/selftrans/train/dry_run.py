@@ -243,6 +243,8 @@ def _first_rows(batches: Iterator[Loaded], count: int) -> Iterator[Loaded]:
 def _extrapolated(seconds: list[float], samples: int, micro: int) -> float:
     """Seconds of a step with `micro` samples, from steps of `samples` and twice as many in turn, of which the first is a
     warm-up; a step costs a fixed time, that of the optimizer, and a time for each sample."""
+    if len(seconds) == 1:  # a stage of one step
+        return seconds[0] * micro / samples
     large, small = statistics.median(seconds[1::2]), min(seconds[2::2], default=None)
     if small is None or small >= large:
         return large * micro / (2 * samples)

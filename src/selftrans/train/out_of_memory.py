@@ -78,9 +78,9 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
         when = "it is recorded as a graph" if trainer.captured.crowded else "graphs keep that of the step before"
         return f"{where} while {when}; without one it fits: use --train.capture off, or {less}"
     fits = _largest(trainer, rows) if alone else None
-    if alone and fits is None:
+    if fits is None and (alone or micro == 1):
         return f"{where}, and one sample does not fit either: use {less}"
-    parts = train.accumulate * (micro // fits if fits else 2)
+    parts = train.accumulate * (micro // fits if fits else _smallest_factor(micro))
     tried = f"; {fits} at a time fit" if fits else ""
     return (
         f"{where}{tried}: --train.accumulate {parts} computes the same batch of {train.batch_size} in {parts} parts; "
@@ -95,11 +95,16 @@ def _largest(trainer: Trainer, rows: Loaded) -> int | None:
     """
     size = trainer.stream.micro
     while size > 1:
-        size //= next(k for k in range(2, size + 1) if size % k == 0)
+        size //= _smallest_factor(size)
         part = Loaded(rows.rows[:size], {name: tensor[:size] for name, tensor in rows.tensors.items()})
         if _fits(trainer, part):
             return size
     return None
+
+
+def _smallest_factor(size: int) -> int:
+    """The smallest number above 1 that divides `size`, a number above 1."""
+    return next(k for k in range(2, size + 1) if size % k == 0)
 
 
 def _fits(trainer: Trainer, rows: Loaded) -> bool:

@@ -105,7 +105,10 @@ class Trackers:
             except Exception as error:  # of a network, an account, a disk
                 self._end(name, f"tracker {name} cannot be started ({first_line(error)}); the run continues without it")
         if found != known:
-            write_json(self.out / RECORD, found)
+            try:
+                write_json(self.out / RECORD, found)
+            except (OSError, ValueError) as error:  # a full disk
+                _warn(f"{first_line(error, 300)}; a continued run will be a new one at its trackers")
 
     def begin(self, steps_before: int) -> None:
         """Note that a stage begins, after this many steps of earlier ones."""

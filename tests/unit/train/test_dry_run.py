@@ -125,6 +125,7 @@ def test_extrapolation_is_linear_in_the_samples():
     assert _extrapolated([99.0, 7.0, 5.0, 7.0, 5.0], 4, 256) == pytest.approx(3 + 0.5 * 256)
     assert _extrapolated([99.0, 7.0], 4, 256) == pytest.approx(7 * 32)  # two steps: in proportion
     assert _extrapolated([99.0, 4.0, 5.0], 4, 256) == pytest.approx(4 * 32)  # noise
+    assert _extrapolated([6.0], 4, 256) == pytest.approx(6 * 64)  # a stage of one step
 
 
 def test_data_on_the_device_as_in_the_run(tmp_path, monkeypatch):

@@ -162,6 +162,18 @@ def test_tracker_that_is_missing_or_fails_costs_one_warning(tmp_path, packages, 
     assert report["student_steps"] == 8 and len(toy.log(tmp_path, "vanilla")) == 4
 
 
+def test_full_disk_for_the_record_of_trackers_costs_a_warning(tmp_path, packages, monkeypatch):
+    def full(path, value):
+        raise ValueError(f"{path} cannot be written (No space left on device); free disk space")
+
+    monkeypatch.setattr(trackers, "write_json", full)
+    found = Trackers(tmp_path)
+    with pytest.warns(UserWarning, match=r"trackers.json cannot be written .*; a continued run will be a new one"):
+        found.start(toy.toy({"log.trackers": ("trackio",)}))
+    found.log("vanilla", {"loss": 1.0}, 5)
+    assert packages["trackio"].runs[0].lines == [(5, {"vanilla/loss": 1.0})]
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"wandb": 3}', '{"wandb": "../x"}', "[" * 5000])
 def test_damaged_record_of_trackers_is_a_new_run(tmp_path, content):
     (tmp_path / "trackers.json").write_text(content)
