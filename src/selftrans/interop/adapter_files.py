@@ -15,7 +15,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import START, frozen_weights
 from selftrans.checkpoints.load import Weights, find
 from selftrans.config import RunConfig, from_object
-from selftrans.interop.exporting import check_out
+from selftrans.interop.exporting import check_out, remove_earlier
 from selftrans.models.lora import A, B, pairs, whole
 from selftrans.models.spec import Named
 from selftrans.storage import write_json
@@ -56,6 +56,7 @@ def export_adapters(
     checkpoint.write_tensors(target, tensors, {"format": "pt"})
     if settings is not None:
         write_json(out / SETTINGS, settings)
+    remove_earlier(out, {WEIGHTS, PIPELINE_WEIGHTS} - {target.name} | ({SETTINGS} if settings is None else set()))
     return target
 
 

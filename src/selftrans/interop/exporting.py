@@ -65,7 +65,14 @@ def export_run(
         tensors, metadata = published.tensors(loaded.model), {LAYOUT: layout, "format": "pt"}
     checkpoint.write_tensors(target, tensors, metadata)
     write_json(out / "config.json", config)
+    remove_earlier(out, names - {target.name})
     return target
+
+
+def remove_earlier(out: Path, names: set[str]) -> None:
+    """Remove these files of an earlier export in another layout: a reader could take them for those of this one."""
+    for name in names:
+        (out / name).unlink(missing_ok=True)
 
 
 def check_out(out: Path, names: set[str], what: str) -> None:

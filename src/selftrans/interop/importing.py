@@ -71,8 +71,11 @@ def import_run(
     source |= model.source | {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
     source |= {"unused": listed(published.unused, MOST)} if published.unused else {}
     if _occupied(out, source):
+        held = checkpoint.steps(out / stages(config)[0].name / "checkpoints")
+        if not held:
+            raise ValueError(f"{out} holds this import without its checkpoint; remove it, or choose another --out")
         say(f"{out} holds this import already")
-        return checkpoint.steps(out / stages(config)[0].name / "checkpoints")[-1][1]
+        return held[-1][1]
     parts, notes = _tensors(published, model, config, guided)
     trained = _trained(published, parts["optimizer"], step)
     if trained is None:

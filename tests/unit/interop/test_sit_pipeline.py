@@ -186,6 +186,10 @@ def test_folder_is_not_written_through_a_link(exported, tmp_path):
         ({"prompt": "a cat"}, "prompts are for models of text, this one is of 10 classes"),
         ({}, "a model of 10 classes needs class_labels"),
         ({"class_labels": 1, "seed": 0, "generator": torch.Generator()}, "exclude each other"),
+        (
+            {"class_labels": 1, "num_images": 3, "latents": torch.zeros(2, 1, 8, 8)},
+            "2 latents are given for 3 images; give one for each",
+        ),
     ],
 )
 def test_wrong_conditions_are_refused(exported, wrong, message):

@@ -101,6 +101,7 @@ def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
         own | kept | {"data.path": str(toy.plain_digits()), "method": "vanilla", "train.steps": 2}
     )
     train(config.restricted(), tmp_path / "run", quiet=True)
+    main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])  # a layout with another weights file
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "diffusers"])
     main(
         ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "diffusers"]
