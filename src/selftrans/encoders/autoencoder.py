@@ -223,7 +223,7 @@ def _without_weights(name: str) -> Autoencoder:
 def stored_files(name: str) -> list[Path]:
     """config.json and the safetensors of an autoencoder, in its folder or, for a hub id, in the hub's cache on this machine.
 
-    Nothing is fetched. None for an autoencoder without weights, and for one that is not on this machine.
+    Nothing is fetched. Empty for an autoencoder without weights, and for one that is not on this machine.
     """
     if not has_network(name):
         return []
