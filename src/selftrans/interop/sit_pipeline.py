@@ -150,7 +150,9 @@ class SiTPipeline(DiffusionPipeline):
         cond = map_cond(lambda x: x.to(device), self._condition(n, class_labels, prompt))
         noise = self._noise(n, seed, generator, device)
         if latents is not None and len(latents) != n:
-            raise ValueError(f"{len(latents)} latents are given for {n} images; give one for each, or leave out num_images")
+            raise ValueError(
+                f"{len(latents)} latents are given for {n} images; give one for each, or leave out num_images"
+            )
         drawn = noise()  # drawn also where latents are given: the SDE's next ones are then the same
         z = drawn if latents is None else latents.to(device, torch.float32)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale

@@ -65,9 +65,7 @@ class RepaGuidance(Guidance):
             remedy = f"prepare the data with --grid {student.grid[0]}, or choose another patch size of the model"
             if len(student.grid) != 2 or student.grid[0] != student.grid[1]:
                 remedy = "an encoder's grid is a square, so give data of square pictures, or choose another method"
-            raise ValueError(
-                f"the stored features lie on a {theirs} grid, the student's tokens on {ours}; {remedy}"
-            )
+            raise ValueError(f"the stored features lie on a {theirs} grid, the student's tokens on {ours}; {remedy}")
         block = max(1, min(8, student.depth // 3)) if config.block is None else config.block
         super().__init__(config.weight, (block,), until_step=config.until_step)
         self.block, self.encoder, self.encoder_flops = block, encoder, encoder.flops

@@ -145,7 +145,7 @@ def test_heads_start_with_xavier_weights_and_zero_biases():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_heads_of_every_method_start_so(method):
+def test_heads_of_every_method_start_with_xavier_weights_and_zero_biases(method):
     config = recipe("digits").override({"method": method})
     student, teacher = (SiT((1, 8, 8), 10, width=16, depth=6, heads=2, patch=2) for _ in range(2))
     for stage in stages(config):

@@ -369,7 +369,7 @@ def test_step_with_even_times_reads_no_value_on_the_host(monkeypatch):
             step(independent)
 
 
-def test_labels_of_no_class_are_refused():
+def test_labels_outside_the_classes_are_refused():
     objective, latents = sit_objective(), torch.zeros(2, 1, 8, 8)
     for label, message in {10: r"label 10 \(the null label, which", 11: "label 11 is", -1: "label -1 is"}.items():
         with pytest.raises(ValueError, match=rf"^{message}.* out of range: the model has 10 classes, so .* 0 to 9$"):
@@ -528,7 +528,7 @@ def test_step_on_the_device_is_not_read_and_every_guidance_acts():
 
 
 @pytest.mark.parametrize("batch", [(torch.zeros(1, *SHAPE), torch.zeros(1)), [torch.zeros(1, *SHAPE)]], ids=type)
-def test_what_is_no_batch_is_refused(batch):
+def test_batch_of_another_type_is_refused(batch):
     with pytest.raises(ValueError, match=rf"selftrans.Batch\(latents, labels\), not a {type(batch).__name__}"):
         Objective(Stub())(batch, 0)
 

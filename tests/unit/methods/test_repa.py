@@ -130,7 +130,9 @@ def test_grid_that_differs_from_the_students_is_refused() -> None:
     for grid, named in (((2, 4), "2x4"), ((4,), "4"), ((2, 2, 2), "2x2x2")):  # no value of --grid fits these
         student = Stub()
         student.grid = grid
-        with pytest.raises(ValueError, match=f"tokens on {named}; an encoder's grid is a square, so give data of square"):
+        with pytest.raises(
+            ValueError, match=f"tokens on {named}; an encoder's grid is a square, so give data of square"
+        ):
             RepaGuidance(student, stored(grid=2), Repa())
 
 
