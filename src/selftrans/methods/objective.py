@@ -140,7 +140,7 @@ class Objective(nn.Module):
 def _checked_guidances(guidances: Iterable[Guidance] | None) -> tuple[Guidance, ...]:
     """The guidances of an iterable. ValueError unless each is a `Guidance` with a name that no other has."""
     if isinstance(guidances, Guidance):
-        raise ValueError(f"guidances are a list, of {guidances.name} alone too: [guidance]")
+        raise ValueError(f"guidances are a list, also of a single one: [{guidances.name}]")
     if guidances is None:
         raise ValueError("guidances are a list of Guidance objects, not None; () for none")
     listed = tuple(guidances)

@@ -394,9 +394,9 @@ def test_conditions_of_another_type_are_refused(labels, found):
 @pytest.mark.parametrize(
     "latents, message",
     [
-        (torch.zeros(2, 3, 8, 8), r"latents must be \(N, 1, 8, 8\), or have other sides, .* not \(2, 3, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8), r"must be \(N, 1, 8, 8\) with N at least 1 \(sides may differ\), not \(2, 3, 8, 8\)"),
         (torch.zeros(2, 8, 8), r"not \(2, 8, 8\)"),
-        (torch.zeros(0, 1, 8, 8), r"with N from 1, not \(0, 1, 8, 8\)"),
+        (torch.zeros(0, 1, 8, 8), r"with N at least 1 .*, not \(0, 1, 8, 8\)"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "latents must be a tensor of floats, not uint8; scale pixels"),
         (np.zeros((2, 1, 8, 8)), "a tensor of floats, not ndarray"),
     ],
@@ -415,7 +415,7 @@ def named(name):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"guidances": Ridge()}, r"guidances are a list, of ridge alone too: \[guidance\]"),
+        ({"guidances": Ridge()}, r"guidances are a list, also of a single one: \[ridge\]"),
         ({"guidances": None}, r"a list of Guidance objects, not None; \(\) for none"),
         ({"guidances": [Ridge]}, r"a list of Guidance objects, not of <class '.*Ridge'>"),
         ({"guidances": [Guidance(1.0, ())]}, "Guidance has no name: set one in the class"),
