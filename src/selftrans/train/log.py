@@ -35,7 +35,7 @@ class RunningMeans:
             self._sums[name] = total + value, count + one
 
     def add_numbers(self, report: dict[str, float], finite: bool) -> None:
-        """Add values that the host has read; the sums are kept there from now on. Waits for the device once."""
+        """Add values that the host has read; from now on the sums are numbers on the host. Waits for the device once."""
         for name, value in report.items():
             total, count = (float(x) for x in self._sums.get(name, (0.0, 0.0)))
             self._sums[name] = (total + value, count + 1.0) if finite else (total, count)
@@ -57,7 +57,7 @@ class RunningMeans:
         }
 
     def state(self, accelerator: Accelerator | None = None) -> dict[str, Any]:
-        """What a checkpoint keeps. With several processes, which must all call it, the mean over them."""
+        """Sums and counts for a checkpoint. With several processes, which must all call it, their mean over the processes."""
         sums = self._tensors()
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="mean")
@@ -74,7 +74,7 @@ class RunningMeans:
 class JsonlLog:
     """log.jsonl: one line per report. After a resume it holds exactly the lines up to the resumed step.
 
-    Raises ValueError where the file cannot be written at the start. Later a full disk costs a warning: see `write`.
+    Raises ValueError where the file cannot be written at the start. Later a full disk only causes a warning: see `write`.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
@@ -123,7 +123,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class _Lines:
-    """stderr that is not a terminal: each state of a bar is printed as a separate line."""
+    """A file for tqdm where stderr is not a terminal: each state of a bar becomes a line of stderr."""
 
     def write(self, text: str) -> None:
         if text.strip():

@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM, SIGUSR1 or Ctrl-C leads to a checkpoint, and to an exit status that asks for the same command."""
+"""Stop signals: SIGTERM, SIGUSR1 or Ctrl-C ends a run after a checkpoint, with an exit status that means "run it again"."""
 
 from __future__ import annotations
 

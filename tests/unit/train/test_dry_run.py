@@ -85,7 +85,7 @@ def _counted(batches, seen):
         yield loaded
 
 
-def test_how_steps_run_on_a_gpu_is_said_as_in_the_run(tmp_path, monkeypatch):
+def test_dry_run_describes_steps_on_a_gpu_as_the_run_does(tmp_path, monkeypatch):
     """It knows that CUDA has ended a recording of the run. On a CPU nothing is said."""
     small = toy.toy({"train.steps": 2, "stage1.steps": 2})
     assert "steps  " not in text(dry_run(small, tmp_path, steps=1))
@@ -97,7 +97,7 @@ def test_how_steps_run_on_a_gpu_is_said_as_in_the_run(tmp_path, monkeypatch):
     ) == 2
 
 
-def test_dry_run_goes_on_in_a_new_process_where_graphs_end_this_one(tmp_path, monkeypatch):
+def test_dry_run_continues_in_a_new_process_where_graphs_end_this_one(tmp_path, monkeypatch):
     """It takes the steps launched, and says so; where no process can be started, the line of the first one is shown."""
 
     def ended(trainer, batches):
@@ -109,7 +109,10 @@ def test_dry_run_goes_on_in_a_new_process_where_graphs_end_this_one(tmp_path, mo
     found = dry_run(small, tmp_path / "run", steps=1)
     assert [stage.name for stage in found.stages] == ["stage1", "stage2"] and not (tmp_path / "run").exists()
     assert all(stage.seconds_per_step > 0 for stage in found.stages)
-    assert f"  steps       launched one by one: {reason}; so will the run, once" in text(found)
+    assert (
+        f"  steps       launched one by one: {reason}; the run ends once at this point, and uses no graphs when"
+        in text(found)
+    )
     broken = SimpleNamespace(get_context=lambda _: raising(BrokenProcessPool()))
     monkeypatch.setattr("selftrans.train.dry_run.multiprocessing", broken)
     with pytest.raises(NotCaptured, match=r"^the step cannot be recorded; use --train[^\n]*off$"):
@@ -178,13 +181,15 @@ def rehearsed(server, cache, monkeypatch, *, shards=9.0, window=None):
     return found, read, [name for name in server.asked if name.startswith("shard") and "bytes" not in name]
 
 
-def test_one_shard_at_a_url_is_fetched_and_what_the_run_fetches_is_said(folder, tmp_path, monkeypatch, capsys):
+def test_one_shard_at_a_url_is_fetched_and_the_text_names_what_the_run_fetches(folder, tmp_path, monkeypatch, capsys):
     with serving(folder) as server:
         found, read, fetched = rehearsed(server, tmp_path / "a", monkeypatch)
         assert fetched == ["shard-00000.safetensors"] and read == {0}
         assert found.fetched == Transfer(8, 8 * SIZE, SIZE, 9 * SIZE, None) and found.samples == 80
         assert capsys.readouterr().out.startswith("data: 8 shards, 74.4 kB, of http://127.0.0.1")
-        said = "data: 8 shards, 74.4 kB, of which the cache holds 9.3 kB, and these steps read one shard: the run fetches 65"
+        said = (
+            "data: 8 shards, 74.4 kB, of which the cache holds 9.3 kB; the dry run reads one shard: the run fetches 65"
+        )
         assert said in text(found) and len(server.asked) == 1 + 8 + 1, "the manifest, labels and a shard"
         server.sent = 0
         _, _, fetched = rehearsed(server, tmp_path / "a", monkeypatch)

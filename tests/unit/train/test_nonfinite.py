@@ -241,7 +241,7 @@ def test_feature_norms_are_in_the_log_while_guidance_is_active():
     assert "self/feature_norm" not in lines[-1]
 
 
-def test_long_row_that_is_read_step_by_step_is_said_at_each_doubling():
+def test_long_row_of_skips_warns_at_each_doubling():
     steps, said = NonFiniteSteps(99, rows=lambda step: trainer.np.arange(4)), []
     for step, bad in enumerate([1.0] * 10 + [0.0, 1.0, 0.0]):
         steps.note(step, torch.tensor([bad, BAD, BAD]))
