@@ -74,7 +74,7 @@ def test_released_dit_and_pixart_predict_noise(tmp_path):
     assert model.conditions == Conditions("text", tokens=120, width=24)
 
 
-def test_imported_and_exported_without_change(tmp_path, family):
+def test_import_and_export_change_nothing(tmp_path, family):
     theirs = released(tmp_path / "theirs", family)
     said = []
     import_run(tmp_path / "theirs" / WEIGHTS, tmp_path / "run", autoencoder="pixel", say=said.append)
@@ -94,7 +94,7 @@ def test_imported_and_exported_without_change(tmp_path, family):
     }
 
 
-def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
+def test_a_trained_run_is_exported_and_imported_again(tmp_path, capsys):
     own = {"model.name": "diffusers-dit", "model.layers": 2, "model.heads": 2, "model.head_dim": 12, "model.patch": 2}
     kept = {key: value for key, value in toy.TOY.items() if not key.startswith("model.")}
     config = recipe("digits").override(
@@ -120,7 +120,7 @@ def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["pixart", "sd3", "flux"])
-def test_both_stages_train_on_captions_and_go_out(tmp_path, family):
+def test_both_stages_train_on_captions_and_are_exported(tmp_path, family):
     own = {"model.name": f"diffusers-{family}", "model.layers": 2, "model.heads": 2, "model.head_dim": 12}
     own |= {"model.single_layers": 1} if family == "flux" else {}
     config = captioned.config(own | {"stage1.steps": 2, "train.steps": 2, "train.accumulate": 1})

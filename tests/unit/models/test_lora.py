@@ -126,7 +126,7 @@ def test_only_adapters_and_what_is_new_have_gradients(compiled):
     assert len(with_gradient) == 17 and all(name == table or re.fullmatch(pattern, name) for name in with_gradient)
 
 
-def test_average_shares_what_is_frozen():
+def test_average_shares_the_frozen_weights():
     made, _ = adapted()
     ema = EMA(made, 0.5)
     student, average = dict(made.named_parameters()), dict(ema.model.named_parameters())
