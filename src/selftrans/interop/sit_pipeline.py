@@ -153,7 +153,7 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{len(latents)} latents are given for {n} images; give one for each, or leave out num_images"
             )
-        drawn = noise()  # drawn also where latents are given: the SDE's next ones are then the same
+        drawn = noise()  # drawn also where latents are given, so that the later noise of an SDE is the same
         z = drawn if latents is None else latents.to(device, torch.float32)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
         early = Early(
@@ -248,7 +248,7 @@ class _Velocity:
         self.transformer, self.early, self.strength = transformer, early, 1.0
 
     def at(self, t: Tensor) -> Tensor:
-        """The time t itself, at which the next velocity is asked for: early guidance acts within its interval."""
+        """t, after setting the strength of early guidance for the next call: it acts only within its interval."""
         self.strength = self.early.scale if self.early.scale != 1 and inside(t, self.early.interval) else 1.0
         return t
 
@@ -294,7 +294,7 @@ def check_replaceable(out: Path) -> None:
 
 
 def _check_index(folder: Path) -> None:
-    """ValueError unless a folder says that it is a pipeline of this class; the classes that it names are not looked at."""
+    """ValueError unless the index of a folder names this class; the classes of the parts that it names are not used."""
     try:
         name = (read_object(folder / PIPELINE) or {})["_class_name"]
     except (KeyError, ValueError) as error:

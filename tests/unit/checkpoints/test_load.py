@@ -54,7 +54,7 @@ def test_single_weights_file_can_be_loaded(tmp_path):
     assert "prompts" not in header_of(file), "of a model of classes"
 
 
-def test_raw_weights_asked_for_of_a_file_of_the_average_are_warned_of(recwarn):
+def test_raw_weights_of_a_file_with_the_average_alone_cause_a_warning(recwarn):
     held = toy.checkpoint(toy.finished())
     for origin in (held, held / "student.safetensors"):
         assert load_model(find_asked(origin, weights="raw")).weights == "raw"
@@ -65,7 +65,7 @@ def test_raw_weights_asked_for_of_a_file_of_the_average_are_warned_of(recwarn):
         assert find_asked(held / "ema.safetensors", weights="raw") == held / "ema.safetensors"
 
 
-def test_stage_that_takes_the_place_of_the_last_one_is_warned_of(tmp_path, recwarn):
+def test_earlier_stage_in_place_of_the_last_one_causes_a_warning(tmp_path, recwarn):
     run = toy.copy(toy.finished(), tmp_path / "run")
     assert find_asked(run).parents[2].name == "stage2" and find_asked(run, stage="stage1").parents[2].name == "stage1"
     shutil.rmtree(run / "stage2")

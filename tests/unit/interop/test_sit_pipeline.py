@@ -67,7 +67,7 @@ def test_folder_of_a_run_holds_json_and_safetensors_without_its_paths(exported):
     toy.assert_same({name.removeprefix("backbone."): x for name, x in names.items()}, ema)
 
 
-def test_folder_takes_the_place_of_a_run(exported, tmp_path):
+def test_folder_is_accepted_in_place_of_a_run(exported, tmp_path):
     was, now = load_model(toy.finished()), load_model(exported)
     assert was.source["weights"] == now.source["weights"] and (now.step, now.stage) == (was.step, was.stage)
     toy.assert_same(dict(selftrans.load(exported).state_dict()), dict(was.model.state_dict()))
