@@ -44,7 +44,7 @@ class NonFiniteSteps:
         self._unread.append((step, checked))
 
     def sync(self, stage: str) -> None:
-        """Wait for the device and count. FloatingPointError (one line) when `most` updates in a row were skipped."""
+        """Wait for the device and count. FloatingPointError (one line) when `most` updates in a row, or more, were skipped."""
         if not self._unread:
             return
         seen = torch.stack([values for _, values in self._unread]).tolist()
@@ -55,12 +55,13 @@ class NonFiniteSteps:
             if bad:
                 skip = {"step": step + 1, "loss": f"{loss:g}", "grad_norm": f"{norm:g}"}
                 found.append(skip | {"rows": self.rows(step).tolist()})
-            if self.in_a_row == self.most:
-                ending = f"up to step {step + 1} of {stage}, had no finite gradient (loss {loss:g}, its norm {norm:g})"
+            if ending is None and self.in_a_row >= self.most:  # more: a run that continues with a smaller limit
+                row = f"{plural(self.in_a_row, 'update')} in a row, up to step {step + 1} of {stage}"
+                ending = f"{row}, had no finite gradient (loss {loss:g}, its norm {norm:g})"
         self.skipped += len(found)
         self._unreported = (self._unreported + found)[:LISTED]
         if ending:
-            raise FloatingPointError(f"{plural(self.most, 'update')} in a row, {ending}")
+            raise FloatingPointError(ending)
         if not before:
             self._warned_at = 0
         # while a checkpoint waits for a finite step, this runs after every step: warn only when `in_a_row` has doubled

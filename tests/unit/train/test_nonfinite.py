@@ -253,6 +253,15 @@ def test_long_row_of_skips_warns_at_each_doubling():
     assert steps.skipped == 11 and len(steps.pop_report()["skips"]) == 11
 
 
+def test_smaller_limit_than_the_row_of_a_continued_run_ends_it():
+    """train.max_skips may change when a run continues, and a stop signal writes a checkpoint within a row of skips."""
+    steps = NonFiniteSteps(25, rows=lambda step: trainer.np.arange(4))
+    steps.load({"skipped": 30, "in_a_row": 30})
+    steps.note(7, torch.tensor([1.0, BAD, BAD]))
+    with pytest.raises(FloatingPointError, match="31 updates in a row, up to step 8 of stage1, had no finite gradient"):
+        steps.sync("stage1")
+
+
 def test_all_processes_skip_the_same_step(monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "num_processes", property(lambda self: 2))
