@@ -194,7 +194,7 @@ class RunConfig:
         return found if isinstance(found, kind) else kind()  # of a method that is not known here it is plain json
 
     def restricted(self) -> RunConfig:
-        """The same with the sections of its own method, complete, and no others."""
+        """The same with the sections of its own method only, with defaults for those that are not given."""
         own = {kind.key: self.section(kind) for kind in methods.find(self.method).sections}
         return dataclasses.replace(self, sections=own)
 

@@ -30,7 +30,7 @@ TEXT, MASK = "text", "mask"
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the samples of a data set are conditioned on. The data's manifest says it; a model says what its null is."""
+    """What the samples of a data set are conditioned on. The data's manifest records it; each model defines its null."""
 
     kind: Literal["none", "labels", "text"]
     num_classes: Count = 0  #: of kind labels: labels are 0 .. num_classes - 1

@@ -142,7 +142,7 @@ class SiTPipeline(DiffusionPipeline):
             seed: the noise of image k is that of `selftrans sample --seed`. generator: torch's, instead.
             latents: (N, C, *S) noise to start from.
             output_type: pil, np or latent; np where the data are not pictures.
-        ValueError for conditions of another kind, labels of no class, and early guidance without a second output.
+        ValueError for conditions of another kind, labels outside the classes, and early guidance without a second output.
         """
         settings = self.transformer.settings.sample
         n = num_images or (len(latents) if latents is not None else _count(class_labels, prompt))

@@ -3,7 +3,7 @@
     L = L_flow + lambda mean (1 - cos(P(h_s), y))                       mean over N and T, cos over D
 
 y is the encoder's patch features (published: DINOv2), one for each token of the student, stored with the data or computed
-from its pixels; P a small head. The published loss is -cos, the same but for a constant. No timestep range.
+from its pixels; P a small head. The published loss is -cos, which differs by a constant. No timestep range.
 Shape legend: N batch, T = grid² tokens, D width.
 """
 

@@ -117,7 +117,7 @@ class DiffusersFlux(TextNull, DiffusersBackbone):
         shape: (C, H, W) of a latent.
         conditions: of kind text.
         guidance: value for the embedding of the guidance scale, if `net` has one (None: `GUIDANCE`).
-        pooled: what takes the place of the pooled vector, see `pooled_text`.
+        pooled: what replaces the pooled vector of the text encoder, see `pooled_text`.
     """
 
     ends: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")

@@ -116,7 +116,7 @@ def to_published(model: MMDiT) -> Named:
 
 
 def _arguments(model: MMDiT, config: MMDiTConfig) -> dict[str, Any]:
-    """Arguments of the published class. ValueError for what it cannot be built as, with what it has."""
+    """Arguments of the published class. ValueError where that class cannot hold this model, with what both have."""
     sizes, size = config.sizes(), "x".join(map(str, model.shape[1:]))
     depth = sizes["depth"]
     fixed: tuple[tuple[bool, str, str], ...] = (

@@ -161,8 +161,8 @@ def warn_of_encoders(given: Given, config: RunConfig, manifest: Manifest) -> Non
     if theirs.sha256 and own.sha256 and theirs.sha256 != own.sha256:
         warnings.warn(
             f"the weights {config.init.path} were trained on text of the encoder {printable(theirs.encoder)} (sha256 "
-            f"{printable(theirs.sha256, 12)}), the data have text of {printable(own.encoder)} ({own.sha256[:12]}): what they "
-            "know of prompts is of little use",
+            f"{printable(theirs.sha256, 12)}), the data have text of {printable(own.encoder)} ({own.sha256[:12]}): the "
+            "model has to learn the new tokens",
             stacklevel=4,
         )
     ours = config.data.autoencoder or manifest.autoencoder

@@ -91,7 +91,7 @@ class JsonlLog:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is pending, as far as the disk has space."""
+        """Write the pending lines; on a full disk as many bytes as fit, with a warning."""
         try:
             while self._pending:  # unbuffered, so that the number of bytes written is known
                 self._pending = self._pending[self._file.write(self._pending) :]
@@ -99,7 +99,7 @@ class JsonlLog:
             warnings.warn(f"{len(self._pending)} bytes of log.jsonl are not on the disk yet: {error}", stacklevel=2)
 
     def sync(self) -> None:
-        """Write what is pending, and wait until it is on the disk: a checkpoint relies on the lines before it."""
+        """Write the pending lines and wait until they are on the disk, so that a checkpoint never has steps without lines."""
         self.flush()
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())

@@ -134,7 +134,7 @@ class Trackers:
         self._each(step, lambda name, tracker, at: _log_picture(name, tracker, f"{stage}/preview", pixels, file, at))
 
     def close(self) -> None:
-        """End the trackers, also those of a run that is interrupted: what they hold is then sent or written."""
+        """End the trackers, also after an interruption of the run, so that they send or write their last values."""
         for name, tracker in [*self._running.items()]:
             try:
                 tracker.finish()
