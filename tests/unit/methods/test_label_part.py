@@ -45,7 +45,7 @@ def test_targets_lose_their_label_mean_of_earlier_batches_and_keep_the_overall_m
 
 
 def test_additive_label_code_is_removed_exactly():
-    """f_g = a(picture) + b(label): with a of mean zero per label, a + mean of b remains, and a table explains nothing."""
+    """f_g = a(picture) + b(label): with a of mean zero per label, a + mean of b remains, without a label part."""
     code = torch.tensor([-30.0, 10.0, 80.0]).view(3, 1, 1).expand(3, 2, 4)
     labels = torch.arange(3).repeat_interleave(4)
     content = torch.randn(6, 2, 4).repeat_interleave(2, dim=0) * torch.tensor([1.0, -1.0]).repeat(6)[:, None, None]

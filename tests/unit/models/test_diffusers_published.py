@@ -148,7 +148,7 @@ def test_null_text_of_an_imported_model_is_unknown(tmp_path):
 
 
 def test_an_imported_model_of_text_is_sampled_and_its_null_comes_from_the_encoder(tmp_path):
-    """config.json says neither which encoder it had nor what the empty caption is: the encoder that is given says both."""
+    """config.json names neither the encoder nor the empty caption: both come from the encoder that is given."""
     encoder = captioned.save_text_encoder(tmp_path / "encoder")
     model = tiny("sd3", conditions=Conditions("text", tokens=12, width=16))
     assert not model.null_set
@@ -228,7 +228,7 @@ def test_other_models_have_no_such_layout(tmp_path):
 
 
 def test_every_family_has_its_settings_in_arguments():
-    """No setting of ours is lost on the way out: `_selftrans` holds all of them."""
+    """`_selftrans` holds all settings, so that none is lost in an export."""
     for name, family in FAMILIES.items():
         own = dataclasses.asdict(family.Config(name=name))
         assert {"layers", "heads", "head_dim", "patch"} <= own.keys() and json.dumps(own)

@@ -102,7 +102,7 @@ def test_compiled_block_uses_the_fused_norm_without_a_break(monkeypatch: pytest.
 def test_frozen_inputs_and_modulation_leave_the_other_gradients(
     trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in the first block of a model with adapters: of the operator's gradients some have nowhere to go, or all."""
+    """As in the first block of a model with adapters: some or all inputs of the operator need no gradient."""
     theirs = block_gradients("cpu", trained=trained)
     monkeypatch.setattr(fused_norm, "applies", lambda x: torch.compiler.is_compiling() and torch.is_grad_enabled())
     ours = block_gradients("cpu", trained=trained)

@@ -34,7 +34,7 @@ def inputs():
 
 
 def adapted(**options):
-    """A model with adapters whose B is not zero, and what it was before."""
+    """A model with adapters whose B is not zero, and the state dict of the model without adapters."""
     made = model()
     before = copy.deepcopy(made.state_dict())
     lora.add_adapters(made, 3, 2.0, **options)

@@ -432,7 +432,7 @@ def test_compiled_without_graph_breaks(masked):
 
 
 def test_blocks_are_compiled_for_their_two_kinds(monkeypatch):
-    """One graph for the blocks whose text goes on, one for the last; none falls back to uncompiled code."""
+    """One graph for the blocks that return text tokens, one for the last; none falls back to uncompiled code."""
     graphs, calls = [], []
 
     def backend(graph, _):

@@ -51,7 +51,7 @@ def test_command_writes_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_slow_steps_on_a_cpu_have_fewer_samples(tmp_path, monkeypatch, capsys):
-    """2 and 4 samples at a time in place of 8, in two parts; what is said of the whole batch is extrapolated, and says so."""
+    """Steps of 2 and 4 samples in place of 8; the numbers of the whole batch are extrapolated, and the text says so."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("selftrans.train.dry_run.CPU_FLOPS", 1.0)
     seen = []
@@ -86,7 +86,7 @@ def _counted(batches, seen):
 
 
 def test_dry_run_describes_steps_on_a_gpu_as_the_run_does(tmp_path, monkeypatch):
-    """It knows that CUDA has ended a recording of the run. On a CPU nothing is said."""
+    """Also where CUDA has ended a recording of the run before. On a CPU there is no such line."""
     small = toy.toy({"train.steps": 2, "stage1.steps": 2})
     assert "steps  " not in text(dry_run(small, tmp_path, steps=1))
     (tmp_path / ENDED).touch()
@@ -98,7 +98,7 @@ def test_dry_run_describes_steps_on_a_gpu_as_the_run_does(tmp_path, monkeypatch)
 
 
 def test_dry_run_continues_in_a_new_process_where_graphs_end_this_one(tmp_path, monkeypatch):
-    """It takes the steps launched, and says so; where no process can be started, the line of the first one is shown."""
+    """Its steps are launched one by one, and the text says so; without a new process the first error is raised."""
 
     def ended(trainer, batches):
         raise NotCaptured("the step cannot be recorded; use --train.capture off", reason)
@@ -163,7 +163,7 @@ SIZE = ROWS * (4 * 64 * 2 + 8) + 4096  #: bytes of a shard
 
 
 def rehearsed(server, cache, monkeypatch, *, shards=9.0, window=None):
-    """What a dry run finds with a cache of so many shards, and the shards whose rows its two batches have."""
+    """The result of a dry run with a cache of so many shards, and the shards from which its two batches come."""
     read = set()
 
     def step(trainer, batches):
@@ -197,7 +197,7 @@ def test_one_shard_at_a_url_is_fetched_and_the_text_names_what_the_run_fetches(f
 
 
 def test_shards_that_the_cache_holds_are_read(folder, tmp_path, monkeypatch):
-    """A shard, in place of the first one; or the batches of the run, where it holds all."""
+    """With one shard in the cache its rows in place of the first shard; with all shards the batches of the run."""
     with serving(folder) as server:
         data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-3))
         data.prefetch((5,), ())

@@ -29,7 +29,7 @@ class Settings:
 
 @pytest.fixture
 def converted(monkeypatch):
-    """In place of torchao: what it is asked for."""
+    """Stands in for torchao, and keeps the arguments of its calls."""
     asked = []
 
     def convert(module, *, module_filter_fn, config):
