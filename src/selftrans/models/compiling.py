@@ -37,7 +37,7 @@ def keep_compiled() -> str | None:
     """Let torch keep compiled code in the user's cache, so that later stages, processes and runs find it; returns where.
 
     torch's default is in the system's temporary folder, which is emptied. torch executes and unpickles the files in the cache,
-    so only this user may write to it, and it is never in a run's folder, which may come from somebody else. A folder that
+    so only this user may write to it, and it is never in a run's folder, which may come from another user. A folder that
     TORCHINDUCTOR_CACHE_DIR names stays. None where the folder cannot be made or is not private: then torch uses its default.
     """
     if CACHE not in os.environ:

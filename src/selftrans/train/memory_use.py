@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from selftrans.encoders.vision import Encoder
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.train.fsdp import local
@@ -29,10 +30,9 @@ def memory_use(objective: Objective, average: nn.Module, teacher: Any, optimizer
         "optimizer": moment_bytes([p for p in parameters if p.requires_grad], optimizer),
         "average": _bytes(t for t in (*average.parameters(), *average.buffers()) if id(t) not in own),
     }
-    model = getattr(teacher, "model", None)  # none for features that are stored with the data
-    if isinstance(model, nn.Module):
+    if isinstance(teacher, Frozen | Encoder):  # others are features stored with the data
         part = "teacher" if isinstance(teacher, Frozen) else "encoder"
-        found[part] = _bytes((*model.parameters(), *model.buffers()))
+        found[part] = _bytes((*teacher.model.parameters(), *teacher.model.buffers()))
     return found
 
 
