@@ -60,7 +60,7 @@ def test_raw_weights_of_a_file_with_the_average_alone_cause_a_warning(recwarn):
         assert load_model(find_asked(origin, weights="raw")).weights == "raw"
     assert find_asked(held / "ema.safetensors") == find_asked(held) == held / "ema.safetensors" and not recwarn.list
     with pytest.warns(
-        UserWarning, match=r"ema.safetensors holds the moving average alone \(ema\), which takes the place"
+        UserWarning, match=r"ema.safetensors holds the moving average alone \(ema\), which is used in place"
     ):
         assert find_asked(held / "ema.safetensors", weights="raw") == held / "ema.safetensors"
 
