@@ -194,14 +194,17 @@ class RunConfig:
         return found if isinstance(found, kind) else kind()  # of a method that is not known here it is plain json
 
     def restricted(self) -> RunConfig:
-        """The same with the sections of its own method, complete, and no others."""
+        """The same with the sections of its own method only, with defaults for those that are not given."""
         own = {kind.key: self.section(kind) for kind in methods.find(self.method).sections}
         return dataclasses.replace(self, sections=own)
 
     def override(self, dotted: Mapping[str, Any]) -> RunConfig:
-        """The same with some fields replaced: `{"method": "vanilla", "train.steps": 8, "stage1.block": 1}`."""
+        """The same with some fields replaced: `{"method": "vanilla", "train.steps": 8, "stage1.block": 1}`.
+
+        The order of the names does not matter: model.name, which may choose another family with other fields, comes first.
+        """
         config = self
-        for name, value in dotted.items():
+        for name, value in sorted(dotted.items(), key=lambda item: item[0] != "model.name"):
             key, _, leaf = name.rpartition(".")
             if not key:
                 config = dataclasses.replace(config, **{leaf: value})

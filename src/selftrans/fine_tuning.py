@@ -1,4 +1,4 @@
-"""Settings of a run that starts from given weights: which ones, and whether all of them are trained or adapters (LoRA)."""
+"""Settings of a run that starts from given weights: their source, and whether all weights are trained or adapters (LoRA)."""
 
 from __future__ import annotations
 
@@ -29,11 +29,9 @@ class Init(Section):
 
     def resolved(self) -> Init:
         """The same with an absolute path: a run may be continued from another folder. Names of the hub stay as they are."""
-        return (
-            self
-            if self.path is None or self.path.startswith("hf:/")
-            else replace(self, path=str(Path(self.path).resolve()))
-        )
+        if self.path is None or self.path.startswith("hf:/"):
+            return self
+        return replace(self, path=str(Path(self.path).resolve()))
 
     def ineffective(self) -> dict[str, str]:
         names = ("stage", "weights", "convention", "heads")

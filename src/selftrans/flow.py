@@ -109,7 +109,7 @@ def score_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
 def equal_snr(t: float, std: float, path: Path) -> float:
     """The time at which data of standard deviation `std` have the signal-to-noise ratio that unit data have at `t`.
 
-    The ratio is (std alpha / sigma)², so sigma / alpha must be `std` times as large; data and noise keep their times.
+    The ratio is (std alpha / sigma)², so sigma / alpha must be `std` times as large. The ends t = 0 and t = 1 stay.
     """
     if std == 1 or t in (0, 1):
         return t

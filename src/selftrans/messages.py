@@ -22,7 +22,7 @@ def one_line(text: str) -> str:
 
 
 def decoded_text(data: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 with its mark, as some editors of Windows store it. UnicodeDecodeError for any other."""
+    """Text in UTF-8, or in UTF-16 with a byte order mark, as some editors on Windows store it. Else UnicodeDecodeError."""
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     return data.decode("utf-16" if utf16 else "utf-8-sig")
 
@@ -39,7 +39,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """A number of bytes with three digits: `1.23 GB` from a tenth of it on, `74.4 kB`, `9.8 TB`."""
+    """A number of bytes with three digits: `74.4 kB`, `1.23 MB`, `9.8 TB`; from 0.1 GB on in GB, `0.123 GB`."""
     for unit, scale, least in (("TB", 1e12, 0.9995e12), ("GB", 1e9, 0.9995e8), ("MB", 1e6, 0.9995e6)):
         if size >= least:
             return f"{size / scale:.3g} {unit}"

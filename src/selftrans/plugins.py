@@ -1,6 +1,6 @@
 """Records (methods, models) that other packages add: by an entry point, or as `module:function` that the user has named.
 
-Entry points belong to packages that are installed, so they are trusted. `module:function` imports any module: it is followed
+Entry points belong to packages that are installed, so they are trusted. `module:function` can name any module: it is imported
 only where the user has given it on the command line, never because a checkpoint or a configuration file names it.
 """
 
@@ -50,7 +50,7 @@ def trust_named(*names: str) -> None:
 
 
 class NotFound(ValueError):
-    """No record of a name. `in_file`: the same for a file that holds the name, whose reader cannot choose another."""
+    """No record has this name. `in_file`: the message for a name that was read from a file, not given by the user."""
 
     def __init__(self, message: str, in_file: str | None = None) -> None:
         super().__init__(message)
@@ -63,7 +63,7 @@ class Registry(Generic[Record]):
     Args:
         what: "method" or "model", for messages. builtin: the records of this package, by name.
         kind: the class of a record. group: entry points whose name is a record's, and whose object is one or returns one.
-        names: other names that a record answers to, such as those of published sizes.
+        names: further names by which a record is found, such as those of published sizes.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Registry(Generic[Record]):
             if name == record_name or name in self.names(record):
                 return record
         for point in entry_points(group=self.group, name=name):
-            return self._load(point)  # it was left out above: this says why
+            return self._load(point)  # `installed` skipped it, because it is broken: loading it again raises the reason
         hint = nearest(name, self.known())
         raise NotFound(
             f"{self.what} '{name:.80}' is unknown{hint}{'' if hint.endswith('?') else ', or module:function'}",
@@ -96,7 +96,7 @@ class Registry(Generic[Record]):
         )
 
     def known(self) -> list[str]:
-        """Every name, those of entry points included; nothing is imported for this."""
+        """Every name, also those of entry points, which are not imported for this."""
         records: dict[str, Record | None] = dict(self.builtin)
         records |= {point.name: self._outside.get(point.name) for point in entry_points(group=self.group)}
         return [name for key, record in records.items() for name in (self.names(record) if record else ()) or (key,)]

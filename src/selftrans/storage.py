@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, TypeVar
 from selftrans.messages import gigabytes
 
 T = TypeVar("T")
-#: what reading a json file raises that is damaged, or of another content than expected
+#: errors of reading a json file that is damaged, or does not hold what is expected
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 FREE_SPACE = "free disk space or choose another folder"
-REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}  #: errors of a folder in which nothing may be written
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}  #: errors of a folder without permission to write
 
 
 # ---- atomic writes
@@ -42,8 +42,8 @@ def atomic_write(
     """A binary file that replaces `path` when the block ends. After an error it is removed, and `path` is unchanged.
 
     Args:
-        writer: a name that no concurrent writer of `path` has, such as a rank: a temporary file that an earlier process of
-            this name left is then replaced. None: a name that is never used again; see `remove_stale_temporaries`.
+        writer: a name that no concurrent writer of `path` has, such as a rank: a temporary file that an earlier process with
+            this name left is replaced. None: a name that is never used again; see `remove_stale_temporaries`.
         durable: wait until the file is on disk before the rename. False is for many small files that are checked
             when read.
         remedy: the end of the error message.
@@ -84,7 +84,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def recorded(path: Path, parse: Callable[[Any], T], otherwise: T) -> T:
-    """What `parse` makes of the json in a file; `otherwise` for a file that is missing, damaged, or of another content."""
+    """`parse` applied to the json in a file; `otherwise` if the file is missing or damaged, or `parse` fails."""
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except UNREADABLE:
@@ -97,7 +97,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def check_writable(path: Path, *, size: int = 1 << 16) -> None:
-    """ValueError where a file of `size` bytes cannot be written at `path`, as far as that can be known before it is written."""
+    """ValueError where permissions or free space do not allow a file of `size` bytes at `path`. Nothing is written."""
     folder = nearest_existing(path.absolute().parent)
     why = "it is a folder" if path.is_dir() else None if folder.is_dir() else f"{folder} is not a folder"
     if why is None and not os.access(folder, os.W_OK | os.X_OK):
@@ -224,7 +224,12 @@ def _flock(file: Any, *, shared: bool, wait: bool) -> None:
     import fcntl  # not on Windows, where the package can still be imported
 
     fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    if not os.path.lexists(file.name):  # its owner was refused and has removed it (`removed_if_refused`)
+    # its owner may have removed the file (`removed_if_refused`), and a third process may hold the lock of a new one
+    try:
+        current = os.path.samestat(os.fstat(file.fileno()), os.lstat(file.name))
+    except FileNotFoundError:
+        current = False
+    if not current:
         raise BlockingIOError
 
 
@@ -232,8 +237,8 @@ def _flock(file: Any, *, shared: bool, wait: bool) -> None:
 def removed_if_refused(new: Sequence[Path], *, keep: Path) -> Iterator[None]:
     """After an error, remove files and folders that a call has made, unless the file `keep` exists by then.
 
-    So a refused command leaves nothing behind that the next one in the same folder would refuse. `new` lists what did not
-    exist before the call, in the order of removal; the caller holds the lock that excludes other writers.
+    Otherwise the next command in this folder could be refused because of what a refused command left there. `new` lists the
+    paths that did not exist before the call, in the order of removal; the caller holds the lock that excludes other writers.
     """
     try:
         yield

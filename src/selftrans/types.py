@@ -30,7 +30,7 @@ TEXT, MASK = "text", "mask"
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the samples of a data set are conditioned on. The data's manifest says it; a model says what its null is."""
+    """What the samples of a data set are conditioned on. The data's manifest records it; each model defines its null."""
 
     kind: Literal["none", "labels", "text"]
     num_classes: Count = 0  #: of kind labels: labels are 0 .. num_classes - 1
@@ -48,11 +48,13 @@ class Conditions:
         return torch.zeros(1, dtype=torch.long)
 
     def check_labels(self, cond: Cond, n: int, *, null: bool = False, on_device: bool = True) -> None:
-        """ValueError unless labels (N,) are whole numbers of classes, one for each of `n` samples; of text only the type.
+        """ValueError unless labels (N,) are integers within the classes, one for each of `n` samples.
 
-        Never waits for a device: only values on the CPU are read. On a GPU a wrong label stops the process by an assertion
-        of the device, which takes a few kernels; `on_device` False leaves that out. null: allow the null label, too
-        (num_classes).
+        Of a text condition only the type is checked. The host never waits for a device: it reads values on the CPU only. On a
+        GPU a wrong label ends the process by an assertion on the device, which takes a few kernels.
+
+        Args:
+            null: allow the null label (num_classes), too. on_device: check values on a GPU.
         """
         if not isinstance(cond, Tensor | dict):
             none = "; without classes every label is 0: torch.zeros(N, dtype=torch.long)" if self.kind == "none" else ""
@@ -86,7 +88,7 @@ class Conditions:
 
 
 def _outside(labels: Tensor, last: int) -> Any:
-    """The labels on the CPU that are not 0 to `last`, as an array: no operation of torch that a GPU would have to wait for."""
+    """The labels on the CPU that are not 0 to `last`; by numpy, since torch would count it as a read by the host."""
     values = labels.detach().numpy()
     return values[(values < 0) | (values > last)]
 
@@ -170,7 +172,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def use_path(self, path: str) -> None:
-        """The path (a name in `flow.PATHS`) whose velocity is asked for. Default: nothing, as the weights learn it."""
+        """Set the path (a name in `flow.PATHS`) whose velocity `forward` returns. Default: ignored, since weights learn it."""
 
     @property
     def early(self) -> Any:
@@ -180,8 +182,8 @@ class Backbone(nn.Module):
     def add_early(self, block: int) -> None:
         """Add a second output, which reads a velocity from the tokens after `block`: LayerNorm, then a linear layer of zeros.
 
-        It is a part of the model, so that the average and the weights files have it. ValueError for the last block, and
-        for what is no block.
+        It is a part of the model, so that the average and the weights files have it. ValueError unless `block` is one of the
+        blocks before the last.
         """
         if not 1 <= block < self.depth:
             raise ValueError(f"model.early_block {block} must be a block before the last of {self.depth}")
@@ -201,9 +203,11 @@ class Backbone(nn.Module):
         return self.early_output(tokens)
 
     def from_tokens(self, cells: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Inverse of `patchify`, which moves numbers and changes none: (N, T, C * cells) -> (N, *shape)."""
-        places = torch.arange(math.prod(shape), dtype=torch.float64).view(1, *shape)
-        order = self.patchify(places).flatten().long().to(cells.device)  # of each number in the tokens, its place
+        """Inverse of a `patchify` that only reorders numbers: (N, T, C * cells) -> (N, *shape)."""
+        positions = torch.arange(math.prod(shape), dtype=torch.float64).view(1, *shape)
+        order = (
+            self.patchify(positions).flatten().long().to(cells.device)
+        )  # position in the latent of each token's numbers
         latent = torch.empty_like(cells.flatten(start_dim=1))
         latent[:, order] = cells.flatten(start_dim=1)
         return latent.view(-1, *shape)
@@ -260,7 +264,7 @@ class Backbone(nn.Module):
 
 @contextmanager
 def eval_mode(backbone: Any) -> Iterator[None]:
-    """Eval mode in the block; afterwards each submodule returns to its own previous mode. Nothing for other callables."""
+    """Eval mode in the block; afterwards each submodule returns to its previous mode. For other callables nothing is done."""
     modes = {module: module.training for module in backbone.modules()} if isinstance(backbone, nn.Module) else {}
     try:
         if modes:
@@ -274,11 +278,11 @@ def eval_mode(backbone: Any) -> Iterator[None]:
 @torch.no_grad()
 def check_takes(backbone: Backbone, shape: tuple[int, ...]) -> None:
     """ValueError unless a backbone computes velocities of latents (C, *S) of this shape, by trying it on one."""
-    place = next(backbone.parameters())
-    x, t = torch.zeros(1, *shape, device=place.device), torch.zeros(1, device=place.device)
-    cond = map_cond(lambda c: c.to(place.device), backbone.conditions.example())
+    device = next(backbone.parameters()).device
+    x, t = torch.zeros(1, *shape, device=device), torch.zeros(1, device=device)
+    cond = map_cond(lambda c: c.to(device), backbone.conditions.example())
     try:
-        with eval_mode(backbone), torch.autocast(place.device.type, dtype=torch.bfloat16):
+        with eval_mode(backbone), torch.autocast(device.type, dtype=torch.bfloat16):
             v = backbone(x, t, cond).v
     except torch.OutOfMemoryError:
         raise
@@ -290,7 +294,7 @@ def check_takes(backbone: Backbone, shape: tuple[int, ...]) -> None:
 
 
 def check_backbone(model: Any, role: str) -> None:
-    """ValueError unless a model has the attributes of a `Backbone`. `role`: what it was given as."""
+    """ValueError unless a model has the attributes of a `Backbone`. `role`: its name in the message, such as "the student"."""
     try:
         _ = model.depth, model.width, model.shape, model.grid, model.conditions
     except AttributeError as error:
@@ -310,7 +314,7 @@ def check_latents(z0: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"latents must be a tensor of floats, not {found}; scale pixels to about unit variance")
     if z0.dim() != len(shape) + 1 or z0.shape[1] != shape[0] or not z0.shape[0]:
         sides = ", ".join(map(str, shape))
-        raise ValueError(f"latents must be (N, {sides}), or have other sides, with N from 1, not {tuple(z0.shape)}")
+        raise ValueError(f"latents must be (N, {sides}) with N at least 1 (sides may differ), not {tuple(z0.shape)}")
 
 
 def map_cond(fn: Callable[..., Tensor], *conds: Cond) -> Cond:

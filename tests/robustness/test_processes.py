@@ -47,14 +47,14 @@ def test_signal_freeze_and_kill_without_a_launcher(tmp_path):
         started = time.monotonic()
         assert pair[0].ends() == 1
         assert time.monotonic() - started > 10, "it ended before the timeout"
-    assert "process 0 of 2 ends, because another one is gone or did not answer in time" in pair[0].lines()[-1]
+    assert "process 0 of 2 ends, because another one has ended or did not answer in time" in pair[0].lines()[-1]
     second = reached(out)
 
     with ranks(argv(out), tmp_path / "kill") as pair:
         until(lambda: reached(out) >= second + 5, pair[0])
         pair[0].kill()  # rank 0 holds the store through which the processes communicate
         assert pair[1].ends() == 1
-    assert "process 1 of 2 ends, because another one is gone" in pair[1].lines()[-1]
+    assert "process 1 of 2 ends, because another one has ended" in pair[1].lines()[-1]
     assert "Traceback" not in pair[1].output.read_text()
 
     last = reached(out)
@@ -91,7 +91,7 @@ def test_wait_for_a_missing_process_ends_after_the_timeout(tmp_path):
     finally:
         alone.group(signal.SIGKILL)
         alone.wait()
-    assert "process 0 of 2 ends, because another one is gone or did not answer in time" in alone.lines()[-1]
+    assert "process 0 of 2 ends, because another one has ended or did not answer in time" in alone.lines()[-1]
     assert "Traceback" not in alone.output.read_text() and not (tmp_path / "run").exists()
 
 

@@ -81,6 +81,13 @@ def test_values_of_every_type_pass_json_unchanged():
     assert type(again.train.lr) is float and again.sample.labels == (3, 1) and again.data.shape == (1, 8, 8)
 
 
+def test_order_of_overrides_does_not_matter():
+    """A model.name of another family has other fields: it is applied first, whatever its place."""
+    dotted = {"model.width": 96, "model.name": "MMDiT-S/2", "model.masked": True}
+    first, last = (recipe("digits").override(dict(items)) for items in (dotted.items(), reversed(dotted.items())))
+    assert first == last and (first.model.width, first.model.masked) == (96, True)
+
+
 def edited(path, value):
     raw = json.loads(COMPLETE)
     section = raw

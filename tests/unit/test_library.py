@@ -83,7 +83,7 @@ def test_loops_of_the_page_train_continue_and_use_accelerate(tmp_path, monkeypat
     assert scope["loss"].isfinite() and "self" in scope["report"]
 
 
-def test_labels_of_no_class_are_refused_when_sampling():
+def test_labels_outside_the_classes_are_refused_when_sampling():
     model, z = selftrans.SiT((1, 4, 4), 3, width=8, depth=2, heads=2, patch=2), torch.zeros(2, 1, 4, 4)
     for labels in ([0, 4], [-1, 0]):
         with pytest.raises(ValueError, match=r"label (4|-1) is out of range: the model has 3 classes"):

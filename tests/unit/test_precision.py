@@ -15,6 +15,6 @@ def test_names_agree_with_torch(name, dtype, bits):
     assert torch.finfo(PRECISIONS[name]).bits == bits
 
 
-def test_stored_names_are_numpys():
+def test_stored_names_are_those_of_numpy():
     assert np.dtype(dtype_name("fp16")) == np.float16 and np.dtype(dtype_name("fp32")) == np.float32
     assert list(PRECISIONS) == ["fp32", "bf16", "fp16"]

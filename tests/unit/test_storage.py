@@ -393,9 +393,12 @@ def test_lock_that_its_owner_removes_is_not_taken(tmp_path: Path) -> None:
         lock.unlink()
         with pytest.raises(BlockingIOError):
             storage._flock(file, shared=False, wait=False)
+        lock.touch()  # a third process has made a new one, whose lock is another
+        with pytest.raises(BlockingIOError):
+            storage._flock(file, shared=False, wait=False)
 
 
-def test_what_cannot_be_written_is_known_before(tmp_path):
+def test_path_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     check_writable(tmp_path / "new" / "a.json")
     check_writable(tmp_path / "file")
@@ -405,7 +408,7 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
             check_writable(path)
 
 
-def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
+def test_a_full_disk_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 70_000, 70_000))
     check_writable(tmp_path / "new" / "a.json")
     with pytest.raises(
@@ -423,7 +426,7 @@ def test_lock_is_held_on_a_full_disk(tmp_path, monkeypatch):
         pass
 
 
-def test_a_folder_without_permission_is_known_before(tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # permissions do not bind root
     with pytest.raises(ValueError, match="does not allow it"):
         check_writable(tmp_path / "new" / "a.json")
@@ -443,7 +446,7 @@ def test_a_folder_without_permission_is_known_before(tmp_path, monkeypatch):
         (None, 0),
     ],
 )
-def test_recorded_value_or_what_stands_for_a_damaged_file(tmp_path, content, expected):
+def test_recorded_value_or_the_default_for_a_damaged_file(tmp_path, content, expected):
     if content is not None:
         (tmp_path / "a.json").write_text(content)
     assert recorded(tmp_path / "a.json", lambda held: int(held["a"]), 0) == expected

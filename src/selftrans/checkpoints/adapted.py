@@ -1,4 +1,4 @@
-"""Weights files that hold adapters alone (LoRA): what they refer to, and the full weights that they stand for."""
+"""Weights files that hold adapters alone (LoRA): the frozen weights that they refer to, and the merged weights of both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ADAPTERS = "adapters"  #: header entry of a file that holds adapters alone: {"ba
 def frozen_weights(path: Path, metadata: dict[str, Any]) -> Path | None:
     """The file with the frozen weights that the adapters in `path` belong to; None where `path` holds a complete model.
 
-    It is looked for at one place, the run of the checkpoint. ValueError where it is missing, or another file.
+    It must be in the run of the checkpoint. ValueError where it is missing or has another sha256.
     """
     if ADAPTERS not in metadata:
         return None

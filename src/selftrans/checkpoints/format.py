@@ -161,9 +161,9 @@ def remove_unfinished(folder: Path) -> None:
 def prune(folder: Path, step: int, keep: int, *, best: int = 0, every: int = 0) -> None:
     """Remove all checkpoints but the newest `keep` (0: remove none), the `best` with the lowest loss, and multiples of `every`.
 
-    `step` is the one just written. Checkpoints of later steps were found damaged when the run continued: they are not counted
-    and are removed. The loss is `flow` in `state.json` (its hash is not checked): the mean flow loss of the steps that led to
-    the checkpoint.
+    `step` is the one just written. Checkpoints of later steps are removed and do not count: the run continued from an earlier
+    one, because they are damaged. The loss is `flow` in `state.json` (its hash is not checked): the mean flow loss of the steps
+    that led to the checkpoint.
     """
     remove_unfinished(folder)
     if not keep:

@@ -31,10 +31,10 @@ def on_hub(source: str | Path) -> bool:
 
 
 def local(source: str | Path) -> Path:
-    """`source` as a path: of a model on the hub, the folder of its download, which `pinned` names.
+    """`source` as a path: for a model on the hub the folder of its download in the cache, for which `pinned` returns the name.
 
-    Its json and safetensors are downloaded, at a branch, tag or commit (without: main), unless they are in the cache.
-    Raises ValueError, in one line, for a name of another form, and where it cannot be downloaded.
+    Its json and safetensors are downloaded, at a branch, tag or commit (default: main), unless they are in the cache.
+    Raises ValueError, in one line, for a name of another form, and where the download fails.
     """
     if not on_hub(source):
         return Path(source)
@@ -66,7 +66,7 @@ def pinned(path: Path) -> str | None:
 
 
 def recorded_name(name: str) -> str:
-    """The name of a part of a model, as what is written records it: of a folder in the cache, where on the hub it is."""
+    """The name under which files record a part of a model: for a folder in the cache its place on the hub, else `name`."""
     place = pinned(Path(name))
     return f"{place}/{Path(name).name}" if place else name
 

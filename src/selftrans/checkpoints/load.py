@@ -48,8 +48,8 @@ class LoadedModel(NamedTuple):
     autoencoder: str  #: name or path, for decoding
     classes: tuple[str, ...]
     source: dict[str, Any]  #: {"path", "sha256", "weights"}, plus IMPORTED; a checkpoint records this for its teacher
-    prompts: tuple[str, ...] = ()  #: of models of text: those of its previews
-    present: tuple[int, ...] = ()  #: the classes that its data had; empty: all, or not known
+    prompts: tuple[str, ...] = ()  #: of a model of text: the prompts of its previews
+    present: tuple[int, ...] = ()  #: the classes that occur in its data; empty: all, or unknown
 
 
 def header(
@@ -67,8 +67,8 @@ def header(
 ) -> dict[str, Any]:
     """The header of a weights file: all that `load_model` needs to build the model and decode its latents.
 
-    `order` lists the stages of the run in order. `prompts` are sampled where no others are given; of models of text.
-    `present` are the classes that the data have, if these are not all.
+    `order`: the stages of the run in order. `prompts`: of a model of text, sampled where no others are given. `present`: the
+    classes that occur in the data, if these are not all.
     """
     encoder = encoder_name(config.data.text_encoder or conditions.encoder)
     return {
@@ -116,17 +116,17 @@ def find(source: str | Path, *, stage: str | None = None, weights: Weights = "em
 
 
 def find_asked(source: str | Path, *, stage: str | None = None, weights: Weights = "ema") -> Path:
-    """As `find`, for options of a user.
+    """As `find`, for the options of a command.
 
-    Warns where raw weights are asked for of a file that holds the average, and where the last stage of a run has no
-    checkpoint yet, so that an earlier one takes its place.
+    Warns where raw weights are wanted and the file holds the average, and where the last stage of a run has no checkpoint yet,
+    so that an earlier stage is used.
     """
     file = find(source, stage=stage, weights=weights)
     with suppress(ValueError):  # no weights file: reported when it is loaded
         metadata = checkpoint.read_header(file)
         if weights == "raw" and metadata.get("weights") == "ema":
             warnings.warn(
-                f"{file} holds the moving average alone (ema), which takes the place of the raw weights asked for",
+                f"{file} holds the moving average alone (ema), which is used in place of the raw weights",
                 stacklevel=3,
             )
         order, run = _names(metadata.get("order", [])), file.parents[3:4]

@@ -23,7 +23,7 @@ from selftrans.encoders.media import is_media, parse_media
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.messages import first_line
 
-MOST_PIXELS = 64 * 256**2  #: that a GPU decodes at a time; 256 channels of them take 2.1 GB in bfloat16
+MOST_PIXELS = 64 * 256**2  #: pixels that a GPU decodes at a time; with 256 channels they take 2.1 GB in bfloat16
 
 
 class Autoencoder(Protocol):
@@ -188,7 +188,7 @@ def load_autoencoder(
 
 
 def load_decoder(own: str, other: str | None, *, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
-    """The VAE `other` (None: `own`), to decode latents that were encoded, shifted and scaled by `own`.
+    """The VAE `other` (None: `own`) as decoder of latents that were encoded, shifted and scaled by `own`.
 
     Raises ValueError as `load_autoencoder`, and unless both have latents of the same channels and side.
     """
@@ -211,7 +211,7 @@ def _latents(model: Autoencoder) -> str:
 
 
 def _without_weights(name: str) -> Autoencoder:
-    """An autoencoder whose network has no weights, for its shapes and its latent space."""
+    """An autoencoder whose network is on the meta device, for its shapes and its latent space only."""
     if not has_network(name):
         return load_autoencoder(name)
     kind, config = _class_and_config(name, *_locate(name))
@@ -223,7 +223,7 @@ def _without_weights(name: str) -> Autoencoder:
 def stored_files(name: str) -> list[Path]:
     """config.json and the safetensors of an autoencoder, in its folder or, for a hub id, in the hub's cache on this machine.
 
-    Nothing is fetched. None for an autoencoder without weights, and for one that is not on this machine.
+    Nothing is fetched. Empty for an autoencoder without weights, and for one that is not on this machine.
     """
     if not has_network(name):
         return []
@@ -242,7 +242,7 @@ def stored_files(name: str) -> list[Path]:
 
 def to_uint8(pixels: Tensor, rounding: str = "nearest") -> Tensor:
     """Pixels (N, C, H, W) in [-1, 1] to images (N, H, W, C) uint8, clamped; rounded to nearest, or `down`."""
-    if rounding == "down":  # in this order, so that it agrees to the last bit with code that does the same
+    if rounding == "down":  # in the order of operations of published sampling code, so that it agrees to the last bit
         images = ((pixels.float() + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
     else:
         images = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -67,10 +67,10 @@ def identity(name: str) -> IdentityAutoencoder:
 
 
 def scales_differ(one: str, other: str, tolerance: float = 0.05) -> bool:
-    """Whether two names stand for the same kind of values at scales so different that one's features do not fit the other.
+    """Whether two names are of the same kind of values at different scales, so that a model of one does not fit the other.
 
-    Shifts are compared in deviations, scales by their ratio. False where either is not an identity, or their channels differ:
-    other checks report that.
+    Shifts are compared in units of the standard deviation, scales by their ratio. False where either is not an identity, or
+    their channels differ: other checks report that.
     """
     if identity_kind(one) is None or identity_kind(one) != identity_kind(other):
         return False

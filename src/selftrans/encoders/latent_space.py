@@ -63,6 +63,6 @@ def _per_channel(value: float | tuple[float, ...], like: Tensor) -> float | Tens
     return _column(value, like.dim() - 2, like.device) if isinstance(value, tuple) else value
 
 
-@lru_cache(maxsize=16)  # copied to a GPU once, so that no training step waits for it
+@lru_cache(maxsize=16)  # copied to a GPU only once, since a training step would wait for the copy
 def _column(values: tuple[float, ...], spatial: int, device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(-1, *[1] * spatial)  # (C, 1, ...)

@@ -1,6 +1,6 @@
 """Sound and video as arrays: how they are normalised, turned back into values, and written as files to listen to or watch.
 
-Each kind is an autoencoder without a network. Its name holds all that it needs, such as
+Each kind is an autoencoder without a network. Its name holds all its numbers, such as
 `mel(rate=8000,bins=32,hop=128,shift=-9.2,scale=0.4)`, so that a manifest or a weights file records it as any other name.
 Shape legend: N batch, L samples of a sound, B mel bands, T frames of a spectrogram, F frames of a video, C 1 (grey) or 3.
 """

@@ -28,12 +28,12 @@ def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, 
         unused: parts of the names of weights that may be missing, since the output does not depend on them.
     Raises ValueError when it cannot be loaded, has no safetensors, or lacks other weights.
     """
-    # torch lists what `with torch.device(...)` covers at its first use. transformers replaces torch.linspace while it builds a
-    # model: if it were the first, torch.linspace would ignore `with torch.device(...)` for the rest of the process.
+    # At its first use `with torch.device(...)` makes a list of the functions to which it applies. transformers replaces
+    # torch.linspace while it builds a model: if that were the first use, the device would never apply to torch.linspace.
     with torch.device("cpu"):
         torch.empty(0)
     try:
-        # weights that are not stored are drawn: training must not depend on that
+        # weights that are not stored are drawn at random: that must not change the random numbers of a training
         with torch.random.fork_rng(devices=[]), _quiet():
             model, info = load.from_pretrained(
                 folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -54,9 +54,9 @@ def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """`transformers` without its list of weights that are not loaded and its bar of those that are.
+    """`transformers` without its list of unused weights and without its progress bar of loading; downloads keep theirs.
 
-    What was set before is set again. The bars of the hub, for downloads, stay as they are.
+    Afterwards the previous settings are set again.
     """
     from transformers.utils import logging
 

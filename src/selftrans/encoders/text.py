@@ -34,7 +34,7 @@ CLASSES = {
     "siglip": "SiglipTextModel",
     "siglip_text_model": "SiglipTextModel",
 }
-#: trained and used without an attention mask: every token attends to the padding, if its attention reaches it
+#: trained and used without an attention mask, so tokens attend to the padding, too
 UNMASKED = frozenset({"CLIPTextModel", "SiglipTextModel"})
 #: files of a tokeniser, of which a folder has some
 TOKENIZER_FILES = (
@@ -75,7 +75,7 @@ class TextEncoder:
         return ids.view(-1, self.tokens), mask.view(-1, self.tokens).bool()
 
     def too_long(self, texts: Sequence[str]) -> int:
-        """How many of the texts `ids` truncates."""
+        """Number of texts with more tokens than L, which `ids` truncates."""
         found = self.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
         return sum(len(ids) > self.tokens for ids in found)
 
@@ -145,9 +145,9 @@ def encoder_of(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TextEncoder:
-    """The text encoder of data or of a model, from `name` or (None) from where it was when the data were prepared.
+    """The text encoder of data or of a model: `name` or, for None, the one that `conditions` name.
 
-    ValueError, with the remedy, if it is missing or another one.
+    ValueError, with the remedy, if it is missing or is not the encoder that prepared the data.
     """
     found = name or conditions.encoder
     if not found:
@@ -162,7 +162,7 @@ def encoder_of(
         raise ValueError(
             f"{printable(found)} gives tokens of {encoder.width} channels, not {conditions.width}; {REMEDY}"
         )
-    if conditions.sha256 and encoder.sha256 != conditions.sha256:  # published models do not say it
+    if conditions.sha256 and encoder.sha256 != conditions.sha256:  # of published models it is unknown
         raise ValueError(
             f"{printable(found)} is not the text encoder that prepared the data (sha256 {encoder.sha256[:12]}, not "
             f"{conditions.sha256[:12]}); {REMEDY}"

@@ -48,7 +48,7 @@ class Encoder:
         # hierarchical models (Swin, ConvNeXt) merge patches: their stride is only known from the output
         self.patch = 0 if hasattr(config, "depths") else _side(config, "patch_size")
         self.channels = int(getattr(config, "num_channels", 3))
-        self.space = UNSCALED  #: of what `encode` reads; pixels that are standardised have shift and scale
+        self.space = UNSCALED  #: of the inputs of `encode`: shift and scale of standardised pixels
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(1, -1, 1, 1) for x in (mean, std))
         known = inspect.signature(self.model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}
@@ -67,7 +67,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3 or 1, R, R), in [-1, 1] once `space` undid the scale, to float32 features (N, T, D) on their device."""
+        """Pixels (N, 3 or 1, R, R), in [-1, 1] before `space` scaled them, to float32 features (N, T, D) on their device."""
         features = self._grid(pixels, self.size)  # (N, h, h, D)
         if features.shape[1] != self.side:
             x = features.permute(0, 3, 1, 2)
@@ -156,6 +156,6 @@ def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _side(config: Any, name: str) -> int:
-    """A size in the configuration, a number or a pair; 0 if it is not there."""
+    """A size in the configuration, given as a number or a pair; 0 if it is missing."""
     value = getattr(config, name, None) or 0
     return int(value[0] if isinstance(value, Sequence) else value)

@@ -29,7 +29,7 @@ class StopRequest(StopSignal):
 
     def __init__(self) -> None:
         super().__init__()
-        self.at_once, self._first = False, 0.0
+        self.at_once = False
 
     def _receive(self, number: int, frame: object) -> None:
         now = time.monotonic()

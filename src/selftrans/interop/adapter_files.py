@@ -15,8 +15,8 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import START, frozen_weights
 from selftrans.checkpoints.load import Weights, find
 from selftrans.config import RunConfig, from_object
-from selftrans.interop.exporting import check_out
-from selftrans.models.lora import A, B, pairs, whole
+from selftrans.interop.exporting import check_out, remove_earlier
+from selftrans.models.lora import A, B, pairs, trained_in_full
 from selftrans.models.spec import Named
 from selftrans.storage import write_json
 from selftrans.suggest import nearest
@@ -24,10 +24,8 @@ from selftrans.suggest import nearest
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  #: peft's names
 PREFIX = "base_model.model."  #: of every tensor in peft's files
 PIPELINE_WEIGHTS = "pytorch_lora_weights.safetensors"  #: diffusers' name
-INSIDE, TRANSFORMER = (
-    "net.",
-    "transformer.",
-)  #: where a backbone holds diffusers' module, and a pipeline its transformer
+#: prefixes of names: of diffusers' module in a backbone, and of the transformer in a pipeline
+INSIDE, TRANSFORMER = "net.", "transformer."
 FORMATS = ("peft", "diffusers")
 
 
@@ -36,9 +34,9 @@ def export_adapters(
 ) -> Path:
     """Write the adapters of a run, and what it trained in full, to the folder `out`; returns the weights file.
 
-    The base model is what the run started from, RUN/init.safetensors. `layout` is one of `FORMATS`; that of diffusers is for
-    its own transformers, and has no place for what is trained in full. ValueError for a run without adapters, for adapters
-    that the layout cannot hold, and when `out` holds anything but an earlier export of adapters.
+    The base model is RUN/init.safetensors, from which the run started. `layout` is one of `FORMATS`; diffusers' is for its own
+    transformers, and cannot hold tensors that were trained in full. ValueError for a run without adapters, for adapters that
+    the layout cannot hold, and when `out` holds anything but an earlier export of adapters.
     """
     if layout not in FORMATS:
         raise ValueError(f"adapters have no layout '{layout}'{nearest(layout, FORMATS)}")
@@ -56,18 +54,17 @@ def export_adapters(
     checkpoint.write_tensors(target, tensors, {"format": "pt"})
     if settings is not None:
         write_json(out / SETTINGS, settings)
+    remove_earlier(out, {WEIGHTS, PIPELINE_WEIGHTS} - {target.name} | ({SETTINGS} if settings is None else set()))
     return target
 
 
 def for_diffusers(named: Named, factor: float) -> Named:
-    """Adapters under diffusers' names, with alpha / rank in B: its loader takes alpha to be the rank where none is said.
+    """Adapters under diffusers' names, with B multiplied by alpha / rank, since its loader assumes alpha = rank.
 
-    ValueError for a model that is none of diffusers', and for tensors that were trained in full.
+    ValueError for a model that is not one of diffusers, and for tensors that were trained in full.
     """
-    if extra := sorted(whole(named)):
-        raise ValueError(
-            f"{extra[0]} was trained in full, for which diffusers' adapter files have no place; export merged"
-        )
+    if extra := sorted(trained_in_full(named)):
+        raise ValueError(f"{extra[0]} was trained in full: diffusers' adapter files cannot hold it; export merged")
     if not all(name.startswith(INSIDE) for name in named):
         raise ValueError("this model is no transformer of diffusers; use --layout peft")
     return {
@@ -88,12 +85,12 @@ def _settings(config: RunConfig, named: Named) -> dict[str, Any]:
     from peft import LoraConfig
 
     layers = sorted(name.removesuffix(".weight") for name in pairs(named))
-    bare = [name for name in whole(named) if "." not in name]
+    bare = [name for name in trained_in_full(named) if "." not in name]
     if bare:
         raise ValueError(
-            f"{bare[0]} was trained in full, and belongs to no layer, for which peft has no place; export merged"
+            f"{bare[0]} was trained in full and belongs to no layer: peft's files cannot hold it; export merged"
         )
-    modules = sorted({name.rpartition(".")[0] for name in whole(named)})
+    modules = sorted({name.rpartition(".")[0] for name in trained_in_full(named)})
     rank = config.lora.rank or 0
     described = LoraConfig(
         r=rank,

@@ -14,8 +14,8 @@ from selftrans.models import registry as models
 from selftrans.storage import atomic_directory, write_json
 from selftrans.suggest import nearest
 
-OURS = "selftrans"  #: the layout that every command accepts in place of a run
-FOLDER = "pipeline"  #: a folder for diffusers, see `sit_pipeline`, which every command accepts, too
+OURS = "selftrans"  #: the layout of one file, which every command accepts in place of a run
+FOLDER = "pipeline"  #: the layout of a folder for diffusers (`sit_pipeline`), which every command accepts, too
 
 
 def export_run(
@@ -36,7 +36,7 @@ def export_run(
     spec = models.find(loaded.config.model.name)
     names = {EXPORTED, *(each.folder for each in spec.layouts.values() if each.folder)}
     check_out(out, names, "an export")
-    # adapters are merged, and names without what a pipeline puts before them
+    # adapters are merged, and names have no prefix, unlike in a pipeline
     header = {key: value for key, value in checkpoint.read_header(path).items() if key not in (ADAPTERS, PREFIX)}
     target = out / EXPORTED
     if layout == OURS:
@@ -65,13 +65,20 @@ def export_run(
         tensors, metadata = published.tensors(loaded.model), {LAYOUT: layout, "format": "pt"}
     checkpoint.write_tensors(target, tensors, metadata)
     write_json(out / "config.json", config)
+    remove_earlier(out, names - {target.name})
     return target
 
 
-def check_out(out: Path, names: set[str], what: str) -> None:
-    """ValueError unless `out` is free, or holds one of these files, as an earlier export does; `what` is its name.
+def remove_earlier(out: Path, names: set[str]) -> None:
+    """Remove these files of an earlier export in another layout: a reader could take them for those of this one."""
+    for name in names:
+        (out / name).unlink(missing_ok=True)
 
-    Without `names`, only an empty folder is free.
+
+def check_out(out: Path, names: set[str], what: str) -> None:
+    """ValueError unless `out` does not exist, is empty, or holds one of the files `names`, which an earlier export wrote.
+
+    `what`: what `out` should be, for the message.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / n).is_file() for n in names))):
         raise ValueError(f"{out} exists and is not {what}; choose another --out, or remove it")

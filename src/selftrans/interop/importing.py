@@ -30,7 +30,7 @@ from selftrans.suggest import nearest
 
 #: channels of the latents -> default autoencoder: the usual one for 4, `pixel` for 1 and 3
 AUTOENCODERS = {1: "pixel", 3: "pixel", 4: "stabilityai/sd-vae-ft-mse"}
-USUAL = "imagefolder"  #: the recipe for a model without a recipe of its own
+USUAL = "imagefolder"  #: the recipe for a model that was published with none of the recipes
 
 
 def import_run(
@@ -52,7 +52,7 @@ def import_run(
     without guidance and without heads (`keep_heads` writes them to projectors.safetensors). AdamW's moments are kept if they
     fit, converted like the weights. `name` is the expected published size, `convention` the time convention of the weights
     (None: read from the file or guessed, which is printed), `heads` the number of attention heads, `step` the steps trained,
-    `path` the path of the run, which weights that predict noise leave open.
+    `path` the path of the run, for weights that predict noise and fit any path.
 
     Written atomically. ValueError for any other file and for an `out` that holds anything else; repeating an import does
     nothing.
@@ -71,8 +71,11 @@ def import_run(
     source |= model.source | {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
     source |= {"unused": listed(published.unused, MOST)} if published.unused else {}
     if _occupied(out, source):
+        held = checkpoint.steps(out / stages(config)[0].name / "checkpoints")
+        if not held:
+            raise ValueError(f"{out} holds this import without its checkpoint; remove it, or choose another --out")
         say(f"{out} holds this import already")
-        return checkpoint.steps(out / stages(config)[0].name / "checkpoints")[-1][1]
+        return held[-1][1]
     parts, notes = _tensors(published, model, config, guided)
     trained = _trained(published, parts["optimizer"], step)
     if trained is None:
@@ -158,9 +161,9 @@ def _tensors(
             raise ValueError(f"{file.path}: {key} holds values that are not finite: its training diverged")
     optimizer: Named = {}
     if file.optimizer is not None:
-        absent_ok = lambda key: model.is_fixed(key) or model.is_head(key)  # noqa: E731
+        may_be_absent = lambda key: model.is_fixed(key) or model.is_head(key)  # noqa: E731
         parameters = {k: t for k, t in file.named.items() if "raw" in file.weights and not model.is_buffer(k)}
-        moments, reason = _adamw_moments(file.optimizer, parameters, absent_ok)
+        moments, reason = _adamw_moments(file.optimizer, parameters, may_be_absent)
         notes += [f"the optimiser starts from zero: {reason}"] if reason else []
         for moment, state in moments.items():
             for key, value in _converted(state, model, guided, moment).items():
@@ -265,7 +268,7 @@ def _write(
 
 
 def bound_settings(config: RunConfig, imported: RunConfig) -> dict[str, Any]:
-    """Settings that imported weights fix before they are trained: method, model, path, and the sections of their stages."""
+    """Settings that cannot change while imported weights are not trained yet: method, model, path, sections of its stages."""
     known = stages(imported) if imported.method in METHODS else []  # code outside the package is not imported for this
     keys = {section.key for stage in known for section in stage.sections}
     return {

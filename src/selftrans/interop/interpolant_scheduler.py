@@ -74,7 +74,7 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
         noise: Noise | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """From sample (N, C, *S) and the velocity there to the next sample at which the model is asked.
+        """From sample (N, C, *S) and the velocity there to the next sample for which the model is evaluated.
 
         Steps are counted from `set_timesteps`; `timestep` is not read. `noise`: returns the next standard normal of the SDE;
         None: drawn with `generator`. ValueError after the last step.

@@ -126,7 +126,7 @@ class InterpolantTransformer(ModelMixin, ConfigMixin):
     def condition(
         self, n: int, labels: Tensor | None = None, text: Tensor | None = None, mask: Tensor | None = None
     ) -> Cond:
-        """The condition of n samples; labels that are left out are 0 without classes. ValueError for one of another kind."""
+        """The condition of n samples; of a model without classes labels may be None. ValueError for one of another kind."""
         if self.conditions.kind == "text":
             if text is None or mask is None:
                 raise ValueError("a model of text needs encoder_hidden_states and encoder_attention_mask")

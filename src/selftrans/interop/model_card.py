@@ -1,6 +1,6 @@
 """The model card (README.md) of a run on the hub: what it is, how it is used, its numbers and what they depend on.
 
-Texts from files are escaped: a card shows them, and is not changed by them.
+Texts from files are escaped, so that Markdown or HTML in them has no effect.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _about(loaded: LoadedModel, data: dict[str, Any] | None) -> str:
 
 
 def _count(report: dict[str, Any], key: str, noun: str) -> str:
-    """`500 samples`; a report may lack the number."""
+    """`500 samples`; `None samples` where a report has no number."""
     count = report.get(key)
     return plural(count, noun) if isinstance(count, int) else f"{cell(count)} {noun}s"
 

@@ -1,4 +1,4 @@
-"""The parts of a pipeline: from a run, and to the files of a folder; without folders of this machine in what is written."""
+"""The parts of a pipeline: made from a run, and written to a folder without paths of this machine."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parts_of(source: str | Path, *, weights: Weights = "ema", stage: str | None 
 
 
 def _scheduler(file: Path, loaded: LoadedModel) -> InterpolantScheduler:
-    """The scheduler that lies with the weights, else that of the run's settings."""
+    """The scheduler in the folder of the weights' pipeline, else one with the run's settings."""
     folder = file.parent.parent / "scheduler"
     if (folder / "scheduler_config.json").is_file():
         try:
@@ -58,7 +58,7 @@ def _scheduler(file: Path, loaded: LoadedModel) -> InterpolantScheduler:
 
 
 def without_folders(header: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
-    """A header of complete weights without paths of this machine, of which the last part stays.
+    """A header of complete weights with the last part of each path of this machine in place of the path.
 
     Settings of sampling that a pipeline does not have are reset, with a warning.
     """
@@ -80,7 +80,7 @@ def without_folders(header: dict[str, Any], loaded: LoadedModel) -> dict[str, An
 
 
 def last_parts(value: Any) -> Any:
-    """A value of json with the last part in place of every absolute path."""
+    """A json value in which every absolute path is replaced by its last part."""
     if isinstance(value, dict):
         return {key: last_parts(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -99,9 +99,9 @@ def save_vae(vae: Any, folder: Path) -> None:
 
 
 def copy_text_encoder(conditions: Conditions, folder: Path) -> bool:
-    """Copy the text encoder and its tokeniser byte by byte into a pipeline's folder, if it lies in a folder of this machine.
+    """Copy the text encoder and its tokeniser into a pipeline's folder, if it is a folder of this machine; returns whether.
 
-    So its sha256 stays that of the data. Returns whether it did; encoders of the hub and of packages stay names.
+    Files are copied byte by byte, so that the sha256 stays that of the data. Encoders of the hub and of packages stay names.
     """
     source = Path(conditions.encoder)
     if conditions.kind != "text" or not conditions.encoder or not source.is_dir():

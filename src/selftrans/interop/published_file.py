@@ -43,7 +43,7 @@ def read(path: Path) -> PublishedFile:
     weights = {kind: _tensors(path, tensors) for kind, tensors in (named or {"ema": content}).items()}
     optimizer, args, stored = (content.get(key) if named else None for key in ("opt", "args", "steps"))
     if named and args is None:
-        args = content.get("config")  # LightningDiT's name of it
+        args = content.get("config")  # the name in LightningDiT's files
     steps = _count(stored)
     if stored is not None and steps is None:
         unused.append("steps")
@@ -190,6 +190,6 @@ def _unshared(named: Mapping[str, Tensor]) -> Named:
 
 
 def _modern(name: str, first: int) -> str:
-    """The current name of a tensor: early REPA files call the blocks after the projectors `decoder_blocks`, from 0."""
+    """The current name of a tensor: early REPA files name the blocks after the projectors `decoder_blocks`, from 0."""
     old = re.match(r"decoder_blocks\.(\d{1,6})\.", name)
     return f"blocks.{first + int(old[1])}.{name[old.end() :]}" if old else name

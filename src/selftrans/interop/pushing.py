@@ -1,6 +1,6 @@
 """A run ⇒ a repository of the hub: a pipeline's folder with a model card, a sheet of samples and selftrans.json.
 
-Tokens are huggingface_hub's business: they are neither read nor stored here, and left out of messages.
+huggingface_hub handles access tokens: they are neither read nor stored here, and are removed from messages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
 
 class Chosen(NamedTuple):
-    """What is shown of a run, besides its weights."""
+    """What a repository has besides the weights of a run."""
 
     license: str  #: as the hub names it, such as apache-2.0
     samples: Path | None = None  #: folder of `selftrans sample`; None: the run's preview

@@ -1,6 +1,6 @@
-"""What a run's own files say of it: data, compute, measurements, samples; for the model card.
+"""Facts for the model card from the files of a run: data, compute, measurements, samples.
 
-Files that do not belong to the weights at hand are left out, with a warning, so that a card has no numbers of other weights.
+Files of other weights than those of the card are left out, with a warning, so that a card has no numbers of other weights.
 Shape legend: (H, W, C) picture with C of 1 or 3.
 """
 
@@ -111,12 +111,12 @@ def _of_folder(samples: Path, loaded: LoadedModel) -> Sheet | None:
 
 def made_with(made: dict[str, Any]) -> str:
     """Settings of samples in words."""
-    said = f"{made.get('steps')} steps of {made.get('sampler')}, guidance {made.get('guidance_scale')}"
+    sampling = f"{made.get('steps')} steps of {made.get('sampler')}, guidance {made.get('guidance_scale')}"
     interval = made.get("guidance_interval")
     if made.get("guidance_scale") != 1 and interval not in (None, [0.0, 1.0]):
-        said += f" for t in {interval}"
-    parts = [said, *beyond_defaults(last_parts(made)), f"seed {made.get('seed')}"]
-    return ", ".join(map(printable, parts))  # each is cut off by itself
+        sampling += f" for t in {interval}"
+    parts = [sampling, *beyond_defaults(last_parts(made)), f"seed {made.get('seed')}"]
+    return ", ".join(map(printable, parts))  # each part is shortened separately
 
 
 def _of_weights(made: dict[str, Any], loaded: LoadedModel) -> bool:

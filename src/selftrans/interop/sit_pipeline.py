@@ -142,14 +142,18 @@ class SiTPipeline(DiffusionPipeline):
             seed: the noise of image k is that of `selftrans sample --seed`. generator: torch's, instead.
             latents: (N, C, *S) noise to start from.
             output_type: pil, np or latent; np where the data are not pictures.
-        ValueError for conditions of another kind, labels of no class, and early guidance without a second output.
+        ValueError for conditions of another kind, labels outside the classes, and early guidance without a second output.
         """
         settings = self.transformer.settings.sample
         n = num_images or (len(latents) if latents is not None else _count(class_labels, prompt))
         device = self._execution_device
         cond = map_cond(lambda x: x.to(device), self._condition(n, class_labels, prompt))
         noise = self._noise(n, seed, generator, device)
-        drawn = noise()  # drawn also where latents are given: the SDE's next ones are then the same
+        if latents is not None and len(latents) != n:
+            raise ValueError(
+                f"{len(latents)} latents are given for {n} images; give one for each, or leave out num_images"
+            )
+        drawn = noise()  # drawn also where latents are given, so that the later noise of an SDE is the same
         z = drawn if latents is None else latents.to(device, torch.float32)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
         early = Early(
@@ -244,7 +248,7 @@ class _Velocity:
         self.transformer, self.early, self.strength = transformer, early, 1.0
 
     def at(self, t: Tensor) -> Tensor:
-        """The time t itself, at which the next velocity is asked for: early guidance acts within its interval."""
+        """t, after setting the strength of early guidance for the next call: it acts only within its interval."""
         self.strength = self.early.scale if self.early.scale != 1 and inside(t, self.early.interval) else 1.0
         return t
 
@@ -290,7 +294,7 @@ def check_replaceable(out: Path) -> None:
 
 
 def _check_index(folder: Path) -> None:
-    """ValueError unless a folder says that it is a pipeline of this class; the classes that it names are not looked at."""
+    """ValueError unless the index of a folder names this class; the classes of the parts that it names are not used."""
     try:
         name = (read_object(folder / PIPELINE) or {})["_class_name"]
     except (KeyError, ValueError) as error:

@@ -15,7 +15,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvHead(nn.Module):
     """Tokens (N, T, D) -> (N, T, out) by a convolution of three tokens along each dimension of their grid, padded with zeros.
 
-    A call with `grid` is for latents of another size.
+    `grid`: tokens along each dimension, for latents of another size than the model's; None: those of the model.
     """
 
     def __init__(self, grid: tuple[int, ...], width: int, out: int) -> None:

@@ -48,7 +48,7 @@ class Dispersive(Section):
 
 
 class DispersiveGuidance(Guidance):
-    """One block of the student keeps the samples of a batch apart."""
+    """The dispersive loss on the features of one block of the student."""
 
     name = "dispersive"
 
@@ -69,14 +69,15 @@ class DispersiveGuidance(Guidance):
 def squared_distances(x: Tensor) -> Tensor:
     """|x_i - x_j|² (N, N) of the rows of x (N, K), zero on the diagonal, from one product in float32.
 
-    `torch.pdist` would need N² K floats in its backward pass on a GPU. Centred rows keep the digits that count.
+    `torch.pdist` would need N² K floats in its backward pass on a GPU. The rows are centred first: what all of them have in
+    common would otherwise cancel in the difference of large numbers, and float32 would lose the distances.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.float() - x.float().mean(dim=0)
         product = x @ x.T
     squares = product.diagonal()
-    apart = (squares[:, None] + squares[None, :] - 2 * product).clamp_min(0)
-    return apart * (1 - torch.eye(len(x), device=x.device))
+    distances = (squares[:, None] + squares[None, :] - 2 * product).clamp_min(0)
+    return distances * (1 - torch.eye(len(x), device=x.device))
 
 
 def _guidance(student: Backbone, config: RunConfig) -> Guidance:

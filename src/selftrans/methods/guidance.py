@@ -1,7 +1,7 @@
 """What a guidance is, and the parts that guidances are made of: the frozen teacher, heads, distances.
 
 Guidance is composed: any subclass of `Guidance` can be handed to `Objective`.
-Shape legend: N batch, M samples that a guidance looks at, T tokens, D width, (C, *S) latent.
+Shape legend: N batch, M samples that a guidance computes, T tokens, D width, (C, *S) latent.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Guidance(nn.Module):
     A guidance whose teacher is the student's moving average takes it in `watch`, as `Frozen.live(average, block)`.
     """
 
-    name: str = ""  #: prefix of its entries in the report, unlike any other's; a subclass sets it
+    name: str = ""  #: prefix of its entries in the report, unique in an objective; a subclass sets it
     weight: float  #: lambda
     taps: tuple[int, ...]  #: student blocks whose features it reads (1-based)
     until_step: int | None  #: first step at which it no longer acts; None: never ends
     reads_features: bool = False  #: whether it wants `Batch.features`, the encoder features stored with the data
     teacher: Frozen | None  #: a frozen model that it runs, if any
     encoder_flops: int = 0  #: operations of its external encoder for one sample
-    selects: bool = False  #: whether it computes on the samples of a range of t alone, as many as the drawn times give
+    selects: bool = False  #: whether it computes only the samples in a range of t: how many depends on the drawn times
     trains_early: bool = False  #: whether it trains the student's second output (`Backbone.add_early`)
 
     def __init__(self, weight: float, taps: tuple[int, ...], *, until_step: int | None = None) -> None:
@@ -45,8 +45,8 @@ class Guidance(nn.Module):
         if not isinstance(taps, tuple | list):
             raise ValueError(f"taps are the student's blocks (1-based) in a tuple, such as (2,), not {taps!r}")
         self.weight, self.taps, self.until_step = weight, tuple(taps), until_step
-        self.teacher = None  # not of the class, whose attribute would hide a module that a subclass sets
-        #: what maps the student's tokens (N, T, D) to the target, if anything does; of several blocks an nn.ModuleList
+        self.teacher = None  # set here: an attribute of the class would hide a module of this name in a subclass
+        #: maps the student's tokens (N, T, D) to the target; None without a head; an nn.ModuleList for several blocks
         self.head: Any = None
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
@@ -68,14 +68,14 @@ class Guidance(nn.Module):
         return None
 
     def watch(self, average: Backbone) -> None:
-        """Take the student's moving average, which the trainer updates in place. Default: it is not wanted.
+        """Take the student's moving average, which the trainer updates in place. Default: ignore it.
 
         Called once, before the first step: `self.teacher = Frozen.live(average, block)`. In a training loop of your own, call
         `Objective.watch`.
         """
 
     def cost(self, n: int) -> dict[str, int]:
-        """How many of n samples meet the head ("head") and pass through a teacher or encoder ("teacher") in one step.
+        """How many of n samples pass through the head ("head"), and through a teacher or encoder ("teacher"), in one step.
 
         A sample whose true and null condition both pass through the teacher counts twice.
         """
@@ -86,9 +86,10 @@ class Frozen:
     """A frozen teacher: a plain object, so that it is never optimised, averaged, wrapped or saved.
 
     It keeps blocks 1..`block` of a copy of `model` (of `model` itself with `in_place`), in eval mode, and moves to the data's
-    device by itself. `dtype` is that of its parameters and of its products (None: as they are); buffers and the residual sum
-    along the blocks keep their precision, since guidance multiplies their rounding error by w. `source` says where its weights
-    came from (path, sha256). ValueError for a block (1-based) that the model does not have, and for what is no `Backbone`.
+    device by itself. `dtype` is that of its parameters and of its products (None: parameters stay as they are, and products
+    follow the caller's autocast); buffers and the residual sum along the blocks keep their precision, since guidance multiplies
+    their rounding error by w. `source` says where its weights came from (path, sha256). ValueError for a block (1-based) that
+    the model does not have, and for a model that is no `Backbone`.
     """
 
     def __init__(
@@ -143,12 +144,19 @@ class Frozen:
         if next(self.model.parameters()).device != zt.device:
             self.model.to(zt.device)
         many = len(conds)
-        reduced = self.dtype not in (None, torch.float32)
-        amp = torch.autocast(zt.device.type, dtype=self.dtype) if reduced else contextlib.nullcontext()
-        with torch.no_grad(), amp:  # not inference mode: its tensors cannot take part in a loss
+        # not inference mode: its tensors cannot take part in a loss
+        with torch.no_grad(), self._precision(zt.device.type):
             out = self.model(torch.cat([zt] * many), torch.cat([t] * many), cat_cond(*conds), taps=taps, stop=True)
         features = out.feats[taps[0]] if len(taps) == 1 else torch.cat([out.feats[k] for k in taps], dim=-1)
         return list(features.chunk(many, dim=0))
+
+    def _precision(self, device: str) -> contextlib.AbstractContextManager[object]:
+        """Products in `dtype`, whatever the caller's autocast; without a `dtype` as the caller has them."""
+        if self.dtype in (torch.bfloat16, torch.float16):
+            return torch.autocast(device, dtype=self.dtype)
+        if self.dtype is None or not torch.amp.is_autocast_available(device):
+            return contextlib.nullcontext()
+        return torch.autocast(device, enabled=False)
 
 
 def check_tokens(student: Backbone, teacher: Frozen) -> None:
@@ -169,9 +177,9 @@ def check_tokens(student: Backbone, teacher: Frozen) -> None:
 
 
 def remaining(step: int | Tensor, until_step: int | None, fraction: float) -> float | Tensor:
-    """1, and during the last `fraction` of the steps before `until_step` a linear fall to 0; a function of the step alone.
+    """A factor: 1, and during the last `fraction` of the steps before `until_step` a linear fall to 0.
 
-    0-d float64 on the device for a `step` that is a tensor there, without reading it.
+    For a `step` that is a tensor on a device the factor is 0-d float64 on it, and the host does not wait.
     """
     if until_step is None or not fraction:
         return 1.0
@@ -204,7 +212,10 @@ def initialised(head: Head) -> Head:
 
 
 def feature_error(prediction: Tensor, target: Tensor, norm: str) -> Tensor:
-    """Per-sample distance (M,) of features (M, T, D): squared error, the same to LayerNorm(target), or 1 - cosine."""
+    """Per-sample distance (M,) of features (M, T, D), mean over tokens (and channels).
+
+    norm: "cosine", 1 - cosine of each token; "layer", squared error to LayerNorm(target); any other, squared error to target.
+    """
     if norm == "cosine":
         return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean(dim=1)
     if norm == "layer":

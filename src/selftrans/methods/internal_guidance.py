@@ -4,7 +4,7 @@
 
 At sampling, `--early-guidance w` extrapolates from the second output's velocity to the last block's, v_k + w (v - v_k): the
 weaker prediction of autoguidance, without a second model or pass. The output is therefore a part of the model
-(`Backbone.add_early`), not a head of the guidance: it is averaged with the model, and found in each of its weights files.
+(`Backbone.add_early`), not a head of the guidance: it is averaged with the model, and every weights file of the model has it.
 
 The released code modulates it by time and label, as the last layer; here both reach it through the tokens alone.
 Shape legend: N batch, T tokens, D width.
@@ -40,7 +40,7 @@ class Internal(Section):
 
 
 class InternalGuidance(Guidance):
-    """The student's second output predicts the velocity. It is added to a student that has none."""
+    """The student's second output predicts the velocity. A student without a second output gets one."""
 
     name = "early"
     trains_early = True
@@ -70,7 +70,7 @@ def _guidance(student: Backbone, config: RunConfig) -> Guidance:
 
 
 def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
-    """The block becomes a setting of the model, so that its weights files say where the second output is."""
+    """Set model.early_block, so that weights files say which block the second output reads. ValueError where it is unknown."""
     if config.model.early_block is not None:
         return config
     if not config.model.blocks():

@@ -1,11 +1,11 @@
-"""The label's part of a target: what a table by label and token explains of it, kept as a running mean.
+"""The label's part of a target: the difference of the mean target of its label from the overall mean, per token.
 
     m_y = mean of f_g over the samples of label y,  m = its mean over all samples           each (T, D), a mean per token
-    f_g - (1 - kept) (m_y - m)                                                                     what is left of a target
+    f_g - (1 - kept) (m_y - m)                                                                     the target that is used
 
-The table is that of f_g itself, not of f_c - f_u: the student reads its label, so it can meet everything in the target that
-follows from the label alone, whichever half of the teacher it comes from. m stays, since it says nothing about a label.
-Shape legend: M samples that a guidance looks at, T tokens, D width.
+The means are of f_g, not of f_c - f_u: the student reads its label, so it can predict everything in f_g that follows from the
+label alone, in f_c and in f_u. The overall mean m stays in the target: it does not depend on the label.
+Shape legend: M samples that a guidance computes, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from selftrans.types import Cond, Conditions
 class LabelPart(nn.Module):
     """Running means of the targets by label and token: (classes + 1) T D float32, the last row that of all samples.
 
-    They are buffers, so that a checkpoint holds them and a resumed run goes on as it was. No gradient, no value read on the
-    host, static shapes. With several processes under DDP each step begins with the means of the first process.
+    They are buffers, so that a checkpoint holds them and a resumed run continues with them. No gradient, no value read on the
+    host, static shapes. With several processes DDP copies the means of the first process to all at the start of each step.
     """
 
     mean: Tensor
@@ -36,9 +36,9 @@ class LabelPart(nn.Module):
 
     @torch.no_grad()
     def forward(self, target: Tensor, labels: Cond, valid: Tensor, kept: float | Tensor) -> Tensor:
-        """Targets (M, T, D) with the share `kept` of the label's part, by the means before this batch, which they then join.
+        """Targets (M, T, D) with the share `kept` of the label's part, by the means of earlier batches; then update the means.
 
-        labels: (M,) true labels. valid: (M,) bool, false for padding. Labels that have not occurred yet have no part.
+        labels: (M,) true labels. valid: (M,) bool, false for padding. A label without an earlier target has no part.
         ValueError for another number of tokens than the means have.
         """
         assert isinstance(labels, Tensor)
@@ -49,11 +49,11 @@ class LabelPart(nn.Module):
             )
         known = (self.count[labels] > 0).float()[:, None, None]
         part = known * (self.mean[labels] - self.mean[-1])
-        self._join(target, labels, valid)
+        self._update(target, labels, valid)
         return target - (1 - kept) * part
 
-    def _join(self, target: Tensor, labels: Tensor, valid: Tensor) -> None:
-        """Update the means; targets that are not finite are left out."""
+    def _update(self, target: Tensor, labels: Tensor, valid: Tensor) -> None:
+        """Add targets to the means, without those that are not finite."""
         valid = valid & target.isfinite().all(dim=2).all(dim=1)
         x = torch.where(valid[:, None, None], target, 0.0).flatten(1)  # (M, T D)
         # sums over the rows of the same label by a product: index_add_ would add in a random order on a GPU

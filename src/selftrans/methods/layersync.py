@@ -2,7 +2,7 @@
 
     L = L_flow + lambda mean (1 - cos(h_s, stop_gradient(h_k)))                             mean over N and T, cos over D
 
-No head, no teacher, no second pass. The published loss is -cos, the same but for a constant.
+No head, no teacher, no second pass. The published loss is -cos, which differs by a constant.
 Shape legend: N batch, T tokens, D width.
 """
 

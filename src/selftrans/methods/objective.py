@@ -57,7 +57,7 @@ class Objective(nn.Module):
         self.student = student
         self.guidances = nn.ModuleList(guidances)
         self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
-        self._unchecked = True  # labels on a GPU are checked in the first call alone: it takes kernels
+        self._unchecked = True  # labels on a GPU are checked in the first call only, since the check takes kernels
         if student.early is not None and not any(guidance.trains_early for guidance in guidances):
             raise ValueError(
                 "model.early_block gives the student a second output, which this method does not train; omit it"
@@ -75,8 +75,8 @@ class Objective(nn.Module):
         def __call__(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, Report]: ...
 
     def forward(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, Report]:
-        """Loss of a step (0-d, float32) and its parts, detached and still on the device. ValueError: labels of no class,
-        latents of another shape, and a student or guidance that returns something else than declared.
+        """Loss of a step (0-d, float32) and its parts, detached and still on the device. ValueError for labels outside the
+        classes, latents of another shape, and a student or guidance that returns anything else than declared.
 
         `step` is the number of the training step, from 0: guidances end by it (`Guidance.until_step`).
         A `step` that is a 0-d tensor is not read: then every guidance acts, and the caller retires those that have ended.
@@ -116,7 +116,7 @@ class Objective(nn.Module):
         return loss, report
 
     def watch(self, average: Backbone) -> None:
-        """Show the student's moving average to every guidance; those that follow it keep it.
+        """Give the student's moving average to every guidance; those with it as teacher keep it.
 
         The average is a copy of the student, updated in place by your loop after each step. Call it once, before training.
         """
@@ -138,9 +138,9 @@ class Objective(nn.Module):
 
 
 def _checked_guidances(guidances: Iterable[Guidance] | None) -> tuple[Guidance, ...]:
-    """The guidances, of any iterable. ValueError unless each is one, with a name of its own."""
+    """The guidances of an iterable. ValueError unless each is a `Guidance` with a name that no other has."""
     if isinstance(guidances, Guidance):
-        raise ValueError(f"guidances are a list, of {guidances.name} alone too: [guidance]")
+        raise ValueError(f"guidances are a list, also of a single one: [{guidances.name}]")
     if guidances is None:
         raise ValueError("guidances are a list of Guidance objects, not None; () for none")
     listed = tuple(guidances)
@@ -172,7 +172,7 @@ def _check_options(path: Path, times: str, drop: float, cosine: float) -> None:
 def _check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ...]) -> None:
     """ValueError unless a student returned the velocity of latents x (N, C, *S) and the tokens (N, T, D) after each tap.
 
-    T is known for latents of the model's own shape only. Shapes alone are read, so no device is waited for.
+    T is known for latents of the model's own shape only. Only shapes are read, so the host does not wait for a device.
     """
     name = type(student).__name__
     if not isinstance(out, Output):
@@ -184,8 +184,8 @@ def _check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ..
     for k in taps:
         if k not in out.feats:
             raise ValueError(f"{name} returned no features of block {k}; feats must hold each block of taps (1-based)")
-        feature = tuple(out.feats[k].shape)
-        expected = (x.shape[0], student.tokens if own else (*feature, 0)[1], student.width)
+        feature = tuple(getattr(out.feats[k], "shape", ()))
+        expected = (x.shape[0], student.tokens if own else (*feature, 0, 0)[1], student.width)
         if feature != expected:
             raise ValueError(
                 f"{name} returned features of shape {feature} after block {k}; expected (N, T, D) = {expected}: the tokens "

@@ -14,7 +14,7 @@ from selftrans.methods.stage_settings import Stage1
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
 
-#: their names -> ours, in a state dict
+#: names in the released code -> names here, in a state dict
 PUBLISHED_HEAD = {
     f"{theirs}.{part}": f"guidances.0.head.{ours}.{part}"
     for theirs, ours in {
@@ -37,7 +37,7 @@ def published_heads(
     if "projectors_final.linear.weight" not in named or "projectors.0.weight" not in named:
         return None
     if any(name.startswith("projectors_final.adaLN") for name in named):
-        return None  # of its MMDiT: modulated by the time, which ours is not
+        return None  # the head of the released MMDiT is modulated by the time, the head here is not
     span, plain = arguments.get("t_range"), config.section(Stage1)
     stage1 = dataclasses.replace(
         plain,

@@ -1,4 +1,4 @@
-"""The training methods by name: those listed here, entry points of installed packages, and `module:function` by consent."""
+"""The training methods by name: those listed here, entry points of installed packages, and `module:function` with --trust."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def stages(config: RunConfig) -> list[Stage]:
 
 
 def config_of_teacher(config: RunConfig, stage: Stage) -> RunConfig:
-    """The settings of the earlier stage of this run that trains the teacher of `stage`: its model may be of another size."""
+    """The settings of the earlier stage that trains the teacher of `stage`; its model may have another size."""
     assert stage.teacher is not None
     return next(config.override(each.settings) for each in stages(config) if each.name == stage.teacher.stage)
 
@@ -68,11 +68,11 @@ def meta_objective(
     *,
     dtype: torch.dtype | None = None,
 ) -> Objective:
-    """The objective of a stage on latents (C, *S), on the meta device: no memory for weights. ValueError where its parts do not
-    fit each other.
+    """The objective of a stage on latents (C, *S), on the meta device, without memory for weights. ValueError where its parts
+    do not fit each other.
 
-    `given`: the encoder or teacher of the stage; None for a teacher that is not trained yet, whose sizes are known, and whose
-    parameters are of `dtype`.
+    `given`: the encoder or teacher of the stage; None: a teacher of the size that the settings give it, not trained yet, with
+    parameters of `dtype`.
     """
     with torch.device("meta"):
         student = config.override(stage.settings).build_model(shape, conditions)

@@ -3,7 +3,7 @@
     L = L_flow + lambda mean (1 - cos(P(h_s), y))                       mean over N and T, cos over D
 
 y is the encoder's patch features (published: DINOv2), one for each token of the student, stored with the data or computed
-from its pixels; P a small head. The published loss is -cos, the same but for a constant. No timestep range.
+from its pixels; P a small head. The published loss is -cos, which differs by a constant. No timestep range.
 Shape legend: N batch, T = grid² tokens, D width.
 """
 
@@ -62,10 +62,10 @@ class RepaGuidance(Guidance):
     def __init__(self, student: Backbone, encoder: Features, config: Repa) -> None:
         if tuple(encoder.grid) != tuple(student.grid):
             theirs, ours = ("x".join(map(str, grid)) for grid in (encoder.grid, student.grid))
-            raise ValueError(
-                f"the stored features lie on a {theirs} grid, the student's tokens on {ours}; prepare the data with "
-                f"--grid {student.grid[0]}, or choose another patch size of the model"
-            )
+            remedy = f"prepare the data with --grid {student.grid[0]}, or choose another patch size of the model"
+            if len(student.grid) != 2 or student.grid[0] != student.grid[1]:
+                remedy = "an encoder's grid is a square, so give data of square pictures, or choose another method"
+            raise ValueError(f"the stored features lie on a {theirs} grid, the student's tokens on {ours}; {remedy}")
         block = max(1, min(8, student.depth // 3)) if config.block is None else config.block
         super().__init__(config.weight, (block,), until_step=config.until_step)
         self.block, self.encoder, self.encoder_flops = block, encoder, encoder.flops

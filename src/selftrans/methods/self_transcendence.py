@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 class StructureGuidance(Guidance):
     """Stage 1: the shallow block predicts the target token by token.
 
-    It reads the student's sizes and its `patchify`; the student itself is trained by the `Objective` that gets both. ValueError
-    for settings that cannot work, and where `patchify` and `grid` disagree.
+    It reads the student's sizes and its `patchify`; the `Objective` that gets student and guidance trains the student.
+    ValueError for settings that cannot work, and where `patchify` and `grid` disagree.
     """
 
     name = "structure"
@@ -92,7 +92,7 @@ class SelfGuidance(Guidance):
     """Stage 2: the student's block, or each of several, matches the teacher's guided features.
 
     Args:
-        student: its sizes are read; it is trained by the `Objective` that gets both.
+        student: only its sizes are read; the `Objective` that gets student and guidance trains it.
         teacher: of the same latents, tokens, conditions and path; width and depth may differ. It must keep the blocks that
             `config` names, and `config.teacher_block` None means the last one that it keeps.
         config: its fields `teacher`, `teacher_weights`, `teacher_width`, `teacher_depth` and `teacher_lr` are for the commands,
@@ -203,14 +203,14 @@ def _structure(config: RunConfig) -> list[Stage]:
 
 
 def _teacher_settings(config: RunConfig) -> dict[str, Any]:
-    """What stage 1 has of its own where the teacher is of another size. ValueError where the model has no such size."""
-    stage2, again = config.section(Stage2), config.train.recompute
+    """Settings in which stage 1 differs from the run, for a teacher of another size. ValueError for a model without them."""
+    stage2, recompute = config.section(Stage2), config.train.recompute
     if stage2.teacher is not None:
         return {}
     chosen = {setting: getattr(stage2, name) for name, setting in TEACHER_SETTINGS.items()}
     found = {setting: value for setting, value in chosen.items() if value is not None}
     known = {name for name, *_ in fields_of(config.model)}
-    for name in (name.removeprefix("model.") for name in found if name.startswith("model.")):
+    for name in [setting.removeprefix("model.") for setting in found if setting.startswith("model.")]:
         if name not in known:
             raise ValueError(f"stage2.teacher_{name} is for models with a model.{name}; {config.model.name} has none")
         if config.init.path is not None:
@@ -218,9 +218,9 @@ def _teacher_settings(config: RunConfig) -> dict[str, Any]:
                 f"stage2.teacher_{name} does not go with init.path: stage 1 starts from these weights, too"
             )
     depth = stage2.teacher_depth
-    if depth is not None and not isinstance(again, bool):  # blocks that the teacher does not have are not recomputed
+    if depth is not None and not isinstance(recompute, bool):  # only blocks that the teacher has can be recomputed
         found["train.recompute"] = (
-            min(again, depth) if isinstance(again, int) else tuple(k for k in again if k <= depth)
+            min(recompute, depth) if isinstance(recompute, int) else tuple(k for k in recompute if k <= depth)
         )
     return found
 
@@ -249,7 +249,7 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
 
 
 def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
-    """Without conditions f_c = f_u, so guided features are the features: w = 1, at half the cost."""
+    """Without conditions f_c = f_u: set w = 1, which gives the same features at half the cost, and no null rows."""
     stage2 = config.section(Stage2)
     for name, plain in (("scale", 1.0), ("null_rows", 0.0)) if conditions.kind == "none" else ():
         if getattr(stage2, name) != plain:

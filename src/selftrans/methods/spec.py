@@ -30,7 +30,7 @@ class TeacherSpec:
     """The frozen model that teaches a stage: an earlier stage of the run, or a run or file given in its place."""
 
     stage: str  #: name of the stage that trains it, in this run or in the one given
-    block: Callable[[int], int]  #: its last block that is used (1-based), from its depth
+    block: Callable[[int], int]  #: depth of the teacher -> its last block that is used (1-based)
     weights: Literal["raw", "ema"]
     given: str | None = None  #: a run, checkpoint or weights file; the stages before this one are then not run
     option: str = ""  #: dotted setting that holds `given`; `--teacher` sets it
@@ -47,7 +47,7 @@ class EncoderSpec:
 class Stage:
     """One training run inside a method: a new student, some steps, some guidance."""
 
-    name: str  #: folder in the run directory; also what the screen calls it
+    name: str  #: of its folder in the run directory, and of the stage in messages
     steps: int
     guide: Callable[[Backbone, Any], Sequence[Guidance]]  #: from the student, and the teacher or encoder below
     sections: tuple[type[Section], ...] = ()  #: settings that its steps depend on
@@ -68,7 +68,7 @@ class Stage:
 def single_stage(
     section: type[Section], guidance: Callable[[Backbone, RunConfig], Guidance]
 ) -> Callable[[RunConfig], list[Stage]]:
-    """The stages of a method with one stage, named as its section, and one guidance that needs no teacher or encoder."""
+    """`MethodSpec.stages` of a method with one stage, named as its section, and one guidance without teacher or encoder."""
 
     def stages(config: RunConfig) -> list[Stage]:
         guide = lambda student, _: [guidance(student, config)]  # noqa: E731
@@ -81,8 +81,10 @@ class PublishedHeads(NamedTuple):
     """Heads found in a published checkpoint that belong to a method's stage."""
 
     sections: tuple[Section, ...]  #: the settings that they were trained with
-    names: Mapping[str, str]  #: their names -> ours, as in `Objective.state_dict`
-    predicts_cells: str  #: prefix of the layer that predicts a token's cells, whose order in their code may be another
+    names: Mapping[str, str]  #: names in the file -> names in `Objective.state_dict`
+    predicts_cells: (
+        str  #: prefix of the layer that predicts a token's cells, which the published code may order differently
+    )
 
 
 @dataclass(frozen=True)

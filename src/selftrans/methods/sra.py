@@ -53,7 +53,7 @@ class SRA(Section):
 
 
 class SRAGuidance(Guidance):
-    """The student's block follows a deeper one of its moving average, which `watch` receives."""
+    """A block of the student follows a deeper block of its moving average, which `watch` receives."""
 
     name = "sra"
 
@@ -68,7 +68,7 @@ class SRAGuidance(Guidance):
         self.head = projector(student.width, student.width, config.head_width)
 
     def watch(self, average: Backbone) -> None:
-        """Take the moving average as teacher; it is not truncated, since it is also what is sampled."""
+        """Take the moving average as teacher. It is not truncated, because it is sampled, too."""
         self.teacher = Frozen.live(average, self.target)
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:

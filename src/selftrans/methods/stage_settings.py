@@ -84,17 +84,18 @@ class Stage2(Section):
     """the term ends here, and teacher and head leave the step; None: never"""
     target_norm: Literal["none", "layer", "cosine", "spatial"] = "none"
     """none: squared error (paper); layer: on LayerNorm(f_g); cosine: 1 - cos per token; spatial: squared error on f_g with each
-    channel normalised over the tokens of a sample (iREPA): what differs between tokens counts, what they share less"""
+    channel normalised over the tokens of a sample (iREPA), which weakens what all tokens of a sample have in common"""
     spatial_gamma: float = 0.6
     """of target_norm spatial: the share of the mean over tokens that is subtracted (iREPA's code: 0.6); 1: all of it"""
     head: Literal["mlp", "conv"] = "mlp"
     """mlp: P, per token (paper); conv: one convolution of 3 tokens along each dimension of the grid (iREPA)"""
     null_rows: float = 0.0
-    """fraction of the guided samples whose student gets the null condition, so that it cannot read the label's part of the
-    target from its label; they count as unconditional samples in the flow loss, too"""
+    """fraction of the guided samples for which the student gets the null condition, so that it cannot predict the label's part
+    of the target from the label; in the flow loss they are unconditional samples, too"""
     label_part: Literal["keep", "remove", "decay"] = "keep"
-    """what a table by label and token explains of the target: keep (paper); remove, by running means; decay: what is kept falls
-    linearly from all to nothing at until_step. Needs labels, and 4 (classes + 1) x tokens x width bytes for the means"""
+    """the part of the target that depends on the label alone, its mean per label and token: keep (paper); remove, by running
+    means; decay: the share that is kept falls linearly from 1 to 0 at until_step. Needs labels, and 4 (classes + 1) x tokens x
+    width bytes for the means"""
     fade: float = 0.0
     """last fraction of the steps before until_step in which lambda falls linearly to zero; 0: the term ends at once"""
     teacher_weights: Literal["raw", "ema"] = "raw"

@@ -1,4 +1,4 @@
-"""The range of t in which a guidance acts: which samples it computes, and what the error of each counts.
+"""The range of t in which a guidance acts: which samples it computes, and the weight of each in the loss.
 
 Shape legend: N batch, M samples that are computed.
 """
@@ -18,7 +18,7 @@ RANGE_MODES = ("select", "scale")
 
 
 class Gate(NamedTuple):
-    """Which samples a guidance computes, and what each one's error counts in the batch's term."""
+    """Which samples a guidance computes, and the weight of each sample's error in the term."""
 
     rows: Tensor | None  #: (M,) positions in the batch; None = all, in order
     gain: Tensor  #: (M,) the term is sum(gain * per-sample error)
@@ -33,11 +33,11 @@ class Gate(NamedTuple):
 
 @dataclass(frozen=True)
 class TimestepRange:
-    """The range [a, b] and its mode: what a sample at time t counts in the mean over the batch.
+    """The range [a, b] and its mode, which give the weight of a sample at time t in the mean over the batch.
 
-    Without a range every sample counts 1 / N. `select`: a sample counts 1 / N if a <= t <= b, else nothing, and only the
-    selected ones are computed. `scale`: every sample counts (fraction of the batch inside [a, b]) / N, which is what the
-    authors' released code computes (a mask of shape (N, 1, 1, 1) times a loss of shape (N,)).
+    Without a range every sample has the weight 1 / N. `select`: 1 / N if a <= t <= b, else 0, and only the samples inside are
+    computed. `scale`: (fraction of the batch inside [a, b]) / N for every sample, which is what the authors' released code
+    computes (a mask of shape (N, 1, 1, 1) times a loss of shape (N,)).
     ValueError unless the range is increasing within [0, 1] and the mode is known.
     """
 
@@ -56,15 +56,15 @@ class TimestepRange:
         return self.span is not None and self.mode == "select"
 
     def counts(self, t: Tensor) -> Tensor:
-        """Which samples (N,) count in the term, by their times."""
+        """(N,) bool: the samples at times t (N,) that contribute to the term."""
         return self._inside(t) if self.selects else torch.ones_like(t, dtype=torch.bool)
 
     def computed(self, n: int) -> int:
-        """How many samples of a batch of n are computed: with `select` the most systematic times that lie in [a, b], which is
-        ceil(n (b - a)) and at least one; of independent times about as many.
+        """How many samples of a batch of n are computed.
 
-        Where n (b - a) is whole, one more lies inside only if the offset hits an edge to the last bit (once in millions of
-        steps); it is left out then.
+        With `select` it is ceil(n (b - a)), at least one: as many as can lie in [a, b] of systematic times. Of independent
+        times about as many lie inside. Where n (b - a) is a whole number, one more systematic time lies inside only if two
+        times are exactly a and b, about once in millions of steps; that sample is then left out.
         """
         if self.span is None or self.mode == "scale":
             return n
@@ -72,7 +72,7 @@ class TimestepRange:
         return min(n, max(1, math.ceil(n * (b - a) - 1e-6)))
 
     def gate(self, d: Draw) -> Gate:
-        """The samples of a draw that are computed, and what each counts."""
+        """The samples of a draw that are computed, and their weights."""
         n = d.t.shape[0]
         if self.span is None:
             return Gate(None, torch.full_like(d.t, 1 / n))

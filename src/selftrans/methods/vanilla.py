@@ -1,4 +1,4 @@
-"""Plain flow matching: no guidance at all. What every other method is compared with."""
+"""Plain flow matching without guidance: the baseline of every comparison."""
 
 from __future__ import annotations
 

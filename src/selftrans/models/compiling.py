@@ -15,16 +15,18 @@ KEEP_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  #: torch's se
 
 
 def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
-    """`torch.compile` in place: each block of a model, all of which share a compilation for each shape, and what is
+    """`torch.compile` in place: each block of a model, with one compilation per shape for all of them, and the parts that are
     `compiled_alone`."""
     import torch._dynamo as dynamo
     import torch._functorch.config as functorch
 
     keep_compiled()
-    # blocks are one piece of code to dynamo: beyond its eight versions of one, it would go on uncompiled and say little
+    # all blocks share one code object, and beyond 8 versions of one dynamo would run the rest uncompiled, with a mere warning
     dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)
-    dynamo.config.optimize_ddp = False  # it cuts a block in pieces to send gradients sooner: blocks are sent one by one
-    # without it, `fused_norm` is traced anew in each process
+    dynamo.config.optimize_ddp = (
+        False  # it would split each block, so that gradients are sent sooner; blocks are small enough
+    )
+    # without this setting blocks with `fused_norm` are not cached, and each process compiles them again
     if fused_norm.FUSED_NORMS and hasattr(functorch, KEEP_FUNCTIONS):
         setattr(functorch, KEEP_FUNCTIONS, True)
     for part in [*model.repeated(), *model.compiled_alone()]:
@@ -34,9 +36,9 @@ def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
 def keep_compiled() -> str | None:
     """Let torch keep compiled code in the user's cache, so that later stages, processes and runs find it; returns where.
 
-    torch's own default is a folder in the system's temporary one, which is emptied. What lies there is executed and
-    unpickled by torch, so it is never in a run's folder, which may come from elsewhere, and belongs to this user alone. A
-    folder that is given by TORCHINDUCTOR_CACHE_DIR stays. None where no such folder can be made: torch's default then.
+    torch's default is in the system's temporary folder, which is emptied. torch executes and unpickles the files in the cache,
+    so only this user may write to it, and it is never in a run's folder, which may come from another user. A folder that
+    TORCHINDUCTOR_CACHE_DIR names stays. None where the folder cannot be made or is not private: then torch uses its default.
     """
     if CACHE not in os.environ:
         try:

@@ -83,7 +83,7 @@ class NoiseConfig(DiffusersConfig):
 
 
 class DiffusersBackbone(Backbone):
-    """A transformer of diffusers as a backbone. A subclass says how its blocks are called (`prepare`, `step`, `finish`).
+    """A transformer of diffusers as a backbone. A subclass implements the calls of its blocks (`prepare`, `step`, `finish`).
 
     Args:
         net: the module; it becomes a part of this one.
@@ -120,7 +120,7 @@ class DiffusersBackbone(Backbone):
         self.register_buffer("ratios", log_ratios().float().view(torch.int32), persistent=False)
 
     def prepare(self, x: Tensor, time: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
-        """Latent tokens (N, T, D), text tokens (N, L, D) if they change from block to block, and what every block is given.
+        """Latent tokens (N, T, D), text tokens (N, L, D) if the blocks change them, and the further inputs of every block.
 
         `time` (N,) is in the range of the embedding, 0 .. 1000.
         """
@@ -129,7 +129,7 @@ class DiffusersBackbone(Backbone):
     def step(
         self, block: nn.Module, tokens: Tensor, context: Tensor | None, given: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """The same after one block. Default: a joint block, which takes both streams and returns the text first."""
+        """Latent and text tokens after one block. Default: a joint block, which takes both and returns the text first."""
         context, tokens = self.run_block(block, tokens, context, *given)  # type: ignore[arg-type]
         return tokens, context
 
@@ -175,7 +175,7 @@ class DiffusersBackbone(Backbone):
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """Latents (N, C, H, W) through diffusers' PatchEmbed => (N, T, D).
 
-        In autocast the sum stays in float32, as do all that follow between the blocks; the original's is rounded.
+        In autocast this sum stays in float32, and so do the residual sums over the blocks; diffusers rounds it.
         """
         layer = self.net.pos_embed.proj
         return (layer(x.to(layer.weight.dtype)).flatten(start_dim=2).transpose(1, 2) + positions).contiguous()
@@ -186,17 +186,17 @@ class DiffusersBackbone(Backbone):
 
 
 def unrounded(tokens: Tensor) -> Tensor:
-    """Tokens from a linear layer, in float32 where autocast has rounded them: sums over the blocks start from them."""
+    """Tokens from a linear layer, in float32 also in autocast: the residual sums over the blocks start from them."""
     device = tokens.device.type
     rounded = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return tokens.float() if rounded else tokens
 
 
 def pooled_text(cond: Cond, pooled: Pooled, width: int) -> Tensor:
-    """(N, width), in place of the pooled vector of the text encoder, which a text condition does not have.
+    """(N, width), in place of the pooled vector of the text encoder, which is not stored with text conditions.
 
-    mean: the mean of the tokens (N, L, E = width) that are no padding. last: the last of them; of CLIP that is the end of the
-    text, which is its pooled output (before the projection that SD3 applies to it). none: zeros.
+    mean: the mean of the tokens (N, L, E = width) without padding. last: the last token without padding; for CLIP this is its
+    pooled output (before the projection that SD3 applies to it). none: zeros.
     """
     assert isinstance(cond, dict)
     text = cond[TEXT]
@@ -210,7 +210,7 @@ def pooled_text(cond: Cond, pooled: Pooled, width: int) -> Tensor:
 
 
 def fit_positions(embed: Any, grid: tuple[int, int]) -> None:
-    """Give PatchEmbed of diffusers the positions of a grid; for another than its own it would compute them in each call."""
+    """Store the positions of a grid in diffusers' PatchEmbed, which would compute those of other grids in each call."""
     if (embed.height, embed.width) == grid:
         return
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
@@ -227,8 +227,8 @@ def fit_positions(embed: Any, grid: tuple[int, int]) -> None:
 
 
 def initialise(net: nn.Module, zero: Iterable[nn.Module], small: Iterable[nn.Module] = ()) -> None:
-    """DiT's initialisation: Xavier; the embedders of time, and what is in `small`, normal of deviation 0.02; what is in
-    `zero`, the gates and the output, zero, so that each block starts as the identity."""
+    """DiT's initialisation: Xavier; embedders of time and the modules in `small` normal with deviation 0.02; the modules in
+    `zero` (gates and output) zero, so that each block starts as the identity."""
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             if "_embedder.linear_" in name:

@@ -117,7 +117,7 @@ class DiffusersFlux(TextNull, DiffusersBackbone):
         shape: (C, H, W) of a latent.
         conditions: of kind text.
         guidance: value for the embedding of the guidance scale, if `net` has one (None: `GUIDANCE`).
-        pooled: what takes the place of the pooled vector, see `pooled_text`.
+        pooled: what replaces the pooled vector of the text encoder, see `pooled_text`.
     """
 
     ends: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
@@ -149,7 +149,9 @@ class DiffusersFlux(TextNull, DiffusersBackbone):
         singles = self.net.single_transformer_blocks
         if len(singles) and "encoder_hidden_states" not in inspect.signature(singles[0].forward).parameters:
             raise ValueError("this version of diffusers has other single blocks of Flux; update diffusers")
-        if not len(singles):  # nothing reads the last text: DDP would wait for gradients that do not come
+        if not len(
+            singles
+        ):  # the last text tokens are not used: DDP would wait for gradients of the layers that make them
             last = self.net.transformer_blocks[-1]
             for part in (last.attn.to_add_out, last.ff_context):
                 part.requires_grad_(False)

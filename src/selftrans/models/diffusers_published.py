@@ -1,9 +1,9 @@
 """Folders of diffusers' transformers, in and out: config.json and diffusion_pytorch_model.safetensors (or several of them).
 
 `import` takes the weights file of such a folder and reads the config.json next to it; `export` writes a folder that diffusers'
-`from_pretrained` loads. Its config.json has an entry `_selftrans` with what diffusers has no name for, such as what the output
-means; diffusers ignores names with an underscore. Without that entry a DiT or PixArt is one that predicts noise, as released.
-Nothing is unpickled.
+`from_pretrained` loads. Its config.json has an entry `_selftrans` with settings for which diffusers has no name, such as what
+the output means; diffusers ignores names with an underscore. Without that entry a DiT or PixArt is read as a predictor of
+noise, as released. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Family(NamedTuple):
     module: Any  #: ours: `build`, `wrap`
     Config: type[DiffusersConfig]
     convert: Callable[[Settings], dict[str, Any]]  #: its settings => fields of `Config`
-    text: tuple[str, int] | None  #: the setting that is the width of text tokens, and how many the release gives it
+    text: (
+        tuple[str, int] | None
+    )  #: name of the setting with the width of text tokens, and tokens per text in the release
 
 
 def _sizes(raw: Settings) -> dict[str, Any]:
@@ -106,7 +108,7 @@ FAMILIES = {
 
 
 class Described(NamedTuple):
-    """What a config.json says in our terms."""
+    """The content of a config.json as settings of this package."""
 
     family: Family
     config: DiffusersConfig
@@ -128,7 +130,7 @@ def _json(path: Path) -> Settings | None:
 
 
 def describe(name: str, raw: Settings, where: str) -> Described:
-    """The family `name`, from its config.json. ValueError for settings that the adapter does not have."""
+    """A model of the family `name` from its config.json, `raw`. ValueError for settings that the adapter does not support."""
     import diffusers
 
     family = FAMILIES[name]
@@ -156,7 +158,7 @@ def describe(name: str, raw: Settings, where: str) -> Described:
 
 
 def _implied(key: str, settings: Settings) -> Any:
-    """What a setting of None means to diffusers."""
+    """The value that diffusers takes for a setting of None."""
     if key == "out_channels":
         return settings["in_channels"]
     if key == "interpolation_scale":

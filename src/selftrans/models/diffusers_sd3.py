@@ -92,7 +92,7 @@ class DiffusersSD3(TextNull, DiffusersBackbone):
         net: an SD3Transformer2DModel.
         shape: (C, H, W) of a latent, not larger than the table of positions.
         conditions: of kind text.
-        pooled: what takes the place of the pooled vector, see `pooled_text`.
+        pooled: what replaces the pooled vector of the text encoder, see `pooled_text`.
     """
 
     ends: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")

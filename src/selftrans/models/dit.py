@@ -2,12 +2,12 @@
 
 The schedule has 1000 steps x_k = sqrt(abar_k) z0 + sqrt(1 - abar_k) noise: that of DDPM (2006.11239), beta from 1e-4 to 0.02
 linearly, which all released models have, or the cosine schedule (2102.09672).
-A point of our path, z_t = alpha z0 + sigma noise, is one of it but for its scale:
+A point of our path, z_t = alpha z0 + sigma noise, is a point of the schedule up to a scale:
     z_t / sqrt(alpha² + sigma²) = x_k    where    sqrt((1 - abar_k) / abar_k) = sigma / alpha
-so the network is asked for the noise at that x_k and k, and its answer is turned into the velocity of our path:
+so the network predicts the noise at that x_k and k, and the prediction is turned into the velocity of our path:
     z0 = (x_k - sqrt(1 - abar_k) noise) / sqrt(abar_k)        v = alpha' z0 + sigma' noise
-k lies between two steps; the logarithm of the noise-to-signal ratio is interpolated (as in k-diffusion). The path is not the
-network's own: the same weights serve both paths. So it is no setting of the model; the run's `train.path` sets it (`use_path`).
+k lies between two steps; the logarithm of the noise-to-signal ratio is interpolated (as in k-diffusion). The same weights serve
+both paths, so the path is no setting of the model; the run's `train.path` sets it (`use_path`).
 Shape legend: N batch, (C, *S) latent.
 """
 
@@ -55,10 +55,10 @@ def build(config: DiTConfig, shape: tuple[int, ...], conditions: Conditions) -> 
 def log_ratios(schedule: Schedule = "linear") -> Tensor:
     """(K,) float64, increasing: log of the noise-to-signal ratio sqrt((1 - abar_k) / abar_k) of each step.
 
-    K is 1000; of the cosine schedule only the steps are kept whose ratio the linear one has, too (157 at most): beyond them z0
-    is lost in the noise in float32.
+    K is 1000. Of the cosine schedule only the steps are kept with a ratio up to the largest of the linear one (157): at larger
+    ratios z0 is lost in the noise in float32.
     """
-    # named, since transformers, once it has loaded a model, may have taken torch.linspace out of what `with device` covers
+    # passed explicitly: after transformers has loaded a model, `with torch.device(...)` may no longer apply to torch.linspace
     device = torch.get_default_device()
     beta = torch.linspace(*BETAS, STEPS, dtype=torch.float64, device=device)
     linear = _log_ratios(beta)
@@ -77,7 +77,7 @@ def _log_ratios(beta: Tensor) -> Tensor:
 
 
 def timestep(log_ratio: Tensor, table: Tensor) -> Tensor:
-    """(N,) position between 0 and 999 at which the schedule has these log ratios; those outside it take its nearest end."""
+    """(N,) position between 0 and 999 at which the schedule has these log ratios, clamped to its first and last step."""
     inside = log_ratio.clamp(table[0], table[-1])
     above = torch.searchsorted(table, inside).clamp(1, len(table) - 1)
     low, high = table.gather(0, above - 1), table.gather(0, above)

@@ -33,7 +33,7 @@ FUSED_NORMS = (
 
 
 def applies(x: Tensor) -> bool:
-    """Whether a block that gets tokens x (N, T, D) is being compiled for training on a GPU."""
+    """Whether to use the fused norm: in a block that is being compiled for training on a GPU. x: its tokens (N, T, D)."""
     training = torch.compiler.is_compiling() and torch.is_grad_enabled()
     return FUSED_NORMS and training and x.is_cuda and x.dtype != torch.float64
 
@@ -41,8 +41,8 @@ def applies(x: Tensor) -> bool:
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Tokens x (N, T, D), shift and scale (N, D) -> x, for the residual path, and the modulated norm in the dtype of `scale`.
 
-    That is the dtype of what a linear layer returns, under autocast too, so the linear layer that follows takes it as it is.
-    The x that is returned must replace the argument: gradients of both paths meet in one kernel.
+    `scale` comes from a linear layer, so in autocast, too, the linear layer that follows takes the norm without a conversion.
+    Use the returned x in place of the argument: the kernel then sums the gradients of both paths.
     """
     return _Modulated.apply(x, shift, scale, eps)
 
@@ -57,8 +57,8 @@ def gate_modulated(
 def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The modulated norm of x (N, T, D), and mean and 1 / deviation of the tokens (N, T, 1).
 
-    No conversion to the dtype that a tensor has: it returns the tensor itself, and dynamo of torch 2.11 may then send the
-    gradients of an autograd function to the wrong output (pytorch issue 180642).
+    A tensor is not converted to the dtype that it has already: `to` would return the same tensor, and dynamo of torch 2.11 may
+    then send the gradients of an autograd function to the wrong output (pytorch issue 180642).
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     normal, mean, rstd = torch.native_layer_norm(wide, (x.shape[-1],), None, None, eps)

@@ -27,11 +27,11 @@ Call = Callable[[Any, Tensor, Tensor, Cond], Tensor]
 
 
 class _Stopped(BaseException):
-    """The last feature was read. No `Exception`, which the module might catch."""
+    """The last feature was read. A `BaseException`, since the module might catch an `Exception`."""
 
 
 class _Reading:
-    """A forward pass in progress: what is wanted of the blocks, and what was read. One object for all blocks of a model."""
+    """A forward pass in progress: the features to be read, and those read so far. One object for all blocks of a model."""
 
     def __init__(self, tokens: Callable[[Any], Any]) -> None:
         self.tokens = tokens
@@ -47,7 +47,7 @@ class _Reading:
         self.versions: dict[int, int] = {}
 
     def end(self) -> None:
-        """Keep no features alive."""
+        """Drop the features, so that their memory can be freed."""
         self.active, self.feats = False, {}
 
     def run(self, k: int, block: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,7 +86,7 @@ class _Reading:
         self.versions[k] = 0 if found.is_inference() else found._version
 
     def features(self) -> dict[int, Tensor]:
-        """What was read. ValueError where the module changed it afterwards, or never ran the block."""
+        """The features by block. ValueError where the module changed one in place afterwards, or did not run its block."""
         missing = sorted(self.taps - self.feats.keys())
         if missing:
             raise ValueError(f"the module did not call block {missing[0]}; give blocks= that each forward pass calls")
@@ -100,7 +100,7 @@ class _Reading:
 
 @functools.cache
 def _read_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a block's class that lets `_Reading` see its calls."""
+    """A subclass of a block's class whose calls go through `_Reading.run`."""
     plain: Callable[..., Any] = kind.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ def _read_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Deleted(nn.Module):
-    """In the place of a block that was deleted: names and positions of the others stay."""
+    """Stands in the place of a deleted block, so that the other blocks keep their names and positions."""
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise ValueError(
@@ -225,7 +225,7 @@ class HookedBackbone(TextNull, Backbone):
         self._kept = min(self._kept, block)
 
     def _found(self) -> list[nn.Module]:
-        """The blocks that are still there, in order."""
+        """The blocks that were not deleted, in order."""
         if not isinstance(self._blocks, str):
             found: Any = self._blocks(self.net)
         else:
@@ -244,7 +244,7 @@ class HookedBackbone(TextNull, Backbone):
 
 
 def _check_plain(net: nn.Module) -> None:
-    """ValueError where a module is compiled or distributed already: what runs then are not the calls of its blocks."""
+    """ValueError where a module is compiled or distributed already: then calls of its blocks cannot be seen."""
     for name, module in net.named_modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
         wrapper = next(iter(kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}), None)

@@ -26,7 +26,7 @@ PATH_NAMES = {"linear": "linear", "cosine": "cosine", "Linear": "linear", "GVP":
 
 
 class Family(NamedTuple):
-    """A family of models and what is built with which settings."""
+    """A family of models: its name, its classes and its settings."""
 
     name: str
     Model: Callable[..., LabelTransformer]
@@ -111,7 +111,7 @@ def _heads(where: str, named: Named, given: int | None, width: int, family: Fami
 
 
 def check_present(where: str, named: Named, dims: dict[str, int], model: str) -> None:
-    """ValueError unless the tensors that sizes are read from are there, with these numbers of dimensions."""
+    """ValueError unless the tensors in `dims` exist with these numbers of dimensions: the sizes are read from them."""
     for key, expected in dims.items():
         if key not in named or named[key].dim() != expected:
             what = (
@@ -121,7 +121,7 @@ def check_present(where: str, named: Named, dims: dict[str, int], model: str) ->
 
 
 def check_tensors(where: str, named: Named, network: Named, constants: Callable[[], Named]) -> None:
-    """ValueError that lists a few unknown, missing and misshapen tensors, or names a constant that is not as it must be.
+    """ValueError that lists a few unknown, missing and misshapen tensors, or names a constant table with other values.
 
     `network`: the tensors of the model, of which only shapes are used.
     """
@@ -177,10 +177,10 @@ def describe(
     constants: Callable[[], Named] = dict,
     **decided: Any,
 ) -> Published:
-    """A published file in terms of a family, once every tensor is checked: ValueError where one does not fit.
+    """A published file as a model of a family. ValueError where one of its tensors does not fit.
 
-    `constants` makes the tables that it stores besides the positions, `buffers` are their names; `decided`: fields of
-    `Published` that the reader has found out (convention, reason and translate at least).
+    `constants` makes the tables that the file stores besides the positions, `buffers` are their names; `decided`: fields of
+    `Published` from the reader (convention, reason and translate at least).
     """
 
     def tables() -> Named:

@@ -20,7 +20,7 @@ ROPE = {"feat_rope.freqs_cos": 0, "feat_rope.freqs_sin": 1}  #: names of the rot
 
 
 def options(named: Named) -> dict[str, bool]:
-    """What the names and shapes of a state dict say of the options; all as in SiT: it is none that only LightningDiT has."""
+    """The options of LightningDiT by names and shapes of a state dict. A state dict of SiT gives SiT's values for all."""
 
     def rows(name: str) -> int:
         return named[name].shape[0] if name in named and named[name].dim() else 0
@@ -39,7 +39,7 @@ FAMILY = shared.Family("LightningDiT", LightningDiT, LightningConfig, options, t
 
 
 def rope_tables(channels: int, grid: tuple[int, ...]) -> Named:
-    """The published tables (T, d) float32: of each angle twice, for both channels of its pair."""
+    """The published tables (T, d) float32, with each angle twice, for both channels of its pair."""
     table = rotation_table(channels, grid).float().repeat_interleave(2, dim=-1)
     return {name: table[row].clone() for name, row in ROPE.items()}
 
@@ -76,19 +76,19 @@ def _reason(file: PublishedFile, named: Named) -> str:
     if file.layout == "lightningdit":
         return "from its header"
     if any(map(shared.is_head, named)):
-        return "a guess: as LightningDiT's own code has it, but its projectors are of another one; --convention decides"
-    return "as LightningDiT's code has it"
+        return "a guess: that of LightningDiT's code, but its projectors are of other code; set --convention to decide"
+    return "as in LightningDiT's code"
 
 
 # ---- our weights in their layout
 
 
-def give_back(model: LightningDiT) -> Named:
+def to_published(model: LightningDiT) -> Named:
     """A published state dict, tables of positions included."""
     out: Named = {}
-    for name, tensor in sit.give_back(model, flip=True).items():
+    for name, tensor in sit.to_published(model, flip=True).items():
         out[name] = tensor
-        if name == "y_embedder.embedding_table.weight" and model.rotations is not None:  # their order
+        if name == "y_embedder.embedding_table.weight" and model.rotations is not None:  # the order in published files
             out |= rope_tables(2 * model.rotations.shape[-1], model.grid)
     return out
 
@@ -104,4 +104,4 @@ def _arguments(model: LightningDiT, config: LightningConfig) -> dict[str, Any]:
     }
 
 
-LAYOUTS = {"lightningdit": Layout("t = 0 is noise, v = data - noise", give_back, _arguments)}
+LAYOUTS = {"lightningdit": Layout("t = 0 is noise, v = data - noise", to_published, _arguments)}

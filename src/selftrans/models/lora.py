@@ -65,12 +65,12 @@ def add_adapters(
     if rank > most:
         raise ValueError(f"lora.rank {rank} is more than the {most} of the largest layer; use at most that")
     trained = set(trained)
-    whole = [p for name, p in model.named_parameters() if name in trained]
+    in_full = [p for name, p in model.named_parameters() if name in trained]
     config = LoraConfig(r=rank, lora_alpha=factor * rank, target_modules=names, lora_dropout=0.0, bias="none")  # type: ignore[arg-type]
     inject_adapter_in_model(config, model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for parameter in [p for name, p in model.named_parameters() if A in name or B in name] + whole:
+    for parameter in [p for name, p in model.named_parameters() if A in name or B in name] + in_full:
         parameter.requires_grad_(True)
 
 
@@ -80,7 +80,7 @@ def trained_names(model: nn.Module) -> set[str]:
 
 
 def plain_name(name: str) -> str:
-    """The name that a frozen or whole parameter of a model with adapters has in the model without."""
+    """The name that a parameter of a model with adapters has in the plain model; not for the adapters themselves."""
     return name.replace(BASE, "", 1)
 
 
@@ -97,17 +97,17 @@ def pairs(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def whole(named: Mapping[str, Tensor]) -> Named:
-    """The tensors among those of `trained_names` that are no adapters: trained in full."""
+def trained_in_full(named: Mapping[str, Tensor]) -> Named:
+    """The tensors among those of `trained_names` that are no adapters, by their names in the plain model."""
     return {plain_name(name): tensor for name, tensor in named.items() if A not in name and B not in name}
 
 
 def merged(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], factor: float) -> Named:
-    """The tensors of the plain model: `base` with `trained` (adapters, and whole tensors) in it.
+    """The tensors of the plain model: `base` with the adapters of `trained` added, and its other tensors in their place.
 
-    ValueError where they do not belong to each other.
+    ValueError where names or shapes do not fit each other.
     """
-    out, adapters, own = dict(base), pairs(trained), whole(trained)
+    out, adapters, own = dict(base), pairs(trained), trained_in_full(trained)
     for name, tensor in own.items():
         if name not in base or base[name].shape != tensor.shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} does not belong to the weights it was trained on")

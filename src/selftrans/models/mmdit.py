@@ -67,7 +67,7 @@ def build(config: MMDiTConfig, shape: tuple[int, ...], conditions: Conditions) -
 
 
 class StreamAttention(nn.Module):
-    """What attention needs of one stream: queries, keys and values, and a map of what comes back."""
+    """The part of attention of one stream: its queries, keys and values, and the projection of its result."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -99,15 +99,15 @@ class Stream(nn.Module):
         return self.attn(modulate(self.norm1(x), shift, scale)), rest
 
     def leave(self, x: Tensor, mixed: Tensor, rest: list[Tensor]) -> Tensor:
-        """x (N, T, D) after attention brought `mixed` (N, T, D); empty (0,) if nothing reads it any more."""
+        """x (N, T, D) with the result `mixed` (N, T, D) of attention; empty (0,) if no later layer uses these tokens."""
         if self.mlp is None or self.attn.proj is None:
             return x.new_empty(0)
         gate1, shift2, scale2, gate2 = rest
         x = x + gate1.unsqueeze(dim=1) * self.attn.proj(mixed)
         return x + gate2.unsqueeze(dim=1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-    def end(self) -> None:
-        """Keep what takes part in attention, and delete the rest, in place: no later block reads these tokens."""
+    def keep_attention_inputs(self) -> None:
+        """Delete what does not act before attention, in place: no later block reads the tokens of this stream."""
         if self.mlp is None:
             return
         self.mlp = self.attn.proj = None
@@ -199,11 +199,11 @@ class MMDiT(TextNull, PatchTransformer):
         return list(self.joint_blocks)
 
     def truncate(self, block: int) -> None:
-        """As `Backbone`; the text's side of `block` keeps only what its attention reads, since no later block reads on."""
+        """As `Backbone`; of the text stream of `block` only the inputs of attention stay: no later block reads its text."""
         del self.joint_blocks[block:]
         self.final_layer = None
         self._end_context()
 
     def _end_context(self) -> None:
         last: Any = self.joint_blocks[-1]
-        last.context_block.end()
+        last.context_block.keep_attention_inputs()

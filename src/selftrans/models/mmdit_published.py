@@ -109,14 +109,14 @@ def _translate(named: Named, null: Named) -> Named:
 # ---- our weights in their layout
 
 
-def give_back(model: MMDiT) -> Named:
+def to_published(model: MMDiT) -> Named:
     """A published state dict with positions, without heads. The null caption is left out: their code stores it elsewhere."""
     named = {name: x for name, x in model.state_dict().items() if not name.startswith("null_")}
     return {"pos_embed": model.pos_embed.detach().clone(), **named}
 
 
 def _arguments(model: MMDiT, config: MMDiTConfig) -> dict[str, Any]:
-    """Arguments of the published class. ValueError for what it cannot be built as, with what it has."""
+    """Arguments of the published class. ValueError where that class cannot hold this model, with what both have."""
     sizes, size = config.sizes(), "x".join(map(str, model.shape[1:]))
     depth = sizes["depth"]
     fixed: tuple[tuple[bool, str, str], ...] = (
@@ -147,4 +147,4 @@ def _arguments(model: MMDiT, config: MMDiTConfig) -> dict[str, Any]:
     }
 
 
-LAYOUTS = {"repa": Layout("t = 0 is data, v = noise - data", give_back, _arguments)}
+LAYOUTS = {"repa": Layout("t = 0 is data, v = noise - data", to_published, _arguments)}

@@ -19,7 +19,7 @@ from selftrans.models.spec import LABELS_ONLY, ModelConfig
 from selftrans.suggest import nearest
 from selftrans.types import Backbone, Conditions
 
-LARGEST = 1 << 20  #: of a size: what is beyond is a mistake, or an attempt to take all time and memory
+LARGEST = 1 << 20  #: of a size: a larger one is a mistake, or an attempt to exhaust time or memory
 
 
 def published_sizes(

@@ -1,4 +1,4 @@
-"""The backbones by name: those listed here, entry points of installed packages, and `module:function` by consent."""
+"""The backbones by name: those listed here, entry points of installed packages, and `module:function` with --trust."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ DIFFUSERS = tuple(
     for name, family in diffusers_published.FAMILIES.items()
 )
 
-#: the built-in families of models; published files are offered to them in this order: those of diffusers take files with its
-#: config.json next to them, LightningDiT's reader leaves files with SiT's names, DiT's those without evidence of DiT, and SiT's
-#: reader refuses what it does not know
+#: the built-in families of models, in the order in which their readers try a published file: those of diffusers take files
+#: with diffusers' config.json next to them; LightningDiT's reader returns None for files with SiT's names, and DiT's for files
+#: without evidence of DiT; SiT's reader comes last and refuses what it does not know
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (MMDIT, *DIFFUSERS, LIGHTNING, DIT, SIT)}
 #: the models of this process; `selftrans.models` is the group of entry points that other packages join by
 REGISTRY: Registry[ModelSpec] = Registry("model.name", MODELS, ModelSpec, "selftrans.models", lambda spec: spec.names)

@@ -1,7 +1,7 @@
 """Token routing in training: a random part of each sample's tokens skips the middle blocks (TREAD, 2501.04765, section 3).
 
-Routed tokens leave before block `first` and return, as they left, after block `last`. The blocks between compute the other
-tokens only, in attention, too. Other tokens are routed at every step and in every sample; sampling routes none.
+Routed tokens leave before block `first` and return unchanged after block `last`. The blocks between compute only the other
+tokens, also in attention. The routed tokens are drawn anew at every step and for every sample; sampling routes none.
 Shape legend: N batch, T tokens, K tokens that are kept, D width.
 """
 
@@ -58,7 +58,7 @@ class Routed:
 
     @property
     def away(self) -> bool:
-        """Whether the tokens at hand are the kept ones."""
+        """Whether some tokens are away, so that blocks compute only the kept ones."""
         return self.left is not None
 
     def before(self, k: int, tokens: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Routed:
         return tokens
 
     def every(self, tokens: Tensor) -> Tensor:
-        """(N, T, D) of the tokens at hand: those that are away as they left, with their gradient."""
+        """All tokens (N, T, D): `tokens` that the blocks compute, and those that are away unchanged, with their gradient."""
         return tokens if self.left is None else self.left.to(tokens.dtype).scatter(1, self._index(tokens), tokens)
 
     def _index(self, tokens: Tensor) -> Tensor:

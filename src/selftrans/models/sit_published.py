@@ -118,7 +118,7 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
 # ---- selftrans => published
 
 
-def give_back(model: LabelTransformer, *, flip: bool) -> Named:
+def to_published(model: LabelTransformer, *, flip: bool) -> Named:
     """The inverse of `translate` without learn_sigma: a published state dict with positions."""
     translated = translate(dict(model.state_dict()), model.patch, model.shape[0], flip=flip)
     return {"pos_embed": model.pos_embed.detach().clone(), **translated}
@@ -136,6 +136,6 @@ def _repa_arguments(model: SiT, config: SiTConfig) -> dict[str, Any]:
 
 
 LAYOUTS = {
-    "sit": Layout("t = 0 is noise, v = data - noise", lambda model: give_back(model, flip=True), _sit_arguments),
-    "repa": Layout("t = 0 is data, v = noise - data", lambda model: give_back(model, flip=False), _repa_arguments),
+    "sit": Layout("t = 0 is noise, v = data - noise", lambda model: to_published(model, flip=True), _sit_arguments),
+    "repa": Layout("t = 0 is data, v = noise - data", lambda model: to_published(model, flip=False), _repa_arguments),
 }

@@ -16,7 +16,7 @@ from selftrans.messages import printable
 from selftrans.sections import Section
 from selftrans.types import Backbone, Conditions
 
-#: of messages: what a model without text cannot take, and what can
+#: end of an error message for a model that does not read text
 LABELS_ONLY = (
     "conditioned on labels or on nothing; the data have text: choose a model that reads it, such as --model.name MMDiT-S/2 "
     "(recipe imagefolder_t2i)"
@@ -58,7 +58,7 @@ class PublishedFile(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A published file in terms of a family: what it takes to build the model and to fill it."""
+    """A published file as a model of a family: how to build the model and load the weights."""
 
     name: str  #: the published size, or how messages call it
     sizes: str  #: for messages
@@ -102,7 +102,7 @@ class ModelSpec:
 
 
 def check_shapes(where: str, named: Named, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError unless these tensors, with these shapes, are exactly what is there; it lists a few of each kind of fault."""
+    """ValueError unless `named` has exactly the expected names and shapes; it lists a few of each kind of fault."""
     known = [name for name in named if name in expected]
     shapes = [
         f"{n} {tuple(named[n].shape)} instead of {expected[n]}" for n in known if tuple(named[n].shape) != expected[n]

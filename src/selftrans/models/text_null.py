@@ -63,6 +63,6 @@ class TextNull(nn.Module):
 
 
 def _find_null(module: TextNull, _: Any) -> None:
-    """After loading: a null condition is there unless its buffers are all zero, as in a model that never had one."""
+    """After loading, set `null_set`: buffers of zeros mean that the saved model had no null condition."""
     if not module.null_text.is_meta:
         module.null_set = bool(module.null_text.any() or module.null_mask.any())

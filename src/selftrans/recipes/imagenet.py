@@ -49,7 +49,7 @@ def sit_imagenet_l2() -> RunConfig:
     """SiT-L/2 on ImageNet-256.
 
     Command: `selftrans train sit_imagenet_l2 --data DIR --out RUN`. Cost as SiT-B/2, 3.5 times the operations a step.
-    Published FID-50K at 80 epochs: 8.74 (vanilla 21.41). That guidance ends at 50k steps here is second-hand.
+    Published FID-50K at 80 epochs: 8.74 (vanilla 21.41). The end of guidance at 50k steps is from a secondary source.
     """
     return _published("sit_imagenet_l2", "L", until_step=50_000)
 
@@ -59,7 +59,7 @@ def sit_imagenet_xl2() -> RunConfig:
 
     Command: `selftrans train sit_imagenet_xl2 --data DIR --out RUN`. Cost as SiT-B/2, 5.1 times the operations a step.
     Published FID-50K at 80 epochs: 7.51 (vanilla 17.63); 400 epochs with guidance 1.9 on [0, 0.65] at sampling: 1.44.
-    That guidance ends at 50k steps here is second-hand.
+    The end of guidance at 50k steps is from a secondary source.
     """
     return _published("sit_imagenet_xl2", "XL", until_step=50_000)
 

@@ -2,8 +2,8 @@
 
     loss = |x - y| + kl_weight * KL / (C H W) + perceptual_weight * distance of features of x and y
 
-y is the decoded posterior sample. The terms are divided by the numbers of a picture, so `kl_weight` is that of latent
-diffusion's code (Rombach et al. 2022, arXiv 2112.10752), which sums both.
+y is the decoded posterior sample. Both terms are means over the numbers of a picture. Latent diffusion's code (Rombach et al.
+2022, arXiv 2112.10752) sums both instead, so its `kl_weight` can be used here.
 Shape legend: N batch, (C, H, W) picture in [-1, 1], D channels of a latent, (h, w) its sides, F channels of features.
 """
 
@@ -23,7 +23,8 @@ GROUPS, PER_GROUP = 32, 4  #: most groups of a group norm; fewest channels in on
 
 
 def build_autoencoder(settings: AutoencoderSettings, picture_channels: int, side: int) -> Any:
-    """Diffusers' AutoencoderKL for these (checked) settings, drawn by torch's RNG. `side`: the larger one of the pictures."""
+    """Diffusers' AutoencoderKL for these (checked) settings, with weights drawn by torch's RNG. `side`: longer side of a
+    picture."""
     from diffusers import AutoencoderKL
 
     levels = len(settings.widths)

@@ -71,7 +71,7 @@ class AutoencoderTraining:
         seed = int(np.random.SeedSequence([settings.seed, ORDER]).generate_state(1)[0])
         self.stream = Stream(data, batch_size=settings.batch_size, accumulate=1, seed=seed)
         self.window, self.step, self.seconds = RunningMeans(), 0, 0.0
-        self._good: list[Tensor] = []  # of the updates since the last log line
+        self._good: list[Tensor] = []  #: for each update since the last log line whether it was finite, 0-d boolean
         self._restore()
 
     @property
@@ -106,7 +106,7 @@ class AutoencoderTraining:
         finally:
             bar.close()
             journal.close()
-        # once more: a process that was killed after its last checkpoint has not done so
+        # also here: an earlier process may have been killed between its last checkpoint and its removal of older ones
         checkpoint.prune(self.checkpoints, self.step, KEEP)
 
     def _train_step(self, loaded: Loaded) -> None:
@@ -131,7 +131,8 @@ class AutoencoderTraining:
         """One line for the steps since the last one. FloatingPointError when all of their updates were skipped."""
         started = time.perf_counter()
         values = {name: float(value) for name, value in self.window.means().items()}
-        good = torch.stack(self._good).sum().item() if self._good else 1  # none: the last process logged this step
+        # without updates an earlier process has written the line of this step
+        good = torch.stack(self._good).sum().item() if self._good else 1
         skipped = len(self._good) - int(good) if self._good else 0
         self.seconds += time.perf_counter() - started  # waiting for the device counts as training
         if not good:
@@ -196,7 +197,7 @@ def to_pixels(moments: Tensor, device: torch.device) -> Tensor:
 
 
 def data_sha256(data: Dataset) -> str:
-    """Which data a training is of. With the separator that checkpoints have been written with from the first version on."""
+    """sha256 that identifies the data of a training. The separator is the one in the checkpoints of all versions so far."""
     return data.manifest.shards_sha256(separator=" ")
 
 
@@ -208,7 +209,9 @@ def check_unchanged(found: checkpoint.Checkpoint, settings: AutoencoderSettings,
     if changed:
         raise ValueError(f"{folder} was started with other settings: {'; '.join(changed)}; use those, or another --out")
     if found.state.get("data") != data_sha256(data):
-        raise ValueError(f"{folder} was trained on other data than {data.path}; use that, or another --out")
+        raise ValueError(
+            f"{folder} was trained on other data than {data.path}; give the data it was trained on, or another --out"
+        )
     if found.step > settings.steps:
         raise ValueError(
             f"{folder} has trained for {plural(found.step, 'step')} already, more than the {settings.steps} asked for; give "

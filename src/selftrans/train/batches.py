@@ -24,7 +24,7 @@ from selftrans.data.windows import WindowOrder, window_order, windows_of
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.types import Batch, Cond
 
-CAPTIONS = 3  #: apart from other random numbers of the same seed
+CAPTIONS = 3  #: stream of the random numbers that choose captions
 
 
 class Loaded(NamedTuple):
@@ -86,20 +86,22 @@ class Stream:
         self.dataset, self.batch_size, self.accumulate, self.seed = dataset, batch_size, accumulate, seed
         self.rank, self.micro = rank, batch_size // (accumulate * world)
         self.features = False  #: whether stored features are read, too
-        self.reading = threading.Lock()  #: held while the thread reads: who holds it keeps that thread off the device
+        self.reading = (
+            threading.Lock()
+        )  #: held while the thread reads; holding it elsewhere keeps the thread off the device
         self.schedule = Schedule.of(dataset.parts, seed)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  #: part of the data -> an epoch and its order
         assert window is None or len(dataset.parts) == 1, "windows are of data of one shape"
         self.window = window  #: shards whose rows are shuffled together; None: all
         self._windows: WindowOrder | None = None  #: of the epoch that is read
-        self._prefetched: tuple[int, int] | None = None  #: epoch and window that the data were last asked for
+        self._prefetched: tuple[int, int] | None = None  #: epoch and window of the last `Dataset.prefetch`
 
     def indices(self, step: int, micro: int) -> np.ndarray:
         """(N,) positions in the data of this process' micro-batch."""
         return self._rows(step, (self.rank * self.accumulate + micro) * self.micro, self.micro)
 
     def caption(self, rows: np.ndarray, step: int, micro: int) -> np.ndarray | None:
-        """(N,) which caption of each row this visit reads, drawn from (seed, step, micro, rank); None without captions."""
+        """(N,) index of the caption that is read of each row, drawn from (seed, step, micro, rank); None without captions."""
         if self.dataset.counts is None:
             return None
         drawn = np.random.default_rng(np.random.SeedSequence([self.seed, CAPTIONS, step, micro, self.rank]))
@@ -107,7 +109,7 @@ class Stream:
 
     def all_indices(self, step: int) -> np.ndarray:
         """(B,) positions in the data of the batch of all processes. Safe while the thread reads ahead."""
-        mine = copy.copy(self)  # the thread uses the orders of this one
+        mine = copy.copy(self)  # the thread changes `_orders` of the original
         mine._orders = dict(self._orders)
         return mine._rows(step, 0, self.batch_size)
 
@@ -136,7 +138,7 @@ class Stream:
         return [shard.count for shard in self.dataset.manifest.shards]
 
     def _expect(self, step: int) -> None:
-        """Tell the data which shards the window of a step and the next one have, when a step is the first of a window."""
+        """At the first step of a window, name the shards of this window and of the next one to the data (`prefetch`)."""
         epoch, offset = divmod(step * self.batch_size, self.schedule.sizes[0])
         self._at(0, step * self.batch_size)
         assert self._windows is not None and self.window is not None
@@ -197,7 +199,7 @@ def inputs_of(loaded: Loaded, dataset: Dataset, device: torch.device) -> Inputs:
 
 
 def draw_batch(inputs: Inputs, space: LatentSpace) -> Batch:
-    """moments => latents: one stored copy (mirrored or not) and one posterior sample for each visit."""
+    """moments => latents: one stored copy (mirrored or not) and one posterior sample of each row, both drawn at random."""
     n, copies = inputs.moments.shape[:2]
     device = inputs.moments.device
     chosen = torch.arange(n, device=device), torch.randint(copies, (n,), device=device)

@@ -41,7 +41,7 @@ def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict
     about |= spent | trainer.origin
     if trainer.initial:
         about |= trainer.initial.in_header(adapters=bool(trainer.config.lora.rank))
-    if trainer.config.lora.rank:  # what is frozen is in the run already
+    if trainer.config.lora.rank:  # the frozen weights are in the run's init.safetensors
         kept = trained_names(trainer.objective.student)
         tensors |= {file: {k: v for k, v in tensors[file].items() if k in kept} for file in ("student", "ema")}
     scaler = trainer.accelerator.scaler
@@ -56,7 +56,7 @@ def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict
             "scaler": scaler.state_dict() if scaler else None,
             "processes": trainer.accelerator.num_processes,
             "teacher": trainer.teacher.source if trainer.teacher else None,
-            "config": to_object(trainer.run_config),  # that of the weights is the stage's
+            "config": to_object(trainer.run_config),  # of the run; the headers of the weights have the stage's
         },
         about,
     )

@@ -1,4 +1,4 @@
-"""The data of a run, opened; of data at a URL the cache, and how many shards are shuffled together."""
+"""Opening the data of a run; for data at a URL also the cache, and the number of shards that are shuffled together."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Transfer:
     """What a run fetches of data at a URL, on each machine."""
 
     shards: int  #: of the data
-    bytes: int  #: of them, with stored features if the run reads these
-    cached: int  #: bytes of them that the cache holds already
+    bytes: int  #: of these shards, with stored features if the run reads them
+    cached: int  #: bytes of these shards that the cache holds already
     cache: int  #: bytes that the cache holds at most
     window: int | None  #: shards that are read at a time; None: all are fetched before the first step
 
@@ -58,7 +58,7 @@ def with_window(config: RunConfig, shards: Dataset, before: RunConfig | None) ->
 
 
 def _fitting(window: int | None, shards: Streamed, *, new: bool) -> int | None:
-    """The window of streamed data; None: all rows, where the cache holds them."""
+    """The window of streamed data, in shards; None: all rows, where the cache can hold all shards."""
     reader = shards.reader
     limit, total = reader.cache.limit, sum(reader.bytes)
     if reader.fits:
@@ -79,7 +79,7 @@ def _fitting(window: int | None, shards: Streamed, *, new: bool) -> int | None:
 
 
 def describe_data(config: RunConfig, shards: Dataset) -> str | None:
-    """What is fetched, and how its rows are shuffled, in words; None for data on this machine."""
+    """One line about the shards that are fetched and how their rows are shuffled; None for data on this machine."""
     if not isinstance(shards, Streamed):
         return None
     reader, window, number = shards.reader, config.data.window, len(shards.manifest.shards)
@@ -98,7 +98,7 @@ def describe_data(config: RunConfig, shards: Dataset) -> str | None:
 
 
 def transfer_of(config: RunConfig, shards: Dataset) -> Transfer | None:
-    """What a run of these settings has to fetch; None for data on this machine. Opened features count as read."""
+    """What a run of these settings has to fetch; None for data on this machine. Features count if they are open."""
     readers = [part.reader for part in shards.of_one_shape if isinstance(part, Streamed)]
     if not readers:
         return None
@@ -112,11 +112,11 @@ def transfer_of(config: RunConfig, shards: Dataset) -> Transfer | None:
 
 
 def transfer_text(found: Transfer) -> str:
-    """What a run has to fetch, in words."""
+    """Part of a line about what a run has to fetch; `found` was taken after the steps of a dry run."""
     text = f"{plural(found.shards, 'shard')}, {gigabytes(found.bytes)}"
     if found.cached == found.bytes:
         return f"{text}, all of them in the cache: the run fetches none"
-    text += f", of which the cache holds {gigabytes(found.cached)}, and these steps read one shard"
+    text += f", of which the cache holds {gigabytes(found.cached)}; the dry run reads one shard"
     if found.bytes > found.cache:
         return f"{text}: the run fetches up to {gigabytes(found.bytes)} in every epoch, while it trains"
     left = gigabytes(found.bytes - found.cached)

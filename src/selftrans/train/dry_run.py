@@ -1,7 +1,7 @@
 """`selftrans train --dry-run`: every stage built and trained for a few steps, and what the run will take; nothing is kept.
 
-All that is written goes to a temporary folder; the run folder is only read. A teacher that is not trained yet is one with
-random weights: its cost is the same.
+All files are written to a temporary folder; the run folder is only read. In place of a teacher that is not trained yet there is
+one with random weights: its cost is the same.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from selftrans.train.trackers import tracker_names
 from selftrans.train.trainer import Trainer
 
 STEPS = 5  #: of each stage; the first is not timed, as it compiles and fills caches
-FEWEST, LIMIT = 2, 60.0  #: steps, and seconds in them, after which one process begins no further step of a stage
+FEWEST, LIMIT = 2, 60.0  #: a single process begins no further step of a stage after so many steps and seconds in them
 #: operations of a micro-batch above which a CPU takes steps of fewer samples, and the fewest of these
 CPU_FLOPS, FEWEST_SAMPLES = 4e11, 2
 KEPT = ("weights", "average", "optimizer")  #: parts of the memory that a checkpoint holds
@@ -70,7 +70,9 @@ class StagePlan:
     memory: dict[str, int]  #: bytes without activations, by what they are for
     #: bytes: of the device in these steps, with `train.recompute` as it is set; on a CPU of the whole process
     peak: int
-    samples: int  #: in the smallest of these steps: fewer than the batch on a slow CPU, from which the others are extrapolated
+    samples: (
+        int  #: of a micro-batch in the smallest step: on a slow CPU fewer than in the run, which is then extrapolated
+    )
     checkpoint: int  #: bytes
     kept: int  #: checkpoints kept at the end, about
     capture: str = ""  #: on a GPU: whether steps are replayed as CUDA graphs (`train.capture`), and why not
@@ -97,8 +99,9 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
     """Build every stage of the run `out`, take `steps` steps of each, and return what the run takes. `typed`: see `train`.
 
     A single process begins no further step of a stage after `FEWEST` steps and `LIMIT` seconds. Where a step takes long on a
-    CPU, it takes steps of fewer samples, from two sizes of which time and memory of the whole batch are extrapolated. Where
-    graphs of `train.capture auto` end the process, a new one takes the steps without graphs, as a run would that is continued.
+    CPU, steps have fewer samples, of two sizes, from which time and memory of the whole batch are extrapolated. Where graphs of
+    `train.capture auto` would end the process, a new process takes the steps without graphs; a run does the same when it is
+    continued.
 
     ValueError as `train`; MemoryError (one line, with the remedy) where a step does not fit.
     """
@@ -107,7 +110,7 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
     except NotCaptured as error:
         if not error.reason:
             raise
-        said, reason = str(error), error.reason
+        message, reason = str(error), error.reason
     # not inside the handler: the frames of the error hold the tensors of the step
     gc.collect()
     with contextlib.suppress(RuntimeError):  # after a recording that CUDA has ended
@@ -116,10 +119,12 @@ def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Co
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             launched = config.override({"train.capture": "off"})
             found = pool.submit(_dry_run, launched, Path(out), steps, typed).result()
-    except BrokenProcessPool:  # such as of a script whose main part is not guarded
-        raise NotCaptured(said) from None
+    except BrokenProcessPool:  # for example a script without `if __name__ == "__main__"`
+        raise NotCaptured(message) from None
     for stage in found.stages:
-        stage.capture = f"launched one by one: {reason}; so will the run, once the same command has continued it"
+        stage.capture = (
+            f"launched one by one: {reason}; the run ends once at this point, and uses no graphs when it is continued"
+        )
     return found
 
 
@@ -133,8 +138,8 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
         accelerator = accelerator_of(config, place)
         shards = data_of_run(config, out if is_prepared(out / "data") else place)  # each process its own
         config, plan, initial = planned(config, shards, out, typed)
-        if said := describe_data(config, shards):
-            accelerator.print(said)
+        if line := describe_data(config, shards):
+            accelerator.print(line)
         device = accelerator.device
         given, shards = shards, ready_data(config, shards.dry_run_data(), accelerator, quiet=True)
         found = DryRun(
@@ -182,9 +187,9 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
     peaks: list[int] = []
     untimed = trainer.captured.untimed if trainer.captured else 1  # these compile, and capture
     count = min(steps + untimed - 1, stage.steps)
-    said, hidden = f"{stage.name}: {plural(count, 'step')}", not trainer.accelerator.is_main_process
+    title, hidden = f"{stage.name}: {plural(count, 'step')}", not trainer.accelerator.is_main_process
     limit = LIMIT if trainer.accelerator.num_processes == 1 else float("inf")  # several take the same number of steps
-    with tqdm(total=count, desc=said, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
+    with tqdm(total=count, desc=title, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
         while len(seconds) < count and (len(seconds) < FEWEST or sum(seconds) < limit):
             started = time.perf_counter()
             guarded_step(trainer, _first_rows(batches, samples * (1 + len(seconds) % 2) if samples < micro else micro))
@@ -225,7 +230,7 @@ def kept_checkpoints(train: Train, steps: int) -> int:
 
 
 def _samples(trainer: Trainer) -> int:
-    """Samples of each micro-batch in the steps that are measured: of a single process on a CPU as many as take no long time."""
+    """Samples of each micro-batch in the measured steps; fewer than in the run where a single process on a CPU is slow."""
     micro, alone = trainer.stream.micro, trainer.accelerator.num_processes == 1
     flops = sum(trainer.flops.values()) / max(1, trainer.config.train.batch_size) * micro
     if trainer.accelerator.device.type != "cpu" or not alone or trainer.captured or flops <= CPU_FLOPS:
@@ -243,6 +248,8 @@ def _first_rows(batches: Iterator[Loaded], count: int) -> Iterator[Loaded]:
 def _extrapolated(seconds: list[float], samples: int, micro: int) -> float:
     """Seconds of a step with `micro` samples, from steps of `samples` and twice as many in turn, of which the first is a
     warm-up; a step costs a fixed time, that of the optimizer, and a time for each sample."""
+    if len(seconds) == 1:  # a stage of one step
+        return seconds[0] * micro / samples
     large, small = statistics.median(seconds[1::2]), min(seconds[2::2], default=None)
     if small is None or small >= large:
         return large * micro / (2 * samples)

@@ -14,8 +14,8 @@ from selftrans.types import Backbone
 class EMA:
     """Average `a <- a + (1 - d) (p - a)` of the parameters, d = min(decay, (1 + step) / (10 + step)).
 
-    `model` is the averaged copy, in float32 and eval mode. It shares the parameters that are frozen with the student, and
-    buffers stay as they were at the start: those of the models here are constants.
+    `model` is the averaged copy, in float32 and eval mode. Frozen parameters are not copied: average and student share them.
+    Buffers keep their values from the start: in the models here they are constants.
     """
 
     def __init__(self, student: Backbone, decay: float) -> None:
@@ -25,7 +25,7 @@ class EMA:
         self.follow(student)
 
     def follow(self, student: Backbone) -> None:
-        """Average these parameters from now on: called again after student and average have been sharded."""
+        """Average the parameters of `student` from now on. Call it again after student and average have been sharded."""
         pairs = zip(self.model.parameters(), student.parameters(), strict=True)
         self._pairs = [(average, own) for average, own in pairs if average is not own]
 
@@ -36,4 +36,4 @@ class EMA:
         averages: list[Tensor] = [local(a) for a, _ in self._pairs]
         parameters: list[Tensor] = [local(p.detach()) for _, p in self._pairs]
         torch._foreach_lerp_(averages, parameters, 1 - decay)
-        reshard(self.model)  # a guidance that follows the average has gathered it
+        reshard(self.model)  # a guidance with the average as teacher has gathered its weights

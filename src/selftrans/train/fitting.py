@@ -27,9 +27,9 @@ def fit(config: RunConfig, manifest: Manifest, given: Given, student: Backbone) 
     """The given weights in the place of those of a freshly initialised `student`, where they fit.
 
     A tensor of the same name and shape is kept. Of a table with a row for each class, the rows of classes with equal names
-    are kept, and those after the classes (null). Without names (published files), an equal number of classes is taken to be
-    the same classes. Constants of the model are new for latents of another shape, and for text, whose null is the data's.
-    ValueError where nothing fits.
+    are kept, and the rows after the classes (the null label). Without class names (published files), an equal number of classes
+    is taken for the same classes. Constants of the model are new for latents of another shape, and for text, where the null
+    condition comes from the data. ValueError where nothing fits.
     """
     fresh, rows = student.state_dict(), _rows(given, manifest)
     tables = label_tables(config, manifest.shape, manifest.conditions)
@@ -68,7 +68,7 @@ def fit(config: RunConfig, manifest: Manifest, given: Given, student: Backbone) 
 
 
 def label_tables(config: RunConfig, shape: tuple[int, ...], conditions: Conditions) -> set[str]:
-    """Names of the tensors with one row for each class: those that grow by a row with one class more."""
+    """Names of the tensors with one row for each class, found by comparing the shapes for one class more."""
     if conditions.kind == "text":
         return set()
     more = dataclasses.replace(conditions, kind="labels", num_classes=conditions.num_classes + 1)
@@ -106,19 +106,19 @@ def describe(record: dict[str, Any]) -> str:
     model = [str(v) if k == "name" else f"{k} {v}" for k, v in record["model"].items()]
     about += f"; model {printable(', '.join(model))}"
     about += f"; time and sign: {printable(record['convention'])}" if record.get("convention") else ""
-    classes, said = record["classes"], [f"kept {record['kept']} of {record['tensors']} tensors"]
+    classes, parts = record["classes"], [f"kept {record['kept']} of {record['tensors']} tensors"]
     if record["new_rows"]:
         before, now, kept = (classes[key] for key in ("before", "now", "kept"))
         rows = f"{kept} of them kept by name, {now - kept} new, the null row kept"
-        said.append(f"{count_and_names(record['new_rows'])}: {before} -> {plural(now, 'class')}, {rows}")
-    said += [f"new: {count_and_names(record['new'])}"] if record["new"] else []
-    said += [f"left out: {count_and_names(record['left_out'])}"] if record["left_out"] else []
+        parts.append(f"{count_and_names(record['new_rows'])}: {before} -> {plural(now, 'class')}, {rows}")
+    parts += [f"new: {count_and_names(record['new'])}"] if record["new"] else []
+    parts += [f"left out: {count_and_names(record['left_out'])}"] if record["left_out"] else []
     latents = [("x".join(map(str, record["latents"][when]))) for when in ("before", "now")]
     text = record["conditions"]
-    said += (
+    parts += (
         [f"{printable(text['before'])} -> {text['now']}"]
         if text["now"] != text["before"] and not classes["now"]
         else []
     )
-    said += [f"latents {latents[0]} -> {latents[1]}"] if latents[0] != latents[1] else []
-    return f"starts from {printable(record['path'])} ({about}): {'; '.join(said)}"
+    parts += [f"latents {latents[0]} -> {latents[1]}"] if latents[0] != latents[1] else []
+    return f"starts from {printable(record['path'])} ({about}): {'; '.join(parts)}"

@@ -34,8 +34,8 @@ def _count_forward(meta: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, st
 def training_flops(backbone: Backbone, cond: Cond) -> int:
     """Operations of one sample forward and backward through a student; `cond` holds one condition.
 
-    In train mode, so what is left out in training is not counted; nor is what is computed again for the backward pass.
-    Backward is twice forward, except through frozen weights, which have no gradient: then it is counted.
+    The model is in train mode, so tokens that it skips in training are not counted; neither is recomputation for the backward
+    pass. The backward pass counts twice the forward pass; with frozen weights, which need no gradient, it is run and counted.
     """
     meta = _on_meta(backbone).train()
     meta.recompute = False
@@ -59,7 +59,7 @@ def head_flops(head: nn.Module, tokens: int, width: int) -> int:
 
 
 def step_flops(objective: Objective, cond: Cond, batch_size: int) -> dict[int | None, int]:
-    """Operations of one step of `batch_size` samples with each guidance: {None: without any, i: what guidance i adds}.
+    """Operations of one step of `batch_size` samples: {None: without guidance, i: those that guidance i adds}.
 
     A backward pass counts twice its forward pass (see `training_flops`); a teacher has none. `cond` holds one condition.
     """

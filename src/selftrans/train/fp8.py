@@ -35,7 +35,7 @@ def layers(student: Backbone) -> list[str]:
 
 
 def rows(student: Backbone, names: Collection[str]) -> dict[str, int]:
-    """Layer -> rows of its input for one sample in training (tokens, without those that are routed past it)."""
+    """Layer -> rows of its input for one sample in training: tokens, without those that skip its block (`model.route`)."""
     meta, found = copy.deepcopy(student).to("meta").train(), dict[str, int]()
     meta.recompute = False
 
@@ -62,11 +62,13 @@ def check_rows(student: Backbone, names: Collection[str], samples: int) -> None:
 
 
 def convert(student: Backbone, scaling: str, device: torch.device, samples: int) -> None:
-    """Replace those layers in place by torchao's, which hold the same parameters. "none": nothing.
+    """Replace the `layers` of a student in place by torchao's, which hold the same parameters.
 
-    scaling: `tensorwise`, one factor for each operand; `rowwise`, one for each row of it. samples: of a micro-batch.
-    ValueError, in one line, without torchao, on a GPU without such products, for a model without a layer that can have
-    them, and on a GPU for a number of samples that they do not allow.
+    Args:
+        scaling: `none`, nothing is replaced; `tensorwise`, one factor for each operand; `rowwise`, one for each of its rows.
+        samples: of a micro-batch.
+    ValueError, in one line, without torchao, on a GPU without products in eight bits, for a model without a layer of suitable
+    size, and on a GPU for a number of samples that such products do not allow.
     """
     if scaling == "none":
         return

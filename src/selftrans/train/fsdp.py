@@ -57,16 +57,17 @@ def gather_full_tensor(tensor: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop gathered weights, so that the next pass gathers them anew; nothing for a model that is not sharded.
+    """Drop gathered weights, so that the next pass gathers them anew. A model that is not sharded stays as it is.
 
-    FSDP2 drops those outside of the blocks after a backward pass only: a model without one would keep those of its first pass.
+    FSDP2 drops the weights outside of the blocks only after a backward pass. A model without backward passes, such as the
+    average, would keep the weights that its first pass gathered.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def any_rank(flag: Tensor, tensors: list[Tensor]) -> Tensor:
-    """Whether a 0-d boolean is true in any process, if the tensors are sharded; else the flag. Every process must call it."""
+    """Whether a 0-d boolean is true in any process, where `tensors` are sharded; else `flag`. Every process must call it."""
     if not any(isinstance(tensor, DTensor) for tensor in tensors):
         return flag
     count = flag.float()
@@ -81,7 +82,7 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def exchange(wrapped: Any, accelerator: Accelerator, last: bool) -> contextlib.AbstractContextManager[object]:
-    """Around a micro-batch: gradients are exchanged after the last one alone."""
+    """Context of a micro-batch: processes exchange gradients only after the `last` micro-batch of a step."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
         last = True

@@ -102,11 +102,10 @@ def _published(path: Path, init: Init) -> Given:
 
 
 def with_model_of(config: RunConfig, model: ModelConfig, typed: Collection[str] = ()) -> RunConfig:
-    """The settings with the model of the given weights, which the recipe's defaults give way to.
+    """The settings with the model of the given weights in place of the recipe's default.
 
-    `typed`: names of settings that were given, such as model.depth, also those equal to the recipe's defaults.
-    Whether there is a second output is the method's to say, not that of the weights.
-    ValueError names a model setting that was given and is another.
+    `typed`: names of settings that were given, such as model.depth, also those equal to the recipe's defaults. early_block
+    stays: the method decides whether the model has a second output. ValueError names a given model setting that differs.
     """
     model = dataclasses.replace(model, early_block=config.model.early_block)
     named = {name.removeprefix("model.") for name in typed if name.startswith("model.")}
@@ -128,7 +127,7 @@ def with_model_of(config: RunConfig, model: ModelConfig, typed: Collection[str] 
 
 
 def with_given_model(config: RunConfig, typed: Collection[str] = ()) -> RunConfig:
-    """The settings with the model of the weights that they name, if they name any. ValueError as `with_model_of`."""
+    """The settings with the model of the weights in init.path, if it is set. ValueError as `with_model_of`."""
     return config if config.init.path is None else with_model_of(config, read_given(config.init).model, typed)
 
 
@@ -147,23 +146,23 @@ def check_given_path(given: Given, config: RunConfig) -> None:
 
 
 def check_given_conditions(given: Given, config: RunConfig, manifest: Manifest) -> None:
-    """ValueError where the weights are those of a model of text and the data have none, or the other way round."""
+    """ValueError where the weights are of a model of text and the data have no text, or the other way round."""
     theirs, ours = given.conditions, manifest.conditions
     if (theirs.kind == "text") != (ours.kind == "text"):
         raise ValueError(
             f"the weights {config.init.path} are those of a model of {theirs}, the data have {ours}; give weights of a model "
-            f"of {'text' if ours.kind == 'text' else 'labels or of nothing'}, or start without --init"
+            f"{'of text' if ours.kind == 'text' else 'without text'}, or start without --init"
         )
 
 
 def warn_of_encoders(given: Given, config: RunConfig, manifest: Manifest) -> None:
-    """A warning where the latents or the text tokens that the weights know may be others than those of the data."""
+    """Warn where the weights may have been trained on other latents or text tokens than those of the data."""
     theirs, own = given.conditions, manifest.conditions
     if theirs.sha256 and own.sha256 and theirs.sha256 != own.sha256:
         warnings.warn(
             f"the weights {config.init.path} were trained on text of the encoder {printable(theirs.encoder)} (sha256 "
-            f"{printable(theirs.sha256, 12)}), the data have text of {printable(own.encoder)} ({own.sha256[:12]}): what they "
-            "know of prompts is of little use",
+            f"{printable(theirs.sha256, 12)}), the data have text of {printable(own.encoder)} ({own.sha256[:12]}): the "
+            "model has to learn the new tokens",
             stacklevel=4,
         )
     ours = config.data.autoencoder or manifest.autoencoder

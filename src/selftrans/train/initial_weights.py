@@ -1,7 +1,7 @@
 """The weights that the student of every stage starts from, kept in the run as `init.safetensors`.
 
-They are made once, from what `--init` names: the file is a complete weights file of the run's model, at step 0, so a run
-needs the given run or file no more. Checkpoints of a run with adapters hold the adapters alone, and refer to it by its sha256.
+They are made once, from what `--init` names. The file is a complete weights file of the run's model, at step 0, so the run no
+longer needs what `--init` named. Checkpoints of a run with adapters hold the adapters alone, and refer to it by its sha256.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class InitialWeights:
 
     @property
     def trained(self) -> list[str]:
-        """Parameters that are new, in part at least: they are trained in full where the rest is adapted."""
+        """Parameters with new values, at least in part. In a run with adapters they are trained in full."""
         return [*self.record["new"], *self.record["new_rows"]]
 
     @property
     def new(self) -> bool:
-        """Whether they are not written yet."""
+        """Whether the weights are not written yet."""
         return self._tensors is not None
 
     def tensors(self) -> Named:
@@ -82,7 +82,7 @@ class InitialWeights:
         self._tensors = None
 
     def in_header(self, adapters: bool) -> dict[str, Any]:
-        """What the headers of the run's weights files say of it."""
+        """Entries of the headers of the run's weights files about the initial weights."""
         return {INIT: self.record} | ({ADAPTERS: {"base": self.record["start"]}} if adapters else {})
 
 
@@ -109,20 +109,21 @@ def resolve_init(
 
 
 def initial_weights(config: RunConfig, dataset: Dataset, out: Path, given: Given | None) -> InitialWeights | None:
-    """What every stage starts from; None for a run without `--init`. ValueError where the given weights do not fit at all."""
+    """The weights that every stage starts from; None without `--init`. ValueError where no given tensor fits the model."""
     if config.init.path is None:
         return None
     if given is None:
         return InitialWeights(out / START, _recorded(out))
     check_given_conditions(given, config, dataset.manifest)
     warn_of_encoders(given, config, dataset.manifest)
-    torch.manual_seed(int(np.random.SeedSequence([config.train.seed, 2]).generate_state(1)[0]))  # what is new
+    # for the parameters that the given weights do not have
+    torch.manual_seed(int(np.random.SeedSequence([config.train.seed, 2]).generate_state(1)[0]))
     fitted = fit(config, dataset.manifest, given, _random_student(config, dataset))
     return InitialWeights(out / START, fitted.record, fitted.tensors)
 
 
 def _recorded(out: Path) -> dict[str, Any]:
-    """What the run says of its initial weights: in run.json or, if that is lost, in their file."""
+    """The run's record of its initial weights: from run.json or, if that is lost, from their file."""
     if (record := recorded(out / REPORT, lambda report: dict(report[INIT]), None)) is not None:
         return record
     try:
@@ -135,7 +136,7 @@ def _recorded(out: Path) -> dict[str, Any]:
 
 def _random_student(config: RunConfig, dataset: Dataset) -> Backbone:
     student = config.build_model(dataset.manifest.shape, dataset.manifest.conditions)
-    if (null := dataset.null()) is not None:  # before the average is copied: its buffers stay as they are then
+    if (null := dataset.null()) is not None:  # before the average is made, which copies buffers only once
         student.use_null(null)
     return student
 

@@ -35,7 +35,7 @@ class RunningMeans:
             self._sums[name] = total + value, count + one
 
     def add_numbers(self, report: dict[str, float], finite: bool) -> None:
-        """Add values that the host has read; the sums are kept there from now on. Waits for the device once."""
+        """Add values that the host has read; from now on the sums are numbers on the host. Waits for the device once."""
         for name, value in report.items():
             total, count = (float(x) for x in self._sums.get(name, (0.0, 0.0)))
             self._sums[name] = (total + value, count + 1.0) if finite else (total, count)
@@ -57,7 +57,7 @@ class RunningMeans:
         }
 
     def state(self, accelerator: Accelerator | None = None) -> dict[str, Any]:
-        """What a checkpoint keeps. With several processes, which must all call it, the mean over them."""
+        """Sums and counts for a checkpoint. With several processes, which must all call it, their mean over the processes."""
         sums = self._tensors()
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="mean")
@@ -74,7 +74,7 @@ class RunningMeans:
 class JsonlLog:
     """log.jsonl: one line per report. After a resume it holds exactly the lines up to the resumed step.
 
-    Raises ValueError where the file cannot be written at the start. Later a full disk costs a warning: see `write`.
+    Raises ValueError where the file cannot be written at the start. Later a full disk only causes a warning: see `write`.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
@@ -91,7 +91,7 @@ class JsonlLog:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is pending, as far as the disk has space."""
+        """Write the pending lines; on a full disk as many bytes as fit, with a warning."""
         try:
             while self._pending:  # unbuffered, so that the number of bytes written is known
                 self._pending = self._pending[self._file.write(self._pending) :]
@@ -99,7 +99,7 @@ class JsonlLog:
             warnings.warn(f"{len(self._pending)} bytes of log.jsonl are not on the disk yet: {error}", stacklevel=2)
 
     def sync(self) -> None:
-        """Write what is pending, and wait until it is on the disk: a checkpoint relies on the lines before it."""
+        """Write the pending lines and wait until they are on the disk, so that a checkpoint never has steps without lines."""
         self.flush()
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
@@ -123,7 +123,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class _Lines:
-    """stderr that is not a terminal: each state of a bar is printed as a separate line."""
+    """A file for tqdm where stderr is not a terminal: each state of a bar becomes a line of stderr."""
 
     def write(self, text: str) -> None:
         if text.strip():

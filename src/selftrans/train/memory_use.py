@@ -1,4 +1,4 @@
-"""Memory that the weights of a stage take: of the student, its gradients, the optimiser, the average, and the teacher."""
+"""Memory that the weights of a stage take: student, gradients, optimiser, average, and the teacher or external encoder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from selftrans.encoders.vision import Encoder
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.train.fsdp import local
@@ -17,7 +18,8 @@ def memory_use(objective: Objective, average: nn.Module, teacher: Any, optimizer
     """Bytes in one process, by what they are for. Activations are not counted.
 
     `weights` are those of the student and of the heads; frozen weights that the average shares with the student are counted
-    once, there. AdamW keeps two moments of each trained parameter; `optimizer` is `train.optimizer`.
+    once, there. `teacher`: a `Frozen`, an external encoder, stored features, or None. AdamW keeps two moments of each trained
+    parameter; `optimizer` is `train.optimizer`.
     """
     parameters, held = list(objective.parameters()), [*objective.parameters(), *objective.buffers()]
     trained = _bytes(p for p in parameters if p.requires_grad)
@@ -28,8 +30,9 @@ def memory_use(objective: Objective, average: nn.Module, teacher: Any, optimizer
         "optimizer": moment_bytes([p for p in parameters if p.requires_grad], optimizer),
         "average": _bytes(t for t in (*average.parameters(), *average.buffers()) if id(t) not in own),
     }
-    if isinstance(teacher, Frozen):
-        found["teacher"] = _bytes((*teacher.model.parameters(), *teacher.model.buffers()))
+    if isinstance(teacher, Frozen | Encoder):  # others are features stored with the data
+        part = "teacher" if isinstance(teacher, Frozen) else "encoder"
+        found[part] = _bytes((*teacher.model.parameters(), *teacher.model.buffers()))
     return found
 
 

@@ -31,18 +31,20 @@ class NonFiniteSteps:
 
     def __init__(self, most: int, rows: Callable[[int], np.ndarray]) -> None:
         self.most, self.rows = most, rows
-        self.skipped = self.in_a_row = 0  #: updates skipped so far, and the latest of them in a row
+        self.skipped = self.in_a_row = (
+            0  #: updates skipped so far; updates skipped in a row up to the last step that was read
+        )
         self.norms: dict[str, float] = {}  #: feature norm at the first log line, or when last warned about
         self._unread: list[tuple[int, Tensor]] = []
         self._unreported: list[dict[str, Any]] = []
-        self._said = 0  #: `in_a_row` at the last warning about it
+        self._warned_at = 0  #: `in_a_row` at the last warning
 
     def note(self, step: int, checked: Tensor) -> None:
         """Keep what `check_step` found of this 0-based step, until `sync` reads it."""
         self._unread.append((step, checked))
 
     def sync(self, stage: str) -> None:
-        """Wait for the device and count. FloatingPointError (one line) when `most` updates in a row were skipped."""
+        """Wait for the device and count. FloatingPointError (one line) when `most` updates in a row, or more, were skipped."""
         if not self._unread:
             return
         seen = torch.stack([values for _, values in self._unread]).tolist()
@@ -53,17 +55,18 @@ class NonFiniteSteps:
             if bad:
                 skip = {"step": step + 1, "loss": f"{loss:g}", "grad_norm": f"{norm:g}"}
                 found.append(skip | {"rows": self.rows(step).tolist()})
-            if self.in_a_row == self.most:
-                ending = f"up to step {step + 1} of {stage}, had no finite gradient (loss {loss:g}, its norm {norm:g})"
+            if ending is None and self.in_a_row >= self.most:  # more: a run that continues with a smaller limit
+                row = f"{plural(self.in_a_row, 'update')} in a row, up to step {step + 1} of {stage}"
+                ending = f"{row}, had no finite gradient (loss {loss:g}, its norm {norm:g})"
         self.skipped += len(found)
         self._unreported = (self._unreported + found)[:LISTED]
         if ending:
-            raise FloatingPointError(f"{plural(self.most, 'update')} in a row, {ending}")
+            raise FloatingPointError(ending)
         if not before:
-            self._said = 0
-        # while a checkpoint waits for a finite step, every step is read: of one long row each doubling is said
-        if found and (not self.in_a_row or self.in_a_row >= 2 * self._said):
-            self._said, one = self.in_a_row, found[0]
+            self._warned_at = 0
+        # while a checkpoint waits for a finite step, this runs after every step: warn only when `in_a_row` has doubled
+        if found and (not self.in_a_row or self.in_a_row >= 2 * self._warned_at):
+            self._warned_at, one = self.in_a_row, found[0]
             warnings.warn(
                 f"{len(found)} of the last {plural(len(steps), 'update')} of {stage} skipped, first at step {one['step']} "
                 f"(loss {one['loss']}, gradient norm {one['grad_norm']}); {self.skipped} in all; log.jsonl lists their rows",
@@ -99,9 +102,9 @@ class NonFiniteSteps:
 
 
 def check_step(losses: list[Tensor], norm: Tensor, accelerator: Accelerator) -> Tensor:
-    """(3,) on the device: 1 for a step that is not finite, else 0; its loss; the norm. The first is the same in all processes.
+    """(3,) on the device: 1 for a step that is not finite, else 0, the same in all processes; its loss; `norm`.
 
-    `losses` are those of the micro-batches, `norm` that of the gradient before clipping.
+    `losses`: of the micro-batches. `norm`: of the gradient before clipping.
     """
     loss = torch.stack(losses).mean(dim=0)
     bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
@@ -111,7 +114,7 @@ def check_step(losses: list[Tensor], norm: Tensor, accelerator: Accelerator) -> 
 
 
 def check_weights(parameters: list[Tensor], where: str) -> None:
-    """FloatingPointError unless all weights are finite: a checkpoint of other weights would replace a valid one."""
+    """FloatingPointError unless all weights are finite. Else their checkpoint could replace a valid one."""
     # a process may have no rows of a small sharded tensor
     parts = [part for p in parameters if (part := local(p.detach())).numel()]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts, ord=float("inf"))])

@@ -12,7 +12,10 @@ from selftrans.config import Train
 from selftrans.messages import first_line
 from selftrans.train.fsdp import local, shard_like
 
-SMALLEST, BLOCK = 4096, 256  #: of bitsandbytes: parameters with 8-bit moments, and values that share a scale
+SMALLEST, BLOCK = (
+    4096,
+    256,
+)  #: of bitsandbytes: values of the smallest tensor with 8-bit moments; values that share a scale
 
 
 def build_optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
@@ -64,8 +67,8 @@ def update(optimizer: Any, sound: Tensor, scaler: Any = None) -> None:
     """One update where `sound`, a 0-d boolean on the device, is true; else weights and moments stay unchanged, bit for bit.
 
     torch's fused kernels read the flag on the device (`found_inf`), so the host does not wait. With fp16 the gradient
-    scaler, which has unscaled the gradient and checked it for overflow, sets the flag itself. An optimiser that is not
-    torch's does not know the flag: the host reads it.
+    scaler, which has unscaled the gradient and checked it for overflow, sets the flag itself. Optimisers of other packages do
+    not know the flag: for them the host reads `sound`.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     knows_flag = isinstance(inner, torch.optim.AdamW)
@@ -79,7 +82,7 @@ def update(optimizer: Any, sound: Tensor, scaler: Any = None) -> None:
 
 
 def forget(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Drop every parameter, and its moments, that is no longer in `model`."""
+    """Drop every parameter that is no longer in `model`, and its moments."""
     staying = set(model.parameters())
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p in staying]

@@ -28,7 +28,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def guarded_step(trainer: Trainer, batches: Iterator[Loaded]) -> None:
     """One training step. MemoryError (one line, with the remedy) where the device has no memory for it; `NotCaptured` where
-    the memory is that of graphs of `train.capture auto`, without which a new process continues."""
+    graphs of `train.capture auto` hold the memory: a new process continues without them."""
     try:
         trainer.train_step(batches)
         return
@@ -37,17 +37,17 @@ def guarded_step(trainer: Trainer, batches: Iterator[Loaded]) -> None:
             raise
     # not inside the handler: the frames of the error hold the tensors of the step
     release(trainer)
-    said, captured = explanation(trainer, next(batches)), trainer.captured
+    message, captured = explanation(trainer, next(batches)), trainer.captured
     if captured is not None and captured.expendable:
         raise NotCaptured(
-            said, f"a step of {trainer.stage.name} had no memory while graphs kept that of the step before"
+            message, f"a step of {trainer.stage.name} had no memory while graphs kept that of the step before"
         )
-    raise MemoryError(said)
+    raise MemoryError(message)
 
 
 def between_steps(trainer: Trainer, name: str, work: Callable[[], T]) -> T:
-    """`work()`, which can be repeated. Where it has no memory while graphs of `train.capture auto` keep that of a step, these
-    are freed for the rest of the run, with one line that says for what (`name`), and it is done once more."""
+    """The result of `work`, which can be repeated. Where it has no memory while graphs of `train.capture auto` keep the memory
+    of a step, the graphs are freed for the rest of the run, one line names the reason (`name`), and `work` is called again."""
     captured = trainer.captured
     try:
         return work()
@@ -78,9 +78,9 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
         when = "it is recorded as a graph" if trainer.captured.crowded else "graphs keep that of the step before"
         return f"{where} while {when}; without one it fits: use --train.capture off, or {less}"
     fits = _largest(trainer, rows) if alone else None
-    if alone and fits is None:
+    if fits is None and (alone or micro == 1):
         return f"{where}, and one sample does not fit either: use {less}"
-    parts = train.accumulate * (micro // fits if fits else 2)
+    parts = train.accumulate * (micro // fits if fits else _smallest_factor(micro))
     tried = f"; {fits} at a time fit" if fits else ""
     return (
         f"{where}{tried}: --train.accumulate {parts} computes the same batch of {train.batch_size} in {parts} parts; "
@@ -95,11 +95,16 @@ def _largest(trainer: Trainer, rows: Loaded) -> int | None:
     """
     size = trainer.stream.micro
     while size > 1:
-        size //= next(k for k in range(2, size + 1) if size % k == 0)
+        size //= _smallest_factor(size)
         part = Loaded(rows.rows[:size], {name: tensor[:size] for name, tensor in rows.tensors.items()})
         if _fits(trainer, part):
             return size
     return None
+
+
+def _smallest_factor(size: int) -> int:
+    """The smallest number above 1 that divides `size`, a number above 1."""
+    return next(k for k in range(2, size + 1) if size % k == 0)
 
 
 def _fits(trainer: Trainer, rows: Loaded) -> bool:
@@ -124,7 +129,7 @@ def _fits(trainer: Trainer, rows: Loaded) -> bool:
 
 
 def release(trainer: Any) -> None:
-    """Free gradients and what the allocator has kept."""
+    """Free the gradients, and memory that torch's allocator keeps for later tensors."""
     trainer.objective.zero_grad(set_to_none=True)
     gc.collect()
     if trainer.accelerator.device.type == "cuda":

@@ -26,7 +26,7 @@ from selftrans.sampling.images import SampledBatch, Sampler, applicable_settings
 from selftrans.storage import no_symlink, write_text
 from selftrans.train.signals import StopSignal
 
-Attempt = Callable[[Callable[[], Any]], Any]  #: calls what it is given, and may do so again where memory was missing
+Attempt = Callable[[Callable[[], Any]], Any]  #: calls its argument, and may call it again if the device had no memory
 TRIES = 3  #: times that a preview may end the process, for example out of memory, before it is skipped
 
 
@@ -52,10 +52,10 @@ class Preview:
         self._conditioning: Conditioning | None = None  #: kept, so that prompts are encoded once
 
     def save(self, model: Any, path: Path, *, again: bool = False, attempt: Attempt = lambda make: make()) -> None:
-        """Sample with `model` (the EMA, in eval mode) and write a PNG; `again`: after a resume, if it is not there yet.
+        """Sample with `model` (the EMA, in eval mode) and write a PNG.
 
-        `attempt` calls what makes it, and may do so once more. A stop signal ends it at the next pass of the model.
-        A preview that has ended the process TRIES times is not tried again.
+        `again`: after a resume, where an existing file is kept. `attempt`: see `Attempt`. A stop signal ends the sampling at
+        the next forward pass. A preview during which the process ended TRIES times is not tried again.
         """
         tries = path.with_name(f".{path.stem}.tries")
         if again and path.exists():

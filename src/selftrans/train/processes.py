@@ -1,4 +1,4 @@
-"""Memory settings of a training process, the timeout between processes, and the error when another one is gone."""
+"""Memory settings of a training process, the timeout between processes, and the error when another process has ended."""
 
 from __future__ import annotations
 
@@ -55,6 +55,6 @@ def reporting_lost_processes() -> Iterator[None]:
         if world == 1 or not GONE.search(str(error)):
             raise
         raise ConnectionError(
-            f"process {rank} of {world} ends, because another one is gone or did not "
+            f"process {rank} of {world} ends, because another one has ended or did not "
             f"answer in time ({str(error).splitlines()[0][:200]}); the same command continues from the last checkpoint"
         ) from error

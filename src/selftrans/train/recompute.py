@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 def chosen_blocks(wanted: bool | int | tuple[int, ...], depth: int) -> bool | frozenset[int]:
-    """`Backbone.recompute` for the setting `train.recompute`: of all blocks, none, the first so many, or those named.
+    """The value of `Backbone.recompute` for the setting `train.recompute`: all blocks, none, the first n, or a list of blocks.
 
     ValueError for blocks that a model of `depth` blocks does not have.
     """

@@ -27,7 +27,7 @@ from selftrans.sections import Resume, fields_of
 from selftrans.storage import write_json, write_text
 from selftrans.types import Conditions
 
-Changes = list[tuple[str, Any, Any, Resume]]  #: name, before, now, what is allowed to happen to it
+Changes = list[tuple[str, Any, Any, Resume]]  #: name of a setting, value before, value now, whether it may change
 
 
 def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
@@ -42,16 +42,18 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
         changed = _bound_changes(before, config) if fresh else differences(before, config)
         changed += _teacher_changes(before, config) if not fresh and before.method == config.method else []
         changes = [f"{name} was {was}, is {now}" for name, was, now, _ in changed]
-        mendable = not fresh and all(rule == "consent" for *_, rule in changed)
-        if changed and mendable and config.train.allow_changes:
+        by_consent = not fresh and all(rule == "consent" for *_, rule in changed)
+        if changed and by_consent and config.train.allow_changes:
             warnings.warn(f"{out} continues with other settings: {'; '.join(changes)}", stacklevel=4)
         elif changed:
-            consent = ", or --train.allow-changes True to continue with these" if mendable else ""
+            consent = ", or --train.allow-changes True to continue with these" if by_consent else ""
             raise ValueError(
                 f"{out} was started with other settings: {'; '.join(changes)}; use those, or another --out{consent}"
             )
         if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
-            raise ValueError(f"{out} was trained on other data than {config.data.path}; use that, or another --out")
+            raise ValueError(
+                f"{out} was trained on other data than {config.data.path}; give the data it was trained on, or another --out"
+            )
         if data.exists() and (was := _read(data, _latent_space)) != _latent_space(manifest.to_json()):
             raise ValueError(
                 f"{out} was trained on latents with {was}, those of the data are now {_latent_space(manifest.to_json())}; "
@@ -61,13 +63,13 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
 
 
 def _untrained(out: Path, before: RunConfig, now: RunConfig) -> bool:
-    """Whether a run ended before its first checkpoint (out of memory, killed) and holds no given weights: any settings fit."""
+    """Whether a run ended before its first checkpoint and holds no given weights: then any settings can continue it."""
     held = (out / f"{IMPORTED}.json").exists() or before.init.path is not None or now.init.path is not None
     return not held and not any(checkpoint.steps(folder) for folder in out.glob("*/checkpoints"))
 
 
 def _with_lengths(config: RunConfig, before: RunConfig | None) -> RunConfig:
-    """The lengths of earlier stages, fixed once: a run that is made longer later keeps its teacher."""
+    """The settings with the lengths of earlier stages fixed at the first start: a longer run keeps its teacher."""
     fixed = {}
     for stage in stages(config)[:-1]:
         for section in map(config.section, stage.sections):
@@ -79,7 +81,7 @@ def _with_lengths(config: RunConfig, before: RunConfig | None) -> RunConfig:
 
 
 def differences(before: RunConfig, now: RunConfig) -> Changes:
-    """Settings that differ and may not change freely. With other initial weights those of the model follow: left out."""
+    """Settings that differ and may not change freely; without those of the model where the initial weights differ, too."""
     was = {name: value for name, value, _ in settings_of(before)}
     return [
         (name, was.get(name), value, rule)
@@ -89,7 +91,7 @@ def differences(before: RunConfig, now: RunConfig) -> Changes:
 
 
 def _teacher_changes(before: RunConfig, now: RunConfig) -> Changes:
-    """A teacher that is given now and was trained by the run before, or the other way round; its path may change."""
+    """Where a teacher is given now and the run trained its own before, or the other way round. The path may change."""
     given = [{s.teacher.option: s.teacher.given for s in stages(config) if s.teacher} for config in (before, now)]
     return [
         (option, given[0].get(option), value, "fixed")
@@ -99,6 +101,7 @@ def _teacher_changes(before: RunConfig, now: RunConfig) -> Changes:
 
 
 def _bound_changes(before: RunConfig, now: RunConfig) -> Changes:
+    """Settings that differ and that imported weights, not trained yet, fix."""
     was = bound_settings(before, before)
     return [(name, was.get(name), v, "fixed") for name, v in bound_settings(now, before).items() if was.get(name) != v]
 
@@ -106,7 +109,7 @@ def _bound_changes(before: RunConfig, now: RunConfig) -> Changes:
 def settings_before(out: Path) -> RunConfig | None:
     """The settings that `out` was started with: its config.json or, if that is lost, the copy in the newest checkpoint.
 
-    `init.path` is absolute; older versions kept it as it was typed, and this is taken as if it were typed now.
+    `init.path` is absolute; a relative one, which older versions wrote, is resolved from the current folder.
     """
     path, before = out / "config.json", None
     if path.exists():
@@ -154,7 +157,7 @@ def _latent_space(manifest: str) -> str:
 
 
 def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
-    """ValueError unless a checkpoint's model is one for these data."""
+    """ValueError unless a checkpoint's model was trained on latents and conditions like those of these data."""
     now = manifest.conditions
     with checkpoint_errors(found, ValueError):
         was = (tuple(found.state["shape"]), from_plain(Conditions, found.state["conditions"], "conditions"))
@@ -186,9 +189,9 @@ def common_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoint.Chec
 
 @contextlib.contextmanager
 def checkpoint_errors(found: checkpoint.Checkpoint, *errors: type[Exception]) -> Iterator[None]:
-    """Turn errors about missing or wrong entries of a checkpoint's state into a ValueError that names it.
+    """Turn errors about missing or wrong entries of a checkpoint's state into a ValueError that names the checkpoint.
 
-    `errors`: kinds of them besides the usual ones.
+    `errors`: further types of exceptions to turn.
     """
     wrong: tuple[type[Exception], ...] = (KeyError, TypeError, AttributeError, RuntimeError, *errors)
     try:

@@ -99,7 +99,7 @@ def _train(
                 out / stage.name,
                 shards,
                 order=[stage.name for stage in plan],
-                # no variable refers to it, so that its memory is freed when the guidance ends
+                # without a variable of its own, so that its memory is freed when the guidance ends
                 teacher=teacher_of(config, stage, str(out), shards, accelerator.device),
                 initial=initial,
                 preview=preview,
@@ -130,26 +130,26 @@ def _train(
 def planned(
     config: RunConfig, shards: Dataset, out: Path, typed: Collection[str]
 ) -> tuple[RunConfig, list[Stage], InitialWeights | None]:
-    """The settings of a run in agreement with what `out` was started with, its stages, and the weights that these start from.
+    """The settings of a run in agreement with those that `out` was started with, its stages, and their initial weights.
 
-    ValueError for settings that another run in `out` does not allow, and for what would stop a later stage. Writes nothing.
+    ValueError for settings with which the run in `out` cannot continue, and for what would stop a later stage. Writes nothing.
     """
     manifest = shards.manifest
     config, given = resolve_init(with_prompts(config, manifest), settings_before(out), out, typed)
     config = with_window(config, shards, settings_before(out))
     config = settle(config, out, manifest)
     initial, plan = initial_weights(config, shards, out, given), stages_to_run(config)
-    _rehearse(config, plan, out, manifest)
+    _check_stages(config, plan, out, manifest)
     return config, plan, initial
 
 
 def ready_data(config: RunConfig, shards: Dataset, accelerator: Accelerator, *, quiet: bool = False) -> Dataset:
-    """The data where training reads them: fetched, unless they are read in windows, and on the device if that is wanted.
+    """The data ready for training: fetched, unless they are read in windows, and on the device with data.on_device.
 
     Raises ValueError where they cannot be fetched, and for buckets on the device.
     """
-    if (said := describe_data(config, shards)) and not quiet:
-        accelerator.print(said)
+    if (line := describe_data(config, shards)) and not quiet:
+        accelerator.print(line)
     if config.data.on_device and len(shards.parts) > 1:
         raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
     if config.data.window is None:
@@ -237,7 +237,7 @@ def _begin(
     accelerator: Accelerator,
     initial: InitialWeights | None,
 ) -> bool:
-    """Write down what the run is, the order of its stages, and the weights it starts from; true if those are new."""
+    """Write settings, data, order of the stages and initial weights of a run; true if the initial weights are new."""
     accelerator.wait_for_everyone()  # every process has read what was there before
     new = initial is not None and initial.new
     if accelerator.is_main_process:
@@ -254,8 +254,8 @@ def _begin(
     return new
 
 
-def _rehearse(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
-    """ValueError now for what would stop a later stage, not after days of the first: each is built without weights."""
+def _check_stages(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
+    """ValueError for what would stop a later stage after days of training the first: each is built without weights."""
     for number, stage in enumerate(plan):
         reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
         if reached > stage.steps:

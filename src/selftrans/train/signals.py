@@ -1,16 +1,17 @@
-"""Stop signals: SIGTERM, SIGUSR1 or Ctrl-C leads to a checkpoint, and to an exit status that asks for the same command."""
+"""Stop signals: SIGTERM, SIGUSR1 or Ctrl-C ends a run after a checkpoint, with an exit status that means "run it again"."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
 
-from selftrans.train.interrupted import Interrupted
+from selftrans.train.interrupted import SAME, Interrupted
 
 
 class StopSignal:
@@ -20,6 +21,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._first = 0.0  #: time of the first signal, in seconds of `time.monotonic`
         self._before: dict[int, Any] = {}
         self._pending: tuple[torch.Tensor, Any] | None = None
 
@@ -34,7 +36,10 @@ class StopSignal:
         self._before = {}
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.received is None:
+            self._first = now
+        elif number == signal.SIGINT and now - self._first > SAME:
             raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self.received = number
 

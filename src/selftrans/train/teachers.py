@@ -23,7 +23,7 @@ from selftrans.precision import PRECISIONS
 
 
 class StoredFeatures:
-    """Features stored with the data: nothing to compute, only their sizes and their source."""
+    """Features stored with the data: their sizes and source, without a model to compute them."""
 
     encode, flops, model = None, 0, None
 
@@ -60,7 +60,7 @@ def teacher_of(config: RunConfig, stage: Stage, run: str, dataset: Dataset, devi
 
 
 def load_teacher(source: str | Path, spec: TeacherSpec, manifest: Manifest) -> LoadedModel:
-    """A teacher for these data: of the stage that the method names, or imported. ValueError: what was expected and found."""
+    """A teacher for these data, of the stage that the method names or imported. ValueError names what was expected."""
     found = load_model(find_teacher(source, spec), weights=spec.weights)
     if found.stage != spec.stage and IMPORTED not in found.source:
         raise ValueError(
@@ -76,7 +76,7 @@ def load_teacher(source: str | Path, spec: TeacherSpec, manifest: Manifest) -> L
 
 
 def find_teacher(source: str | Path, spec: TeacherSpec) -> Path:
-    """The weights file that teaches: of a run the stage that `spec` names, of an imported run its last."""
+    """The weights file of a teacher: in a run that of the stage in `spec`, in an imported run that of the last stage."""
     path, weights = hub.local(source), spec.weights
     single = (
         not path.is_dir()
@@ -132,7 +132,7 @@ def check_teacher(found: checkpoint.Checkpoint, teacher: Any) -> None:
 def external_encoder(
     name: str | None, config: RunConfig, dataset: Dataset, device: torch.device, dtype: torch.dtype
 ) -> StoredFeatures | Encoder:
-    """The encoder `name` on the grid of the student's tokens; None: what is stored with the data.
+    """The encoder `name` on the grid of the student's tokens; for None the features stored with the data.
 
     Raises ValueError for data without features, and for a name where the data hold no pixels to encode.
     """

@@ -1,7 +1,7 @@
 """Trackers of accelerate: TensorBoard, Weights & Biases, Trackio and MLflow. None of them can stop a run.
 
-A tracker that is not installed, cannot be started or fails later costs one warning; the others and log.jsonl continue.
-RUN/trackers.json holds the names of the runs at each tracker, so that a continued run goes on in the same place.
+A tracker that is not installed, cannot be started or fails later causes one warning; the others and log.jsonl continue.
+RUN/trackers.json holds the id of the run at each tracker, so that a continued run is logged under the same id.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ IDENTIFIER = re.compile(r"[\w-]{1,100}")
 
 
 class Place(NamedTuple):
-    """Where a run is at a tracker."""
+    """Which run a tracker is started for."""
 
     out: Path  #: the run directory
-    id: str | None  #: from an earlier visit; None: a new one
+    id: str | None  #: of the run at the tracker, from an earlier start; None: a new run
 
 
 def _tensorboard(place: Place) -> tuple[Any, str]:
@@ -60,7 +60,7 @@ def _mlflow(place: Place) -> tuple[Any, str]:
     return MLflowTracker(PROJECT, run_id=place.id, run_name=place.out.name), ""
 
 
-#: name -> its tracker of accelerate, not started, and the name of the run there (empty: known when it is started)
+#: name -> accelerate's tracker, not started, and the id of the run at it (empty: known only after the start)
 KINDS: dict[str, Callable[[Place], tuple[Any, str]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
@@ -105,7 +105,10 @@ class Trackers:
             except Exception as error:  # of a network, an account, a disk
                 self._end(name, f"tracker {name} cannot be started ({first_line(error)}); the run continues without it")
         if found != known:
-            write_json(self.out / RECORD, found)
+            try:
+                write_json(self.out / RECORD, found)
+            except (OSError, ValueError) as error:  # a full disk
+                _warn(f"{first_line(error, 300)}; a continued run will be a new one at its trackers")
 
     def begin(self, steps_before: int) -> None:
         """Note that a stage begins, after this many steps of earlier ones."""
@@ -131,7 +134,7 @@ class Trackers:
         self._each(step, lambda name, tracker, at: _log_picture(name, tracker, f"{stage}/preview", pixels, file, at))
 
     def close(self) -> None:
-        """End the trackers, also those of a run that is interrupted: what they hold is then sent or written."""
+        """End the trackers, also after an interruption of the run, so that they send or write their last values."""
         for name, tracker in [*self._running.items()]:
             try:
                 tracker.finish()
@@ -147,7 +150,7 @@ class Trackers:
                 self._end(name, f"tracker {name} ends at step {step} ({first_line(error)}); log.jsonl continues")
 
     def _end(self, name: str, message: str) -> None:
-        self._running.pop(name, None)  # its writer may not recover
+        self._running.pop(name, None)  # a tracker that failed once is not used again
         _warn(message)
 
 

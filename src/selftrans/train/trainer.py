@@ -52,8 +52,8 @@ class Trainer:
 
     Args:
         accelerator: device, precision and processes; shared by the stages of a run.
-        config: of the run; `config` then has the stage's own settings, `run_config` has none of them.
-        stage: the part of the run to train. directory: `<run>/<stage.name>`.
+        config: of the run. The attribute `run_config` keeps it; the attribute `config` has the stage's own settings in it.
+        stage: the stage to train. directory: `<run>/<stage.name>`.
         shards: the data. order: names of the run's stages; default: this one alone.
         teacher: frozen model or encoder, if the stage has one. initial: the weights to start from; default: random ones.
         preview: makes the previews. trackers: where log lines and previews are shown, besides the run directory.
@@ -177,7 +177,7 @@ class Trainer:
         found = checkpoint.newest(self.checkpoints)
         assert found is not None and found.step == self.step
         if main:
-            self._prune()  # a process killed after its last checkpoint has not done so
+            self._prune()  # an earlier process may have been killed between its last checkpoint and this
         return found
 
     def train_step(self, batches: Iterator[Loaded]) -> None:
@@ -207,7 +207,7 @@ class Trainer:
         return ended
 
     def _after_step(self, journal: JsonlLog | None, bar: Any) -> None:
-        """Do what is due at this step: a log line, a checkpoint, a stop, a preview."""
+        """Write a log line, a checkpoint and a preview where they are due at this step; stop after a stop signal."""
         config, last = self.config, self.step == self.stage.steps
         stopping = self.stop.asked(self.accelerator)
         if self.step % config.log.every == 0 or last:
@@ -217,7 +217,7 @@ class Trainer:
             if journal:
                 journal.sync()
             self._save(required=last or stopping)
-        if stopping and not last:  # without the preview: the scheduler waits for the checkpoint alone
+        if stopping and not last:  # without a preview: after a stop signal there may only be time for the checkpoint
             raise self.stop.interrupted(self.step, self.directory)
         self._preview(last)
 
@@ -242,10 +242,11 @@ class Trainer:
         try:
             self.nonfinite.sync(self.stage.name)
         except FloatingPointError as error:
-            raise self._broken(error) from None
+            raise self._with_remedy(error) from None
         self.seconds += time.perf_counter() - started
 
-    def _broken(self, error: FloatingPointError) -> FloatingPointError:
+    def _with_remedy(self, error: FloatingPointError) -> FloatingPointError:
+        """The error with the last valid checkpoint and what to change."""
         found = checkpoint.newest(self.checkpoints)
         remedy = "a lower train.lr (or the stage's own) or guidance weight, or train.precision bf16 or fp32"
         if found is None:
@@ -285,8 +286,10 @@ class Trainer:
         """(Re)wrap the objective for this process group; also after its parameters have changed."""
         self.accelerator._models.clear()
         self.objective = self.accelerator.unwrap_model(self.objective, keep_fp32_wrapper=False)
-        self.objective.__dict__.pop("_is_accelerate_prepared", None)  # otherwise it would have no autocast from now on
-        # a sharded model only gets autocast: evaluation_mode leaves out all else
+        self.objective.__dict__.pop(
+            "_is_accelerate_prepared", None
+        )  # otherwise accelerate would not give it autocast again
+        # a sharded model needs only autocast: with evaluation_mode accelerate does not wrap it in DDP
         self.wrapped = self.accelerator.prepare_model(self.objective, evaluation_mode=self.sharded)
         if not hasattr(self.optimizer, "optimizer"):
             self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
@@ -298,12 +301,12 @@ class Trainer:
         """
         self._read()
         if self.nonfinite.in_a_row and not required:
-            return  # it stays due
+            return  # `due` stays true, so that the next finite step writes it
         try:
             where = f"step {self.step} of {self.stage.name}"
             between_steps(self, "a checkpoint", lambda: check_weights(list(self.objective.parameters()), where))
         except FloatingPointError as error:
-            raise self._broken(error) from None
+            raise self._with_remedy(error) from None
         flow = self._means(self.span).get("flow") if self.due else None  # the mean of a few steps would be noise
         windows = {"window": self.window.state(self.accelerator), "flow": flow}
         if self.due:

@@ -1,7 +1,7 @@
 """The training step as two functions of tensors: forward and backward of a micro-batch, and the update.
 
     micro_step    latents -> objective -> backward; gradients add up
-    update_step   clip -> is it finite? -> AdamW, or nothing
+    update_step   clip -> check that it is finite -> AdamW, or no update
 
 Neither waits for the device. `launched_step` calls them; `captured_step.py` records and replays them.
 """
@@ -56,10 +56,10 @@ def micro_step(trainer: Trainer, batch: Batch, step: int | Tensor, *, last: bool
 
 
 def update_step(trainer: Trainer, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Clip the gradients and update the weights, if losses and gradient are finite. Gradients stay.
+    """Clip the gradients and update the weights, if losses and gradient are finite. The gradients are not set to zero.
 
-    Returns, on the device, whether they are (0-d boolean), and what `check_step` finds (3,): 1 where the update was skipped,
-    else 0; loss; norm before clipping.
+    Returns, on the device, whether losses and gradient are finite (0-d boolean), and the result of `check_step` (3,): 1 where
+    the update was skipped, else 0; loss; norm before clipping.
     """
     accelerator, clip = trainer.accelerator, trainer.config.train.clip
     norm = fsdp.gather_full_tensor(accelerator.clip_grad_norm_(trainer.wrapped.parameters(), clip))

@@ -87,7 +87,7 @@ def test_merged_model_is_the_one_that_was_trained(tmp_path, monkeypatch):
     assert (found - expected).abs().max() < 1e-5 and (found - start).abs().max() > 1e-3
 
 
-def test_equal_adapters_on_other_weights_are_other_weights(tmp_path):
+def test_hash_of_equal_adapters_differs_on_other_frozen_weights(tmp_path):
     run = fine_tuning.adapted()
     one, other = load_model(run, stage="stage1"), load_model(run)
     assert one.source["weights"] != other.source["weights"]
@@ -117,7 +117,7 @@ def test_file_without_its_run_and_damaged_headers_are_named(tmp_path):
         full_weights(tmp_path / "c.safetensors", base, config)
 
 
-def test_adapted_run_is_accepted_where_a_run_is(tmp_path):
+def test_run_with_adapters_is_accepted_by_every_command_that_takes_a_run(tmp_path):
     """As the weights that another run starts from, and as its teacher."""
     given, config = fine_tuning.adapted(), fine_tuning.tuned({"train.steps": 1}, init=fine_tuning.adapted())
     train(config, tmp_path / "again", quiet=True)

@@ -54,18 +54,18 @@ def test_single_weights_file_can_be_loaded(tmp_path):
     assert "prompts" not in header_of(file), "of a model of classes"
 
 
-def test_raw_weights_asked_for_of_a_file_of_the_average_are_warned_of(recwarn):
+def test_raw_weights_of_a_file_with_the_average_alone_cause_a_warning(recwarn):
     held = toy.checkpoint(toy.finished())
     for origin in (held, held / "student.safetensors"):
         assert load_model(find_asked(origin, weights="raw")).weights == "raw"
     assert find_asked(held / "ema.safetensors") == find_asked(held) == held / "ema.safetensors" and not recwarn.list
     with pytest.warns(
-        UserWarning, match=r"ema.safetensors holds the moving average alone \(ema\), which takes the place"
+        UserWarning, match=r"ema.safetensors holds the moving average alone \(ema\), which is used in place"
     ):
         assert find_asked(held / "ema.safetensors", weights="raw") == held / "ema.safetensors"
 
 
-def test_stage_that_takes_the_place_of_the_last_one_is_warned_of(tmp_path, recwarn):
+def test_earlier_stage_in_place_of_the_last_one_causes_a_warning(tmp_path, recwarn):
     run = toy.copy(toy.finished(), tmp_path / "run")
     assert find_asked(run).parents[2].name == "stage2" and find_asked(run, stage="stage1").parents[2].name == "stage1"
     shutil.rmtree(run / "stage2")

@@ -64,7 +64,7 @@ def test_name_holds_the_scale_and_is_read_again() -> None:
         ("shift=" + "0:" * 5000 + "0,scale=" + "1:" * 5000 + "1", "it has 5001 shifts"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(numbers: str, message: str) -> None:
+def test_impossible_numbers_are_refused(numbers: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"autoencoder 'pixel\(.*cannot be read \(.*{message}"):
         load_autoencoder(f"pixel({numbers})")
 

@@ -20,7 +20,7 @@ EXAMPLES = [Waveform(8000), Mel(16000, 40, 200, -9.125, 0.25), Video(12.5, shift
 
 
 @pytest.mark.parametrize("media", EXAMPLES, ids=lambda media: media.kind)
-def test_a_name_holds_everything(media: Media) -> None:
+def test_media_are_restored_from_their_name(media: Media) -> None:
     assert is_media(media.name) and parse_media(media.name) == media
     loaded = load_autoencoder(media.name)
     assert loaded == media and not loaded.pictures

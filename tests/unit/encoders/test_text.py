@@ -223,8 +223,8 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, wrong: int) -> N
         encoder.encode_ids(ids, mask)
 
 
-def test_loading_leaves_the_device_context_of_torch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers replaces torch.linspace while it builds a model, and torch remembers what it first finds there."""
+def test_loading_does_not_change_the_device_context_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers replaces torch.linspace while it builds a model; torch keeps the function that it finds first."""
     whole = torch.linspace
 
     class Load:

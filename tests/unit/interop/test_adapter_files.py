@@ -36,7 +36,9 @@ def test_peft_loads_the_exported_adapters(tmp_path, capsys):
     settings = json.loads((out / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (2, 4) and len(settings["target_modules"]) == 12
     assert settings["modules_to_save"] == ["y_embedder.embedding_table"]
+    (out / "pytorch_lora_weights.safetensors").write_bytes(b"of an earlier export in diffusers' layout")
     assert main(["export", str(run), "--out", str(out), "--adapters"]) == 0  # again, over an earlier export
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_export_merges_by_default(tmp_path):

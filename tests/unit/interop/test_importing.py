@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import zipfile
 
 import pytest
@@ -610,6 +611,9 @@ def test_repeated_import_does_nothing_and_another_is_refused(tmp_path, capsys):
     for other in ([*words, "--convention", "repa"], [words[0], str(files[1]), *words[2:]]):
         assert main(other) == 1 and "exists and is not empty" in capsys.readouterr().err
     assert toy.tree(tmp_path / "run") == before
+    shutil.rmtree(tmp_path / "run" / "vanilla")
+    assert main(words) == 1
+    assert "holds this import without its checkpoint; remove it, or choose another --out" in capsys.readouterr().err
 
 
 def test_existing_run_is_never_overwritten(tmp_path, capsys):

@@ -27,14 +27,14 @@ def test_markup_in_texts_has_no_effect(text, shown):
     assert cell(text) == shown
 
 
-def test_card_says_what_is_not_known():
+def test_card_names_what_is_unknown():
     text = a_card()
     assert "None were measured on these weights." in text
     assert "What the training took is not recorded" in text and "![samples]" not in text
     assert "selftrans sample hf://me/digits --out samples" in text and "class_labels=[0, 1]" in text
 
 
-def test_names_in_files_stay_texts():
+def test_names_in_files_stay_text():
     loaded = load_model(toy.vanilla())
     text = a_card(
         loaded._replace(autoencoder="/home/me/vae```\n# heading", stage="x\n---"),
@@ -50,7 +50,7 @@ def test_names_in_files_stay_texts():
     assert "<b>" not in text and "<i>" not in text and "[x](y)" not in text and text.count(r"\<b\> steps of a") == 2
 
 
-def test_numbers_stand_with_what_they_depend_on():
+def test_numbers_are_shown_with_what_they_depend_on():
     made = {"steps": 25, "sampler": "heun", "guidance_scale": 1.5, "guidance_interval": [0.0, 0.6], "seed": 7}
     report = {
         "metric": "fid", "label": "FID", "fid": 12.345678, "recall": 0.5, "num_images": 5000, "reference": "/data/real",

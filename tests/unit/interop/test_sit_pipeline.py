@@ -67,7 +67,7 @@ def test_folder_of_a_run_holds_json_and_safetensors_without_its_paths(exported):
     toy.assert_same({name.removeprefix("backbone."): x for name, x in names.items()}, ema)
 
 
-def test_folder_takes_the_place_of_a_run(exported, tmp_path):
+def test_folder_is_accepted_in_place_of_a_run(exported, tmp_path):
     was, now = load_model(toy.finished()), load_model(exported)
     assert was.source["weights"] == now.source["weights"] and (now.step, now.stage) == (was.step, was.stage)
     toy.assert_same(dict(selftrans.load(exported).state_dict()), dict(was.model.state_dict()))
@@ -186,6 +186,10 @@ def test_folder_is_not_written_through_a_link(exported, tmp_path):
         ({"prompt": "a cat"}, "prompts are for models of text, this one is of 10 classes"),
         ({}, "a model of 10 classes needs class_labels"),
         ({"class_labels": 1, "seed": 0, "generator": torch.Generator()}, "exclude each other"),
+        (
+            {"class_labels": 1, "num_images": 3, "latents": torch.zeros(2, 1, 8, 8)},
+            "2 latents are given for 3 images; give one for each",
+        ),
     ],
 )
 def test_wrong_conditions_are_refused(exported, wrong, message):

@@ -88,6 +88,19 @@ def test_teacher_computes_in_its_dtype_and_gives_float32_targets():
     assert teacher(b.z0, torch.rand(4), b.cond)[0].dtype == torch.float32, "the residual sum is not rounded"
 
 
+def test_precision_of_the_teacher_is_its_own_in_the_autocast_of_the_caller():
+    torch.manual_seed(0)
+    model, b, t = SiT((1, 8, 8), 10, width=16, depth=2, heads=2, patch=2), data(4, (1, 8, 8)), torch.rand(4)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    chosen, free = Frozen(model, 2, dtype=torch.float32), Frozen(model, 2)
+    (expected,) = free(b.z0, t, b.cond)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,), (rounded,) = chosen(b.z0, t, b.cond), free(b.z0, t, b.cond)
+    assert torch.equal(found, expected)
+    assert not torch.equal(rounded, expected), "without a dtype the caller's autocast decides"
+
+
 def test_guided_features_of_a_bf16_teacher_are_as_exact_as_autocast():
     torch.manual_seed(0)
     model = SiT((4, 8, 8), 10, width=64, depth=6, heads=2, patch=2)
@@ -132,7 +145,7 @@ def test_heads_start_with_xavier_weights_and_zero_biases():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_heads_of_every_method_start_so(method):
+def test_heads_of_every_method_start_with_xavier_weights_and_zero_biases(method):
     config = recipe("digits").override({"method": method})
     student, teacher = (SiT((1, 8, 8), 10, width=16, depth=6, heads=2, patch=2) for _ in range(2))
     for stage in stages(config):

@@ -89,7 +89,7 @@ def test_block_must_be_before_the_last(block: int) -> None:
         SiT((1, 4, 4), 3, width=16, depth=3, heads=2, patch=2).add_early(block)
 
 
-def test_method_that_does_not_train_it_is_refused() -> None:
+def test_method_that_does_not_train_the_second_output_is_refused() -> None:
     student = SiT((1, 4, 4), 3, width=16, depth=3, heads=2, patch=2)
     student.add_early(1)
     with pytest.raises(ValueError, match="which this method does not train"):
@@ -97,7 +97,7 @@ def test_method_that_does_not_train_it_is_refused() -> None:
     assert student.truncated(2).early is None and student.early is not None
 
 
-def test_it_is_averaged_and_in_each_weights_file() -> None:
+def test_second_output_is_averaged_and_in_each_weights_file() -> None:
     folder = checkpoint(run(), NAME)
     raw, average = (load_file(folder / f"{name}.safetensors") for name in ("student", "ema"))
     assert raw[WEIGHT].abs().max() > 0 and not torch.equal(raw[WEIGHT], average[WEIGHT])
@@ -114,14 +114,14 @@ def test_default_block_becomes_a_setting_of_the_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["early_block"] == 1
 
 
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     options = {"method": NAME, "model.early_block": 2}
     train(toy(options | {"train.steps": 4}), tmp_path / "resumed", quiet=True)
     train(toy(options), tmp_path / "resumed", quiet=True)
     assert_same_run(run(), tmp_path / "resumed", stages=(NAME,))
 
 
-def test_export_to_a_published_layout_leaves_it_out(tmp_path: Path) -> None:
+def test_export_to_a_published_layout_leaves_the_second_output_out(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the second output of the model is left out"):
         written = export_run(run(), tmp_path / "repa", layout="repa")
     assert not [name for name in load_file(written) if "early" in name]
@@ -175,7 +175,7 @@ def test_pipeline_is_guided_as_the_settings_of_the_run_say(tmp_path: Path) -> No
         pipe([1, 2, 3], **options)
 
 
-def test_model_without_it_is_refused_unless_several_are_sampled_alike() -> None:
+def test_sampler_without_a_second_output_refuses_early_guidance_and_applicable_settings_drop_it() -> None:
     model, settings = SiT((1, 4, 4), 3, width=16, depth=3, heads=2, patch=2), SampleConfig(early_guidance=2.0)
     with pytest.raises(ValueError, match="early_guidance is 2, and the model has no second output"):
         Sampler(model, identity("pixel"), settings, device="cpu")

@@ -45,7 +45,7 @@ def test_targets_lose_their_label_mean_of_earlier_batches_and_keep_the_overall_m
 
 
 def test_additive_label_code_is_removed_exactly():
-    """f_g = a(picture) + b(label): with a of mean zero per label, a + mean of b remains, and a table explains nothing."""
+    """f_g = a(picture) + b(label): with a of mean zero per label, a + mean of b remains, without a label part."""
     code = torch.tensor([-30.0, 10.0, 80.0]).view(3, 1, 1).expand(3, 2, 4)
     labels = torch.arange(3).repeat_interleave(4)
     content = torch.randn(6, 2, 4).repeat_interleave(2, dim=0) * torch.tensor([1.0, -1.0]).repeat(6)[:, None, None]
@@ -61,7 +61,7 @@ def test_one_class_has_no_label_part():
         torch.testing.assert_close(result, target, rtol=1e-5, atol=1e-6)
 
 
-def test_targets_that_are_not_finite_do_not_join_the_means():
+def test_targets_that_are_not_finite_do_not_change_the_means():
     part, labels = LabelPart(LABELS, 2, 3), torch.tensor([0, 1])
     target = torch.ones(2, 2, 3)
     target[0, 1, 2] = math.inf
@@ -85,7 +85,7 @@ def test_term_of_stage_2_has_the_target_without_the_label_part(label_part, step,
     assert term.item() == pytest.approx(np.mean(np.square(targets)), rel=1e-5)
 
 
-def test_padding_does_not_join_the_means():
+def test_padding_does_not_change_the_means():
     d = handmade_draw([0.3, 0.9, 0.5, 0.1, 0.75], even=True)  # one inside; the capacity is two
     g = stage2(Stub(), frozen_stub(), label_part="remove")
     g(d, {2: torch.zeros(5, 4, 8)})

@@ -369,7 +369,7 @@ def test_step_with_even_times_reads_no_value_on_the_host(monkeypatch):
             step(independent)
 
 
-def test_labels_of_no_class_are_refused():
+def test_labels_outside_the_classes_are_refused():
     objective, latents = sit_objective(), torch.zeros(2, 1, 8, 8)
     for label, message in {10: r"label 10 \(the null label, which", 11: "label 11 is", -1: "label -1 is"}.items():
         with pytest.raises(ValueError, match=rf"^{message}.* out of range: the model has 10 classes, so .* 0 to 9$"):
@@ -394,9 +394,9 @@ def test_conditions_of_another_type_are_refused(labels, found):
 @pytest.mark.parametrize(
     "latents, message",
     [
-        (torch.zeros(2, 3, 8, 8), r"latents must be \(N, 1, 8, 8\), or have other sides, .* not \(2, 3, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8), r"must be \(N, 1, 8, 8\) with N at least 1 \(sides may differ\), not \(2, 3, 8, 8\)"),
         (torch.zeros(2, 8, 8), r"not \(2, 8, 8\)"),
-        (torch.zeros(0, 1, 8, 8), r"with N from 1, not \(0, 1, 8, 8\)"),
+        (torch.zeros(0, 1, 8, 8), r"with N at least 1 .*, not \(0, 1, 8, 8\)"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "latents must be a tensor of floats, not uint8; scale pixels"),
         (np.zeros((2, 1, 8, 8)), "a tensor of floats, not ndarray"),
     ],
@@ -415,7 +415,7 @@ def named(name):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"guidances": Ridge()}, r"guidances are a list, of ridge alone too: \[guidance\]"),
+        ({"guidances": Ridge()}, r"guidances are a list, also of a single one: \[ridge\]"),
         ({"guidances": None}, r"a list of Guidance objects, not None; \(\) for none"),
         ({"guidances": [Ridge]}, r"a list of Guidance objects, not of <class '.*Ridge'>"),
         ({"guidances": [Guidance(1.0, ())]}, "Guidance has no name: set one in the class"),
@@ -528,7 +528,7 @@ def test_step_on_the_device_is_not_read_and_every_guidance_acts():
 
 
 @pytest.mark.parametrize("batch", [(torch.zeros(1, *SHAPE), torch.zeros(1)), [torch.zeros(1, *SHAPE)]], ids=type)
-def test_what_is_no_batch_is_refused(batch):
+def test_batch_of_another_type_is_refused(batch):
     with pytest.raises(ValueError, match=rf"selftrans.Batch\(latents, labels\), not a {type(batch).__name__}"):
         Objective(Stub())(batch, 0)
 
@@ -576,6 +576,8 @@ def with_register(out):
         (lambda out: Output(out.v, {}), r"no features of block 2; feats must hold each block of taps \(1-based\)"),
         (with_register, r"shape \(3, 5, 8\) after block 2; expected \(N, T, D\) = \(3, 4, 8\): .* register tokens"),
         (lambda out: Output(out.v, {2: out.feats[2].flatten(1)}), r"shape \(3, 32\) after block 2; expected"),
+        (lambda out: Output(out.v, {2: out.feats[2].mean()}), r"shape \(\) after block 2; expected"),
+        (lambda out: Output(out.v, {2: [out.feats[2]]}), r"shape \(\) after block 2; expected"),
     ],
 )
 def test_output_of_another_shape_is_refused(change, message):

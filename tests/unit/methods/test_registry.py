@@ -51,7 +51,7 @@ def test_every_method_builds_its_stages_and_takes_a_step(method):
 
 
 def test_stage_is_put_together_without_memory():
-    """A teacher that is not trained yet has the size of its own stage, and the precision asked for; two thirds of it stay."""
+    """A teacher that is not trained yet has the size of its own stage, the given dtype, and two thirds of its blocks."""
     small = {
         "model.width": 32,
         "model.depth": 6,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import shutil
@@ -126,6 +127,13 @@ def test_default_block_is_the_published_one() -> None:
 def test_grid_that_differs_from_the_students_is_refused() -> None:
     with pytest.raises(ValueError, match=r"on a 4x4 grid, the student's tokens on 2x2; prepare the data with --grid 2"):
         RepaGuidance(Stub(), stored(grid=4), Repa())
+    for grid, named in (((2, 4), "2x4"), ((4,), "4"), ((2, 2, 2), "2x2x2")):  # no value of --grid fits these
+        student = Stub()
+        student.grid = grid
+        with pytest.raises(
+            ValueError, match=f"tokens on {named}; an encoder's grid is a square, so give data of square"
+        ):
+            RepaGuidance(student, stored(grid=2), Repa())
 
 
 # ---- stored features
@@ -185,6 +193,13 @@ def test_operations_of_the_encoder_are_counted() -> None:
     live, kept = (log(run, "repa")[-1]["tflops"] * 1e12 for run in runs())
     expected = 6 * 8 * load_encoder(encoder(), 4).flops  # steps x images
     assert live - kept == pytest.approx(expected, rel=1e-6)
+
+
+def test_memory_of_the_encoder_is_counted() -> None:
+    live, kept = (json.loads((run / "run.json").read_text())["stages"][0]["memory"] for run in runs())
+    model = load_encoder(encoder(), 4).model
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    assert live.pop("encoder") == held > 0 and live == kept
 
 
 @pytest.mark.parametrize("features", ["stored", "computed"])

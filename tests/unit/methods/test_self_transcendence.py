@@ -592,7 +592,7 @@ def test_one_teacher_block_serves_several_of_the_student():
     assert term.item() == pytest.approx(np.mean(apart), rel=1e-6)
 
 
-def test_label_means_of_several_blocks_are_apart():
+def test_label_means_of_several_blocks_are_separate():
     d, student = handmade_draw(TIMES), Stub()
     blocks = {"student_blocks": (1, 2), "teacher_blocks": (2, 3), "timestep_range": None}
     g = guidance(student, frozen(), **blocks, label_part="remove")
@@ -669,7 +669,7 @@ def test_patchify_that_disagrees_with_the_grid_is_refused():
         StructureGuidance(student, Stage1(head_width=4))
 
 
-def test_numbers_of_numpy_are_settings_as_those_of_python():
+def test_settings_may_be_numbers_of_numpy():
     stage1 = StructureGuidance(Stub(), Stage1(block=np.int64(2), weight=np.float32(0.5)))
     assert stage1.taps == (2,) and stage1.weight == 0.5 and type(stage1.config.block) is int
 

@@ -36,7 +36,7 @@ def test_all_shapes_of_a_block_are_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_compiled_code_is_kept_in_a_private_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch executes what lies there: a link or one that others may write is not used."""
+    """Torch executes the files in it, so a link, or a folder that others may write to, is not used."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(CACHE, raising=False)
     folder = tmp_path / "selftrans" / "compiled"

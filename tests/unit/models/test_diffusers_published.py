@@ -74,7 +74,7 @@ def test_released_dit_and_pixart_predict_noise(tmp_path):
     assert model.conditions == Conditions("text", tokens=120, width=24)
 
 
-def test_imported_and_exported_without_change(tmp_path, family):
+def test_import_and_export_change_nothing(tmp_path, family):
     theirs = released(tmp_path / "theirs", family)
     said = []
     import_run(tmp_path / "theirs" / WEIGHTS, tmp_path / "run", autoencoder="pixel", say=said.append)
@@ -94,13 +94,14 @@ def test_imported_and_exported_without_change(tmp_path, family):
     }
 
 
-def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
+def test_a_trained_run_is_exported_and_imported_again(tmp_path, capsys):
     own = {"model.name": "diffusers-dit", "model.layers": 2, "model.heads": 2, "model.head_dim": 12, "model.patch": 2}
     kept = {key: value for key, value in toy.TOY.items() if not key.startswith("model.")}
     config = recipe("digits").override(
         own | kept | {"data.path": str(toy.plain_digits()), "method": "vanilla", "train.steps": 2}
     )
     train(config.restricted(), tmp_path / "run", quiet=True)
+    main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])  # a layout with another weights file
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "diffusers"])
     main(
         ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "diffusers"]
@@ -119,7 +120,7 @@ def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["pixart", "sd3", "flux"])
-def test_both_stages_train_on_captions_and_go_out(tmp_path, family):
+def test_both_stages_train_on_captions_and_are_exported(tmp_path, family):
     own = {"model.name": f"diffusers-{family}", "model.layers": 2, "model.heads": 2, "model.head_dim": 12}
     own |= {"model.single_layers": 1} if family == "flux" else {}
     config = captioned.config(own | {"stage1.steps": 2, "train.steps": 2, "train.accumulate": 1})
@@ -147,7 +148,7 @@ def test_null_text_of_an_imported_model_is_unknown(tmp_path):
 
 
 def test_an_imported_model_of_text_is_sampled_and_its_null_comes_from_the_encoder(tmp_path):
-    """config.json says neither which encoder it had nor what the empty caption is: the encoder that is given says both."""
+    """config.json names neither the encoder nor the empty caption: both come from the encoder that is given."""
     encoder = captioned.save_text_encoder(tmp_path / "encoder")
     model = tiny("sd3", conditions=Conditions("text", tokens=12, width=16))
     assert not model.null_set
@@ -227,7 +228,7 @@ def test_other_models_have_no_such_layout(tmp_path):
 
 
 def test_every_family_has_its_settings_in_arguments():
-    """No setting of ours is lost on the way out: `_selftrans` holds all of them."""
+    """`_selftrans` holds all settings, so that none is lost in an export."""
     for name, family in FAMILIES.items():
         own = dataclasses.asdict(family.Config(name=name))
         assert {"layers", "heads", "head_dim", "patch"} <= own.keys() and json.dumps(own)

@@ -220,7 +220,7 @@ def imported(tmp_path, content, *words):
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
 @pytest.mark.parametrize("evidence", ["convention", "options"])
-def test_files_come_in_and_go_out_unchanged(tmp_path, capsys, learn_sigma, evidence):
+def test_import_and_export_leave_files_unchanged(tmp_path, capsys, learn_sigma, evidence):
     raw, ema = (state(**TINY, learn_sigma=learn_sigma, seed=k) for k in (1, 2))
     args = argparse.Namespace(model="DiT-XL/2") if evidence == "options" else None
     words = ["--convention", "dit"] if evidence == "convention" else []
@@ -269,7 +269,7 @@ def test_a_path_against_the_stored_options_is_refused(tmp_path, capsys):
     assert imported(tmp_path, content, "--path", "cosine") == 0
 
 
-def test_moments_of_the_optimiser_come_along(tmp_path):
+def test_moments_of_the_optimiser_are_imported(tmp_path):
     named = state(**TINY, learn_sigma=True)
     gradients = {k: torch.randn_like(v) for k, v in named.items() if k != "pos_embed"}
     _, optimizer = published_files.adamw(named, [gradients])

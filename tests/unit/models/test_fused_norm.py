@@ -88,7 +88,7 @@ def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         assert error < tolerance and ours[name].dtype == value.dtype, (name, float(error))
 
 
-def test_compiled_block_uses_it_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_block_uses_the_fused_norm_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under recomputation of activations; on the CPU by force, with the formulas in place of the kernel."""
     theirs = block_gradients("cpu")
     monkeypatch.setattr(fused_norm, "applies", lambda x: torch.compiler.is_compiling() and torch.is_grad_enabled())
@@ -102,7 +102,7 @@ def test_compiled_block_uses_it_without_a_break(monkeypatch: pytest.MonkeyPatch)
 def test_frozen_inputs_and_modulation_leave_the_other_gradients(
     trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in the first block of a model with adapters: of the operator's gradients some have nowhere to go, or all."""
+    """As in the first block of a model with adapters: some or all inputs of the operator need no gradient."""
     theirs = block_gradients("cpu", trained=trained)
     monkeypatch.setattr(fused_norm, "applies", lambda x: torch.compiler.is_compiling() and torch.is_grad_enabled())
     ours = block_gradients("cpu", trained=trained)
@@ -111,7 +111,7 @@ def test_frozen_inputs_and_modulation_leave_the_other_gradients(
         torch.testing.assert_close(ours[name], value, rtol=2e-2, atol=2e-2 * float(value.abs().max()))
 
 
-def test_it_is_for_training_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_norm_is_used_only_in_training_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_norm, "FUSED_NORMS", True)
     with FakeTensorMode():
         x = torch.empty(1, 1, 4, device="cuda")

@@ -132,7 +132,7 @@ def intermediate(kind):
 
 
 def calls(model):
-    """The blocks that ran, as they do."""
+    """A list to which every block appends its number when it runs."""
     ran = []
     for k, block in enumerate(model.repeated(), start=1):
         block.register_forward_pre_hook(lambda *_, k=k: ran.append(k))

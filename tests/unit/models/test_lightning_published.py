@@ -64,7 +64,7 @@ def test_imported_network_equals_the_formulas(tmp_path, options):
     raw, ema = (state(**TINY, **options, seed=k) for k in (1, 2))
     content = {"model": raw, "ema": ema, "opt": None, "config": settings()}
     run, output = brought(published_files.save(tmp_path / "a.pt", content), tmp_path / "run")
-    assert "those of SIT, as LightningDiT's code has it" in output and "config" not in output
+    assert "those of SIT, as in LightningDiT's code" in output and "config" not in output
     for weights, theirs in (("raw", raw), ("ema", ema)):
         found = load_model(run, weights=weights)
         assert off(found.model, theirs, flip=True) < 1e-5

@@ -34,7 +34,7 @@ def inputs():
 
 
 def adapted(**options):
-    """A model with adapters whose B is not zero, and what it was before."""
+    """A model with adapters whose B is not zero, and the state dict of the model without adapters."""
     made = model()
     before = copy.deepcopy(made.state_dict())
     lora.add_adapters(made, 3, 2.0, **options)
@@ -126,7 +126,7 @@ def test_only_adapters_and_what_is_new_have_gradients(compiled):
     assert len(with_gradient) == 17 and all(name == table or re.fullmatch(pattern, name) for name in with_gradient)
 
 
-def test_average_shares_what_is_frozen():
+def test_average_shares_the_frozen_weights():
     made, _ = adapted()
     ema = EMA(made, 0.5)
     student, average = dict(made.named_parameters()), dict(ema.model.named_parameters())

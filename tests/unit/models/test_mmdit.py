@@ -66,7 +66,7 @@ def inputs(model, n=3):
 def test_joint_block_equals_diffusers_in_float64(qk_norm, last):
     ours = randomised(JointBlock(48, 3, qk_norm=qk_norm)).double()
     if last:
-        ours.context_block.end()
+        ours.context_block.keep_attention_inputs()
     theirs = JointTransformerBlock(48, 3, 16, context_pre_only=last, qk_norm="rms_norm" if qk_norm else None).double()
     copy_joint_block(theirs, ours)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
@@ -432,7 +432,7 @@ def test_compiled_without_graph_breaks(masked):
 
 
 def test_blocks_are_compiled_for_their_two_kinds(monkeypatch):
-    """One graph for the blocks whose text goes on, one for the last; none falls back to uncompiled code."""
+    """One graph for the blocks that return text tokens, one for the last; none falls back to uncompiled code."""
     graphs, calls = [], []
 
     def backend(graph, _):

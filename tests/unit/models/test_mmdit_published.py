@@ -154,7 +154,7 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path, capsys, changes, wo
         ({"masked": True}, (2, 16, 16), 768, "model.masked"),
     ],
 )
-def test_what_the_published_class_cannot_be_is_not_exported(config, shape, text, message):
+def test_models_that_the_published_class_cannot_build_are_not_exported(config, shape, text, message):
     config = dataclasses.replace(MMDiTConfig(width=64, depth=2, heads=2, patch=1), **config)
     model = build(config, shape, Conditions("text", tokens=3, width=text))
     with pytest.raises(ValueError, match=message):

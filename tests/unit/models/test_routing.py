@@ -44,7 +44,7 @@ def test_blocks_that_are_skipped(depth, blocks, expected):
         (0.5, (4, 3), 6, "not 4 to 3 of 6"),
     ],
 )
-def test_what_cannot_be_routed(share, blocks, depth, message):
+def test_routes_that_do_not_fit_the_model_are_refused(share, blocks, depth, message):
     with pytest.raises(ValueError, match=message):
         chosen_route(share, blocks, depth)
     with pytest.raises(ValueError, match=message):
@@ -69,7 +69,7 @@ def test_the_choice_is_random_for_each_sample_and_follows_the_generator():
 
 
 @pytest.mark.parametrize("family", ["SiT", "LightningDiT"])
-def test_kept_tokens_are_those_of_the_blocks_on_them_alone_and_others_return_as_they_left(family):
+def test_blocks_compute_the_kept_tokens_alone_and_routed_tokens_return_unchanged(family):
     model = routed(family)
     x, t, y = inputs(model)
     torch.manual_seed(5)
@@ -101,7 +101,7 @@ def test_nothing_is_routed_or_drawn_outside_training():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_operations_of_training_are_those_of_the_tokens_at_hand():
+def test_operations_of_training_count_only_the_kept_tokens():
     model = routed()
     two = [sit_forward_flops(n, 48, 2, 8) - sit_forward_flops(n, 48, 0, 8) for n in (16, 12)]
     cond = torch.zeros(1, dtype=torch.long)

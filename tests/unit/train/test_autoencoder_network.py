@@ -99,7 +99,7 @@ def test_perceptual_distance_is_twice_one_minus_the_cosine():
     assert measure(PIXELS, PIXELS).abs().max() < 1e-6 and measure(PIXELS, other).min() > 1e-3
 
 
-def test_extractor_stays_as_it_was():
+def test_classifier_of_the_perceptual_term_is_not_trained():
     measure = distance()
     before = {name: tensor.clone() for name, tensor in measure.state_dict().items()}
     chosen = settings()

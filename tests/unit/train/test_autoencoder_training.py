@@ -60,7 +60,7 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def test_what_a_training_leaves(uninterrupted):
+def test_files_of_a_finished_training(uninterrupted):
     assert [step for step, _ in checkpoint.steps(uninterrupted / "checkpoints")] == [4, 6]
     tensors = toy.tensors(uninterrupted, ".")
     assert {name.partition("/")[0] for name in tensors} == {"autoencoder", "ema", "optimizer"}
@@ -149,7 +149,9 @@ def test_other_settings_are_refused_by_name(changes, message, uninterrupted):
 
 def test_other_data_are_refused(uninterrupted, tmp_path):
     prepare("digits", tmp_path / "unmirrored", progress=False)
-    with pytest.raises(ValueError, match=r"was trained on other data than .*unmirrored; use that, or another --out"):
+    with pytest.raises(
+        ValueError, match=r"was trained on other data than .*unmirrored; give the data it was trained on, or another"
+    ):
         training(uninterrupted, data=tmp_path / "unmirrored")
 
 

@@ -51,7 +51,7 @@ def test_command_writes_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_slow_steps_on_a_cpu_have_fewer_samples(tmp_path, monkeypatch, capsys):
-    """2 and 4 samples at a time in place of 8, in two parts; what is said of the whole batch is extrapolated, and says so."""
+    """Steps of 2 and 4 samples in place of 8; the numbers of the whole batch are extrapolated, and the text says so."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("selftrans.train.dry_run.CPU_FLOPS", 1.0)
     seen = []
@@ -85,8 +85,8 @@ def _counted(batches, seen):
         yield loaded
 
 
-def test_how_steps_run_on_a_gpu_is_said_as_in_the_run(tmp_path, monkeypatch):
-    """It knows that CUDA has ended a recording of the run. On a CPU nothing is said."""
+def test_dry_run_describes_steps_on_a_gpu_as_the_run_does(tmp_path, monkeypatch):
+    """Also where CUDA has ended a recording of the run before. On a CPU there is no such line."""
     small = toy.toy({"train.steps": 2, "stage1.steps": 2})
     assert "steps  " not in text(dry_run(small, tmp_path, steps=1))
     (tmp_path / ENDED).touch()
@@ -97,8 +97,8 @@ def test_how_steps_run_on_a_gpu_is_said_as_in_the_run(tmp_path, monkeypatch):
     ) == 2
 
 
-def test_dry_run_goes_on_in_a_new_process_where_graphs_end_this_one(tmp_path, monkeypatch):
-    """It takes the steps launched, and says so; where no process can be started, the line of the first one is shown."""
+def test_dry_run_continues_in_a_new_process_where_graphs_end_this_one(tmp_path, monkeypatch):
+    """Its steps are launched one by one, and the text says so; without a new process the first error is raised."""
 
     def ended(trainer, batches):
         raise NotCaptured("the step cannot be recorded; use --train.capture off", reason)
@@ -109,7 +109,10 @@ def test_dry_run_goes_on_in_a_new_process_where_graphs_end_this_one(tmp_path, mo
     found = dry_run(small, tmp_path / "run", steps=1)
     assert [stage.name for stage in found.stages] == ["stage1", "stage2"] and not (tmp_path / "run").exists()
     assert all(stage.seconds_per_step > 0 for stage in found.stages)
-    assert f"  steps       launched one by one: {reason}; so will the run, once" in text(found)
+    assert (
+        f"  steps       launched one by one: {reason}; the run ends once at this point, and uses no graphs when"
+        in text(found)
+    )
     broken = SimpleNamespace(get_context=lambda _: raising(BrokenProcessPool()))
     monkeypatch.setattr("selftrans.train.dry_run.multiprocessing", broken)
     with pytest.raises(NotCaptured, match=r"^the step cannot be recorded; use --train[^\n]*off$"):
@@ -125,6 +128,7 @@ def test_extrapolation_is_linear_in_the_samples():
     assert _extrapolated([99.0, 7.0, 5.0, 7.0, 5.0], 4, 256) == pytest.approx(3 + 0.5 * 256)
     assert _extrapolated([99.0, 7.0], 4, 256) == pytest.approx(7 * 32)  # two steps: in proportion
     assert _extrapolated([99.0, 4.0, 5.0], 4, 256) == pytest.approx(4 * 32)  # noise
+    assert _extrapolated([6.0], 4, 256) == pytest.approx(6 * 64)  # a stage of one step
 
 
 def test_data_on_the_device_as_in_the_run(tmp_path, monkeypatch):
@@ -159,7 +163,7 @@ SIZE = ROWS * (4 * 64 * 2 + 8) + 4096  #: bytes of a shard
 
 
 def rehearsed(server, cache, monkeypatch, *, shards=9.0, window=None):
-    """What a dry run finds with a cache of so many shards, and the shards whose rows its two batches have."""
+    """The result of a dry run with a cache of so many shards, and the shards from which its two batches come."""
     read = set()
 
     def step(trainer, batches):
@@ -177,13 +181,15 @@ def rehearsed(server, cache, monkeypatch, *, shards=9.0, window=None):
     return found, read, [name for name in server.asked if name.startswith("shard") and "bytes" not in name]
 
 
-def test_one_shard_at_a_url_is_fetched_and_what_the_run_fetches_is_said(folder, tmp_path, monkeypatch, capsys):
+def test_one_shard_at_a_url_is_fetched_and_the_text_names_what_the_run_fetches(folder, tmp_path, monkeypatch, capsys):
     with serving(folder) as server:
         found, read, fetched = rehearsed(server, tmp_path / "a", monkeypatch)
         assert fetched == ["shard-00000.safetensors"] and read == {0}
         assert found.fetched == Transfer(8, 8 * SIZE, SIZE, 9 * SIZE, None) and found.samples == 80
         assert capsys.readouterr().out.startswith("data: 8 shards, 74.4 kB, of http://127.0.0.1")
-        said = "data: 8 shards, 74.4 kB, of which the cache holds 9.3 kB, and these steps read one shard: the run fetches 65"
+        said = (
+            "data: 8 shards, 74.4 kB, of which the cache holds 9.3 kB; the dry run reads one shard: the run fetches 65"
+        )
         assert said in text(found) and len(server.asked) == 1 + 8 + 1, "the manifest, labels and a shard"
         server.sent = 0
         _, _, fetched = rehearsed(server, tmp_path / "a", monkeypatch)
@@ -191,7 +197,7 @@ def test_one_shard_at_a_url_is_fetched_and_what_the_run_fetches_is_said(folder, 
 
 
 def test_shards_that_the_cache_holds_are_read(folder, tmp_path, monkeypatch):
-    """A shard, in place of the first one; or the batches of the run, where it holds all."""
+    """With one shard in the cache its rows in place of the first shard; with all shards the batches of the run."""
     with serving(folder) as server:
         data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-3))
         data.prefetch((5,), ())

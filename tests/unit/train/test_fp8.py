@@ -29,7 +29,7 @@ class Settings:
 
 @pytest.fixture
 def converted(monkeypatch):
-    """In place of torchao: what it is asked for."""
+    """Stands in for torchao, and keeps the arguments of its calls."""
     asked = []
 
     def convert(module, *, module_filter_fn, config):
@@ -51,7 +51,7 @@ def test_attention_and_mlp_are_converted_and_emulated_on_a_cpu(scaling, converte
     assert converted == [(LAYERS, Settings(scaling, emulate=True))]
 
 
-def test_layers_of_other_sizes_stay(converted):
+def test_layers_of_other_sizes_are_not_converted(converted):
     model = tiny("SiT", depth=1, width=40)  # qkv 120, mlp 160: its inputs are no multiple of 16
     with pytest.raises(ValueError, match=r"train.fp8 needs blocks with linear layers of multiples of 16 channels"):
         fp8.convert(model, "rowwise", CPU, 4)

@@ -167,7 +167,7 @@ def follow_the_average(rank: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_sharded_average_is_read_as_it_is_now():
+def test_sharded_average_is_gathered_anew_in_each_pass():
     spawn(follow_the_average)
 
 
@@ -217,7 +217,7 @@ def test_non_finite_step_of_one_process_is_skipped_in_both(runs):
     assert {float(v) for name, v in states[0].items() if name.endswith(":step")} == {7.0}
 
 
-def test_checkpoints_of_sharded_runs_are_ordinary(runs, tmp_path, capsys):
+def test_checkpoints_of_sharded_runs_hold_full_tensors_for_every_command(runs, tmp_path, capsys):
     assert {t.shape for t in toy.tensors(runs / "sharded").values()} == {
         t.shape for t in toy.tensors(runs / "ddp").values()
     }

@@ -163,7 +163,7 @@ def test_convention_of_a_plain_state_dict_can_be_given(tmp_path, convention):
 
 
 def test_null_of_text_is_that_of_the_data(tmp_path, capsys):
-    """Adapters on a model of text, for captions of another encoder of the same width: its empty caption is another."""
+    """Adapters on a model of text, for captions of another encoder of the same width with another empty caption."""
     base = captioned.config({"method": "vanilla", "train.steps": 1})
     train(base, tmp_path / "base", quiet=True)
     encoder = captioned.save_text_encoder(tmp_path / "encoder", seed=1)
@@ -298,7 +298,7 @@ def test_command_line(tmp_path, capsys):
 )
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_typed_options_count_also_where_they_are_the_defaults_of_the_recipe(tmp_path, capsys, command, words, message):
-    """Without them, the same settings give way to those of the weights."""
+    """The same settings, if not typed, are replaced by those of the weights."""
     own = ["--methods=vanilla", "--features=values"] if command == "compare" else ["--method=vanilla"]
     begin = [command, "digits", "--data", str(data(SECOND)), "--out", str(tmp_path / "run"), *own]
     assert main([*begin, "--init" if command == "train" else "--init.path", str(first()), *words]) == 1

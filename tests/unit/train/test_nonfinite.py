@@ -241,7 +241,7 @@ def test_feature_norms_are_in_the_log_while_guidance_is_active():
     assert "self/feature_norm" not in lines[-1]
 
 
-def test_long_row_that_is_read_step_by_step_is_said_at_each_doubling():
+def test_long_row_of_skips_warns_at_each_doubling():
     steps, said = NonFiniteSteps(99, rows=lambda step: trainer.np.arange(4)), []
     for step, bad in enumerate([1.0] * 10 + [0.0, 1.0, 0.0]):
         steps.note(step, torch.tensor([bad, BAD, BAD]))
@@ -251,6 +251,15 @@ def test_long_row_that_is_read_step_by_step_is_said_at_each_doubling():
         said += [step] * len(caught)
     assert said == [0, 1, 3, 7, 11], "of rows of 1, 2, 4 and 8, and of the next row"
     assert steps.skipped == 11 and len(steps.pop_report()["skips"]) == 11
+
+
+def test_smaller_limit_than_the_row_of_a_continued_run_ends_it():
+    """train.max_skips may change when a run continues, and a stop signal writes a checkpoint within a row of skips."""
+    steps = NonFiniteSteps(25, rows=lambda step: trainer.np.arange(4))
+    steps.load({"skipped": 30, "in_a_row": 30})
+    steps.note(7, torch.tensor([1.0, BAD, BAD]))
+    with pytest.raises(FloatingPointError, match="31 updates in a row, up to step 8 of stage1, had no finite gradient"):
+        steps.sync("stage1")
 
 
 def test_all_processes_skip_the_same_step(monkeypatch):

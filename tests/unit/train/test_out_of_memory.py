@@ -1,10 +1,13 @@
 """A step without memory ends in one line, and the command that it names works in the same folder."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from selftrans.cli.main import main
-from selftrans.train.out_of_memory import is_out_of_memory
+from selftrans.recipes import recipe
+from selftrans.train.out_of_memory import explanation, is_out_of_memory
 from selftrans.train.trainer import Objective
 from tests.support import toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -59,8 +62,29 @@ def test_one_sample_that_does_not_fit(tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("micro", "expected"),
+    [
+        (8, "--train.accumulate 4 computes the same batch of 48 in 4 parts; or use"),
+        (15, "--train.accumulate 6 computes the same batch of 90 in 6 parts; or use"),
+        (1, "with 1 sample at a time, and one sample does not fit either: use"),
+    ],
+)
+def test_parts_of_several_processes_divide_the_micro_batch(micro, expected):
+    settings = {"train.batch_size": 3 * 2 * micro, "train.accumulate": 2}
+    trainer = SimpleNamespace(
+        config=recipe("digits").override(settings),
+        accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=3),
+        stream=SimpleNamespace(micro=micro),
+        stage=SimpleNamespace(name="stage1"),
+        captured=None,
+    )
+    assert expected in explanation(trainer, None)
+
+
 def test_trained_run_keeps_its_settings(tmp_path, capsys):
     run = toy.copy(toy.finished(), tmp_path / "run")
+    capsys.readouterr()  # the progress bars of `toy.finished`, if this test is the first to need it
     assert main(["train", "digits", f"--out={run}", f"--data={toy.digits()}", *toy.flags({"train.accumulate": 1})]) == 1
     assert "was started with other settings: train.accumulate was 2, is 1" in one_line(capsys)
 

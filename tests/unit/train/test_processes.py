@@ -26,7 +26,7 @@ def test_lost_process_is_one_line(message, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with (
-        pytest.raises(ConnectionError, match="process 1 of 4 ends, because another one is gone") as caught,
+        pytest.raises(ConnectionError, match="process 1 of 4 ends, because another one has ended") as caught,
         reporting_lost_processes(),
     ):
         raise RuntimeError(message)

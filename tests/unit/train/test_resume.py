@@ -273,7 +273,7 @@ def test_settings_that_do_not_affect_results_may_change(tmp_path):
 
 
 @pytest.mark.parametrize("was", ["off", "on", None])
-def test_runs_from_before_capture_was_automatic_continue_without_a_word(tmp_path, was):
+def test_runs_from_before_capture_was_automatic_continue_without_a_warning(tmp_path, was):
     run, manifest = toy.copy(toy.finished(), tmp_path / "run"), Dataset.open(toy.digits()).manifest
     plain = json.loads((run / "config.json").read_text())
     del plain["train"]["capture"]
@@ -299,7 +299,9 @@ def test_other_data_are_refused(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     before = toy.tree(run)
     prepare("digits", tmp_path / "unmirrored", progress=False)
-    with pytest.raises(ValueError, match=r"was trained on other data than .*unmirrored; use that, or another --out"):
+    with pytest.raises(
+        ValueError, match=r"was trained on other data than .*unmirrored; give the data it was trained on, or another"
+    ):
         train(toy.toy({"data.path": str(tmp_path / "unmirrored")}), run)
     assert {k: v for k, v in toy.tree(run).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
 

@@ -3,12 +3,13 @@
 import itertools
 import os
 import signal
+import time
 
 import pytest
 
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
-from selftrans.train.interrupted import EXIT_RESUME
+from selftrans.train.interrupted import EXIT_RESUME, SAME
 from selftrans.train.run import train
 from selftrans.train.signals import StopSignal
 from tests.support import toy
@@ -43,11 +44,22 @@ def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
 
     def interrupted_twice(self, batch, step):
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(SAME + 0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Objective, "forward", interrupted_twice)
     assert main(["train", "digits", f"--data={data}", f"--out={tmp_path}", *toy.flags()]) == 130
     assert capsys.readouterr().err.endswith("selftrans: interrupted; the same command continues\n")
+
+
+def test_signal_that_timeout_sends_twice_counts_once():
+    with StopSignal() as stop:
+        for _ in range(2):  # `timeout --signal INT`: to its command, and to the group of processes
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        time.sleep(SAME + 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 LONG = {"method": "vanilla", "log.every": 1, "train.checkpoint_every": 2, "stage1.steps": 1}

@@ -93,7 +93,7 @@ def test_tensorboard_has_the_settings_and_the_previews_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"no picture", None])
-def test_picture_that_cannot_be_read_costs_a_warning(tmp_path, monkeypatch, content):
+def test_picture_that_cannot_be_read_causes_a_warning(tmp_path, monkeypatch, content):
     file = tmp_path / "step-00000004.png"
     Image.new("RGB", (8, 8)).save(file)
     if content is None:
@@ -106,7 +106,7 @@ def test_picture_that_cannot_be_read_costs_a_warning(tmp_path, monkeypatch, cont
         trackers.picture("vanilla", file, 4)
 
 
-def test_every_tracker_gets_settings_lines_and_previews_and_a_continued_run_goes_on(tmp_path, packages):
+def test_every_tracker_gets_settings_lines_and_previews_and_a_continued_run_keeps_its_id(tmp_path, packages):
     names = ("wandb", "trackio", "mlflow")
     config = toy.toy(TRACKED | {"log.trackers": names, "train.steps": 4})
     train(config, tmp_path / "a run", quiet=True)
@@ -129,7 +129,7 @@ def test_every_tracker_gets_settings_lines_and_previews_and_a_continued_run_goes
     assert packages["mlflow"].runs[0].lines[-1][1]["vanilla/preview"].endswith("step-00000004.png")
 
 
-def test_steps_of_later_stages_go_on_except_in_tensorboard(tmp_path, packages):
+def test_steps_count_over_all_stages_except_in_tensorboard(tmp_path, packages):
     found = Trackers(tmp_path)
     found.start(toy.toy({"log.trackers": ("trackio",), "log.tensorboard": True}))
     for stage, before in (("one", 0), ("two", 10)):
@@ -142,7 +142,7 @@ def test_steps_of_later_stages_go_on_except_in_tensorboard(tmp_path, packages):
     assert [events.Scalars(f"{stage}/loss")[0].step for stage in ("one", "two")] == [5, 5]
 
 
-def test_tracker_that_is_missing_or_fails_costs_one_warning(tmp_path, packages, monkeypatch, recwarn):
+def test_tracker_that_is_missing_or_fails_causes_one_warning(tmp_path, packages, monkeypatch, recwarn):
     real = trackers.importlib.util.find_spec
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "mlflow" else real(name))
 
@@ -160,6 +160,18 @@ def test_tracker_that_is_missing_or_fails_costs_one_warning(tmp_path, packages, 
         "tracker trackio ends at step 2 (division by zero); log.jsonl continues",
     ]
     assert report["student_steps"] == 8 and len(toy.log(tmp_path, "vanilla")) == 4
+
+
+def test_full_disk_for_the_record_of_trackers_causes_a_warning(tmp_path, packages, monkeypatch):
+    def full(path, value):
+        raise ValueError(f"{path} cannot be written (No space left on device); free disk space")
+
+    monkeypatch.setattr(trackers, "write_json", full)
+    found = Trackers(tmp_path)
+    with pytest.warns(UserWarning, match=r"trackers.json cannot be written .*; a continued run will be a new one"):
+        found.start(toy.toy({"log.trackers": ("trackio",)}))
+    found.log("vanilla", {"loss": 1.0}, 5)
+    assert packages["trackio"].runs[0].lines == [(5, {"vanilla/loss": 1.0})]
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"wandb": 3}', '{"wandb": "../x"}', "[" * 5000])
