@@ -202,7 +202,9 @@ class Backbone(nn.Module):
 
     def from_tokens(self, cells: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Inverse of `patchify`, which moves numbers and changes none: (N, T, C * cells) -> (N, *shape)."""
-        places = torch.arange(math.prod(shape), dtype=torch.float64).view(1, *shape)
+        # not copied from the host, for which the device would wait; only CUDA is known to have float64
+        where = cells.device if cells.is_cuda else "cpu"
+        places = torch.arange(math.prod(shape), dtype=torch.float64, device=where).view(1, *shape)
         order = self.patchify(places).flatten().long().to(cells.device)  # of each number in the tokens, its place
         latent = torch.empty_like(cells.flatten(start_dim=1))
         latent[:, order] = cells.flatten(start_dim=1)
