@@ -267,7 +267,7 @@ def sampled_images(toy: bool, name: str, images: dict[str, np.ndarray]) -> dict[
         settings = SampleConfig(
             num=num,
             batch_size=batch,
-            steps=6 if toy else 50,
+            steps=2 if toy else 50,
             sampler="euler",
             guidance_scale=1.9,
             precision="fp32" if toy else "bf16",
