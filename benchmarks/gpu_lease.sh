@@ -20,7 +20,7 @@ python=${PYTHON:-python3}
 budget=${BUDGET:-520}
 closing=10  # seconds for the table, and for ending a part that does not stop by itself
 parts="correctness s2 b2 s4 xl2 memory variants sampling first_step around"
-declare -A limits=([correctness]=130 [s2]=90 [b2]=100 [s4]=70 [xl2]=90 [memory]=80 [variants]=150 [sampling]=50 [first_step]=120 [around]=60)
+declare -A limits=([correctness]=130 [s2]=90 [b2]=100 [s4]=70 [xl2]=90 [memory]=80 [variants]=150 [sampling]=75 [first_step]=120 [around]=60)
 export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 
 gpu() {  # torch takes seconds to ask; nvidia-smi is not in every container

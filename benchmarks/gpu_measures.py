@@ -35,10 +35,10 @@ from selftrans.experiments.bench import loading_sampling
 from selftrans.experiments.bench.loading_sampling import prepare_sampling, random_dataset
 from selftrans.experiments.bench.machine import Clock, describe
 from selftrans.experiments.bench.rounds import randomise
+from selftrans.graphs import Recorded
 from selftrans.messages import first_line
 from selftrans.models.sit import SiTConfig
-from selftrans.sampling.images import Sampler
-from selftrans.train.captured_step import Recorded
+from selftrans.sampling.images import Sampler, cast_products
 from selftrans.train.dry_run import dry_run
 from selftrans.train.run import train
 from selftrans.types import Conditions
@@ -51,6 +51,7 @@ SAMPLING = 25.0  #: seconds that must be left to sample with a model whose steps
 #: steps of the two stages of a training that is compared: a captured one begins with three launched steps
 LENGTHS = (6, 8)
 CAPTURES = 4  #: graphs that such a training records: two for each stage
+SAMPLED = ("eager", "captured", "compiled", "captured_compiled")  #: ways to sample
 #: the same computation twice: what its kernels' order of sums alone does
 AGAIN = ("compiled bf16 again", "compiled bf16")
 #: pairs of variants -> largest relative difference of their losses that counts as rounding
@@ -238,40 +239,52 @@ def one_step(toy: bool) -> None:
 
 
 def sampling(job: Any) -> None:
-    """Images per second of guided sampling, eager and compiled with batches of one shape."""
-    clock, toy, images = Clock(default_device()), job.toy, dict[str, np.ndarray]()
+    """Images per second of guided sampling: eager and compiled, launched and captured, in large batches and in small ones.
+
+    The levels of captured images are compared with those of the same computation that is launched.
+    """
+    images: dict[str, np.ndarray] = {}
+    for name in SAMPLED:
+        job.attempt(name, lambda name=name: sampled_images(job.toy, name, images))
+    for one, other in (("compiled", "eager"), ("captured", "eager"), ("captured_compiled", "compiled")):
+        if one in images and other in images:
+            a, b = (images[name].astype(np.float32) for name in (one, other))
+            job.found[f"{one}_mean_difference_of_levels"] = float(np.abs(a - b).mean())
+
+
+def sampled_images(toy: bool, name: str, images: dict[str, np.ndarray]) -> dict[str, float]:
+    """Rates of one of `SAMPLED`, whose images are added; twice for each batch size, as the first compiles or records."""
+    clock, found = Clock(default_device()), dict[str, float]()
     shape, dtype = ((4, 8, 8), torch.float32) if toy else ((4, 32, 32), torch.bfloat16)
+    torch.manual_seed(0)
     config = RunConfig("bench", model=TOY if toy else SiTConfig(name="SiT-S/2"))
-    settings = SampleConfig(
-        num=6 if toy else 500,  # the last batch is smaller
-        batch_size=4 if toy else 256,
-        steps=2 if toy else 50,
-        sampler="euler",
-        guidance_scale=1.9,
-        precision="fp32" if toy else "bf16",
-    )
-
-    def once(name: str) -> dict[str, float]:
-        found = {}
-        torch.manual_seed(0)
-        model = config.build_model(shape, Conditions("labels", 1000)).to(clock.device)
-        randomise(model)
+    model = config.build_model(shape, Conditions("labels", 1000)).to(clock.device)
+    randomise(model)
+    if "compiled" in name:
+        prepare_sampling(model, clock.device, dtype)
+    cast_products(model, dtype)
+    for batch, num in ((4, 6), (2, 3)) if toy else ((256, 500), (16, 40)):  # the last batch is smaller
+        settings = SampleConfig(
+            num=num,
+            batch_size=batch,
+            steps=2 if toy else 50,
+            sampler="euler",
+            guidance_scale=1.9,
+            precision="fp32" if toy else "bf16",
+            capture="on" if "captured" in name else "off",
+        )
         sampler = Sampler(model, identity("pixel"), settings, device=clock.device)
-        if name == "compiled":
-            prepare_sampling(model, clock.device, dtype)
-            sampler._compiled = True  # the last batch is filled
-        for number in range(2):
-            clock.wait()
-            began = time.perf_counter()
-            images[name] = np.concatenate([batch.images for batch in sampler.sample()])
-            found[f"{name}_{('first', 'images')[number]}_per_s"] = len(images[name]) / (time.perf_counter() - began)
-        return found
-
-    for name in ("eager", "compiled"):
-        job.attempt(name, lambda name=name: once(name))
-    if len(images) == 2:
-        a, b = (x.astype(np.float32) for x in images.values())
-        job.found["mean_difference_of_levels"] = float(np.abs(a - b).mean())
+        sampler._compiled = "compiled" in name  # the last batch is filled
+        with mock.patch.object(Recorded, "capture", autospec=True, side_effect=Recorded.capture) as recorded:
+            for again in ("first", "then"):
+                clock.wait()
+                began = time.perf_counter()
+                made = np.concatenate([each.images for each in sampler.sample()])
+                found[f"{name}_of_{batch}_{again}_per_s"] = num / (time.perf_counter() - began)
+        images.setdefault(name, made)
+        if settings.capture == "on" and clock.device.type == "cuda" and recorded.call_count != 1:
+            raise RuntimeError(f"{recorded.call_count} graphs were recorded instead of one")
+    return found
 
 
 def around(job: Any) -> None:

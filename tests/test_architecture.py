@@ -29,6 +29,7 @@ ORDER = (
     "plain_json",   # json of files that may be damaged, checked by declared types
     "precision",    # fp32, bf16, fp16 -> torch's dtypes
     "device",       # which device a process works on
+    "graphs",       # functions recorded as CUDA graphs
     "sections",     # settings as frozen dataclasses, to and from json
     "fine_tuning",  # settings of a run that starts from given weights
     "plugins",      # records that other packages add
@@ -65,7 +66,7 @@ EXCEPT = {
 #: imports against the order, for the type checker only: methods read the config of a run, which holds their sections
 TYPES_FROM_ABOVE = {("methods", "config")}
 #: packages whose only third-party import is torch (others may import numpy, pillow, diffusers, ...)
-TORCH_ONLY = {"device", "precision", "types", "flow", "methods"}
+TORCH_ONLY = {"device", "graphs", "precision", "types", "flow", "methods"}
 #: packages whose wheels fail to import with some builds of torch
 NEVER = {"torchvision", "timm", "torchmetrics"}
 #: modules that run code stored in a file

@@ -52,6 +52,8 @@ class SampleConfig(Section):
     seed: int = 0
     batch_size: int = 64
     """changes nothing but speed and memory"""
+    capture: Literal["off", "on"] = "off"
+    """on: passes of the model are recorded as CUDA graphs and replayed, which changes nothing but speed and memory"""
     labels: Labels = "balanced"
     """balanced, random, or a list of classes that repeats"""
     prompts: tuple[str, ...] | None = None
@@ -89,8 +91,8 @@ class SampleConfig(Section):
                 raise ValueError(message)
 
     def settings(self) -> dict[str, Any]:
-        """What an image depends on besides its condition: number, batch size and later settings at default left out."""
-        other: tuple[str, ...] = ("num", "batch_size", "labels", "prompts")
+        """What an image depends on besides its condition: not number, batch size and graphs, nor later settings at default."""
+        other: tuple[str, ...] = ("num", "batch_size", "capture", "labels", "prompts")
         other += tuple(key for key in LATER if getattr(self, key) == getattr(type(self), key))
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in other}
         return kept | {"sampler": "heun" if self.sampler == "ode" else self.sampler}

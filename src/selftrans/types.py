@@ -204,10 +204,11 @@ class Backbone(nn.Module):
 
     def from_tokens(self, cells: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Inverse of a `patchify` that only reorders numbers: (N, T, C * cells) -> (N, *shape)."""
-        positions = torch.arange(math.prod(shape), dtype=torch.float64).view(1, *shape)
-        order = (
-            self.patchify(positions).flatten().long().to(cells.device)
-        )  # position in the latent of each token's numbers
+        # made on a CUDA device, since a copy from the host waits for it; other devices may have no float64
+        device = cells.device if cells.is_cuda else "cpu"
+        positions = torch.arange(math.prod(shape), dtype=torch.float64, device=device).view(1, *shape)
+        # position in the latent of each token's numbers
+        order = self.patchify(positions).flatten().long().to(cells.device)
         latent = torch.empty_like(cells.flatten(start_dim=1))
         latent[:, order] = cells.flatten(start_dim=1)
         return latent.view(-1, *shape)

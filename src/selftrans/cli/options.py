@@ -103,6 +103,9 @@ class SamplingOptions:
     """image k depends on the seed and k alone"""
     batch_size: int | None = None
     """images at a time; changes speed and memory only"""
+    capture: Literal["off", "on"] | None = None
+    """on: passes of the model are recorded as CUDA graphs and replayed, for small models and few images at a time, where the
+    host is slower than the GPU; changes speed and memory only"""
     labels: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="CLASS [CLASS ...]", aliases=("--classes",))] = None
     """classes of the images. balanced: each equally often; random: drawn at random; names or numbers of classes, which repeat;
     cat:10 dog:5 makes 10 and 5 images (and sets --num)"""

@@ -28,9 +28,10 @@ from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, lo
 from selftrans.messages import plural
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
+from selftrans.sampling.captured_passes import CapturedPasses
 from selftrans.sampling.chosen_labels import chosen_labels
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
-from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided
+from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided, launched
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
 from selftrans.sampling.weak_model import weak_model
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
@@ -94,6 +95,7 @@ class Sampler:
         self.described = settings.settings() | self.conditioning.described
         self.shape, self.classes = tuple(model.shape), tuple[str, ...]()
         self._compiled = False
+        self._captured = CapturedPasses(self.device) if settings.capture == "on" else None
 
     @classmethod
     def of(
@@ -185,9 +187,11 @@ class Sampler:
         """
         todo = np.arange(self.settings.num) if indices is None else np.asarray(indices, dtype=np.int64)
         size = self.settings.batch_size
+        # compiled code and graphs are of one shape; a graph is recorded anew for fewer images than a batch
+        full = size if self._compiled else min(size, len(todo)) if self._captured else 1
         for start in range(0, len(todo), size):
             chunk = todo[start : start + size]
-            computed = padded(chunk, size) if self._compiled else chunk
+            computed = padded(chunk, full)
             cond, labels = self.conditioning.of(computed)
             images = self._images(computed, map_cond(lambda x: x.to(self.device), cond))
             yield SampledBatch(chunk, labels[: len(chunk)], images[: len(chunk)])
@@ -217,13 +221,18 @@ class Sampler:
         settings, dtype = self.settings, PRECISIONS[self.settings.precision]
         noise = image_noise(indices, self.shape, settings.seed, self.device)
         scale, interval, channels = settings.guidance_scale, settings.guidance_interval, settings.guidance_channels
-        early = Early(settings.early_guidance, settings.early_interval)
+        early, run = Early(settings.early_guidance, settings.early_interval), self._captured or launched
         if self.weak is None:
-            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels, early=early)
+            velocity = guided(self.model, cond, scale=scale, interval=interval, channels=channels, early=early, run=run)
         else:
-            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval, early=early)
+            velocity = autoguided(self.model, self.weak, cond, scale=scale, interval=interval, early=early, run=run)
         # autocast casts the weights again in every forward pass, also compiled: `cast_products` avoids that
-        amp = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        amp = torch.autocast(
+            self.device.type,
+            dtype=dtype,
+            enabled=dtype != torch.float32,
+            cache_enabled=False if self._captured else None,  # it is freed below, and a graph would go on reading it
+        )
         with eval_mode(self.model), amp:
             sampler = SAMPLERS[settings.sampler]
             shift = settings.time_shift

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from selftrans.types import Backbone, Cond, cat_cond
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) -> (N, ...)
 Noise: TypeAlias = Callable[[], Tensor]  #: the next standard normal (N, ...)
+#: (z (N, ...), times (N,), cond, *choices) -> velocity (N, ...): all that the host decides is in the choices, such as whether
+#: guidance is on, so that it can be recorded as a graph for each of them
+Pass: TypeAlias = Callable[..., Tensor]
+Run: TypeAlias = Callable[..., Tensor]  #: (a pass, z, t (), cond, *choices) -> velocity: see `launched`
 
 
 class Early(NamedTuple):
@@ -136,6 +140,11 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 EVALUATIONS = {"euler": 1, "heun": 2, "ode": 2, "sde": 1}  #: of the velocity, per step
 
 
+def launched(compute: Pass, z: Tensor, t: Tensor, cond: Cond, *choices: Any) -> Tensor:
+    """The velocity (N, ...) of a pass at t (), computed at once."""
+    return compute(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype), cond, *choices)
+
+
 def guided(
     model: Backbone,
     cond: Cond,
@@ -144,6 +153,7 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
     early: Early | None = None,
+    run: Run = launched,
 ) -> Velocity:
     """Velocity of a model with classifier-free guidance, v_u + scale (v_c - v_u), for interval[0] <= t <= interval[1].
 
@@ -151,28 +161,34 @@ def guided(
     scale 1, the unconditional half is not computed. A model without conditions is not guided, with a warning. ValueError
     for labels of no class.
     With `channels`, only the first so many of the C channels are guided, and the others are those of v_c (as in the published
-    sampling code of DiT, SiT and LightningDiT, with 3). With `early`, v_c and v_u are those of `early_guided`.
+    sampling code of DiT, SiT and LightningDiT, with 3). With `early`, v_c and v_u are those of `early_guided`. `run` computes
+    the passes.
     """
     if isinstance(model, Backbone):
         model.conditions.check_labels(cond, cond.shape[0] if isinstance(cond, Tensor) and cond.dim() else 1, null=True)
     if not math.isfinite(scale):
         raise ValueError(f"guidance scale {scale} is not finite; give a number, 1 for none")
-    first = _tensors(cond)[0]
+    first = tensors_of(cond)[0]
     rows = first.shape[0] if first.dim() else 1
     null = model.null(cond)
-    if scale != 1 and all(torch.equal(a, b) for a, b in zip(_tensors(cond), _tensors(null), strict=True)):
+    if scale != 1 and all(torch.equal(a, b) for a, b in zip(tensors_of(cond), tensors_of(null), strict=True)):
         warnings.warn(f"guidance scale {scale} is ignored: the condition is the null condition", stacklevel=2)
         scale = 1.0
     both = cat_cond(cond, null) if scale != 1 else cond
 
+    def compute(z: Tensor, times: Tensor, cond: Cond, halves: bool, weight: float) -> Tensor:
+        if not halves:
+            return early_guided(model, z, times, cond, weight)
+        z, times = torch.cat([z, z], dim=0), torch.cat([times, times], dim=0)
+        conditional, unconditional = early_guided(model, z, times, cond, weight).chunk(2, dim=0)
+        v = unconditional + scale * (conditional - unconditional)
+        return v if channels is None else torch.cat([v[:, :channels], conditional[:, channels:]], dim=1)
+
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         if z.shape[0] != rows and not (rows == 1 and scale == 1):  # one condition holds for all
             raise ValueError(f"{plural(z.shape[0], 'latent')} but conditions of {rows}; give one for each")
-        if scale == 1 or not inside(t, interval):
-            return early_guided(model, z, t, cond, early)
-        conditional, unconditional = early_guided(model, torch.cat([z, z], dim=0), t, both, early).chunk(2, dim=0)
-        v = unconditional + scale * (conditional - unconditional)
-        return v if channels is None else torch.cat([v[:, :channels], conditional[:, channels:]], dim=1)
+        halves = scale != 1 and inside(t, interval)
+        return run(compute, z, t, both if halves else cond, halves, early_weight(early, t))
 
     return velocity
 
@@ -185,32 +201,41 @@ def autoguided(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
     early: Early | None = None,
+    run: Run = launched,
 ) -> Velocity:
     """Velocity of a model guided by a weaker one, v_weak + scale (v - v_weak), for interval[0] <= t <= interval[1].
 
     Autoguidance (Karras et al., 2406.02507): both get the same condition, so the extrapolation reduces errors that are larger
-    in the weak model. Outside the interval the weak model is not computed. With `early`, v is that of `early_guided`.
+    in the weak model. Outside the interval the weak model is not computed. With `early`, v is that of `early_guided`. `run`
+    computes the passes.
     """
 
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
-        v = early_guided(model, z, t, cond, early)
-        if not inside(t, interval):
+    def compute(z: Tensor, times: Tensor, cond: Cond, both: bool, weight: float) -> Tensor:
+        v = early_guided(model, z, times, cond, weight)
+        if not both:
             return v
-        v_weak = _evaluate(weak, z, t, cond)
+        v_weak = early_guided(weak, z, times, cond, 1.0)
         return v_weak + scale * (v - v_weak)
 
-    return velocity
+    return lambda z, t: run(compute, z, t, cond, inside(t, interval), early_weight(early, t))
 
 
-def early_guided(model: Backbone, z: Tensor, t: Tensor, cond: Cond, early: Early | None) -> Tensor:
-    """Velocity of a model guided by its own second output, v_early + scale (v - v_early), at t inside the interval.
+def early_weight(early: Early | None, t: Tensor) -> float:
+    """The scale of guidance by the second output at t: 1 outside its interval, and without `early`."""
+    return early.scale if early is not None and inside(t, early.interval) else 1.0
+
+
+def early_guided(model: Backbone, z: Tensor, times: Tensor, cond: Cond, scale: float) -> Tensor:
+    """Velocity at times (N,) of a model guided by its own second output, v_early + scale (v - v_early).
 
     Internal Guidance (Zhou et al., 2512.24176), of one pass; both halves of classifier-free guidance are so, as released.
-    Outside the interval, with scale 1 or with `early` None the second output is not computed.
+    With scale 1 the second output is not computed.
     """
-    if early is None or early.scale == 1 or not inside(t, early.interval):
-        return _evaluate(model, z, t, cond)
-    return extrapolated(model, z, _times(z, t), cond, early.scale)
+    if scale != 1:
+        return extrapolated(model, z, times, cond, scale)
+    v = model(z, times, cond).v
+    assert v is not None
+    return v.to(z.dtype)
 
 
 def extrapolated(model: Backbone, z: Tensor, times: Tensor, cond: Cond, scale: float) -> Tensor:
@@ -227,15 +252,6 @@ def inside(t: Tensor, interval: tuple[float, float]) -> bool:
     return interval[0] - 1e-9 <= float(t) <= interval[1] + 1e-9
 
 
-def _evaluate(model: Backbone, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    v = model(z, _times(z, t), cond).v
-    assert v is not None
-    return v.to(z.dtype)
-
-
-def _times(z: Tensor, t: Tensor) -> Tensor:
-    return torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype)
-
-
-def _tensors(cond: Cond) -> list[Tensor]:
+def tensors_of(cond: Cond) -> list[Tensor]:
+    """The tensors of a condition."""
     return list(cond.values()) if isinstance(cond, dict) else [cond]

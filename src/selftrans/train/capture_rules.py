@@ -7,7 +7,6 @@ says why not only in `train --dry-run`.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 ENDED = "not-captured.json"
 #: packages whose layers are functions of their inputs; what others keep in Python from step to step would not be replayed
 KNOWN = ("selftrans", "torch", "torchao", "diffusers", "transformers", "peft")
-WAITS, PROTOTYPE = "called a synchronizing CUDA operation", "Synchronization debug mode"  #: in warnings of torch
 
 
 class NotCaptured(ValueError):
@@ -38,11 +36,6 @@ class NotCaptured(ValueError):
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
-
-
-class Invalidated(RuntimeError):
-    """CUDA ended a recording. torch (2.11) then keeps its generator and its allocator in the state of recording: the next
-    random number on the device raises, so this process cannot go on."""
 
 
 def obstacle(trainer: Trainer) -> str | None:
@@ -117,24 +110,6 @@ def too_large(device: torch.device, peak: int) -> str | None:
     if 2 * taken <= free:
         return None
     return f"graphs would keep {gigabytes(taken)}, more than half of the {gigabytes(free)} that are free between steps"
-
-
-@contextlib.contextmanager
-def noted_waits(found: list[str]) -> Iterator[None]:
-    """Add to `found` where an operation waits for the device, as `file.py:12`, by torch's own check; other warnings stay."""
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    for each in said:
-        if WAITS in str(each.message):
-            found.append(f"{Path(each.filename).name}:{each.lineno}")
-        elif PROTOTYPE not in str(each.message):
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def description(trainer: Trainer) -> str:

@@ -14,22 +14,16 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from selftrans.graphs import WARM_UP, Invalidated, Recorded, noted_waits, recordings
 from selftrans.messages import first_line
 from selftrans.train.batches import Inputs, Loaded, draw_batch, inputs_of, seed_step
-from selftrans.train.capture_rules import (
-    Invalidated,
-    NotCaptured,
-    noted_waits,
-    obstacle,
-    too_large,
-    why_launched,
-)
+from selftrans.train.capture_rules import NotCaptured, obstacle, too_large, why_launched
 from selftrans.train.optim import learning_rate, use_rate_tensor
 from selftrans.train.training_step import micro_step, update_step
 from selftrans.types import map_cond
@@ -37,7 +31,6 @@ from selftrans.types import map_cond
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer
 
-WARM_UP = 3  #: steps without a graph before it is captured: compilation, cuBLAS workspaces, moments
 READ = 1000  #: steps after which the host reads the reports, if no log line is due
 
 
@@ -49,54 +42,6 @@ def captured_step(trainer: Trainer) -> CapturedStep | None:
     if reason := obstacle(trainer):
         raise ValueError(f"train.capture on is not possible: {reason}; use auto, or off")
     return CapturedStep(trainer)
-
-
-class Recorded:
-    """A function without arguments: called on a side stream, or captured once and replayed. On a CPU it is called.
-
-    What it returns is overwritten by the next replay.
-    """
-
-    def __init__(self, function: Callable[[], Tensor], stream: torch.cuda.Stream | None) -> None:
-        self.function, self.stream = function, stream
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._out: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        if self._graph is not None:
-            assert self._out is not None
-            self._graph.replay()
-            return self._out
-        if self.stream is None:
-            return self.function()
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            out = self.function()
-        current.wait_stream(self.stream)
-        return out
-
-    def capture(self, pool: Any) -> None:
-        """Record the function without running it. RuntimeError where it fails; `Invalidated` where CUDA ended the recording."""
-        graph = torch.cuda.CUDAGraph()
-        failed: RuntimeError | None = None
-        # thread_local: what other threads do to the device does not end the capture
-        recording = torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
-        try:
-            with recording:
-                try:
-                    self._out = self.function()
-                except RuntimeError as error:
-                    failed = error  # a recording that is still valid can be ended, and torch knows that it is over
-        except RuntimeError as error:
-            raise Invalidated(first_line(failed or error)) from error
-        if failed is not None:
-            raise failed
-        self._graph = graph
-
-    def drop(self) -> None:
-        """Forget the graph and free its memory; the device must have finished with it."""
-        self._graph = self._out = None
 
 
 class CapturedStep:
@@ -269,25 +214,15 @@ class CapturedStep:
         self._launch()
 
     def _capture(self) -> None:
-        if self._waits:
-            raise RuntimeError(f"an operation waits for the device at {self._waits[0]}, which a graph cannot")
-        stream, device, collecting = torch.cuda.current_stream(self.device), self.device, gc.isenabled()
-        drawn, self._capturing = torch.get_rng_state(), True
-        gc.collect()  # a graph of an earlier trainer that is freed during a recording can end it
-        gc.disable()
+        device, self._capturing = self.device, True
         try:
-            with self.trainer.stream.reading:  # the thread that reads ahead leaves the device alone
+            # the thread that reads ahead leaves the device alone
+            with self.trainer.stream.reading, recordings(device, self._waits):
                 pool = torch.cuda.graph_pool_handle()
                 for function in (self._micro, self._update):
                     function.capture(pool)
         finally:
             self._capturing = False
-            if collecting:
-                gc.enable()
-            torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own current when a capture fails
-        if not torch.equal(drawn, torch.get_rng_state()):
-            torch.set_rng_state(drawn)
-            raise RuntimeError("random numbers are drawn on the CPU, which a graph would repeat")
         self.transient = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
     def _give_up(self, error: RuntimeError) -> None:

@@ -47,6 +47,7 @@ class Preview:
             sampler="heun",
             steps=log.preview_steps,
             prompts=run_prompts(config, dataset)[: log.preview_images] or None,
+            capture="off",  # a preview is too short to record its passes, and the hook that stops one would not run
         )
         self._autoencoder: Autoencoder | None = None
         self._conditioning: Conditioning | None = None  #: kept, so that prompts are encoded once

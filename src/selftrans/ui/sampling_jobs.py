@@ -110,7 +110,8 @@ def _opened(
     # the weaker model of autoguidance would be another file, which the run names and the page was not given
     if settings.autoguidance is not None:
         job.notes.append("the run's autoguidance is left out: guidance is by the null condition")
-    settings = dataclasses.replace(settings, autoguidance=None, precision=precision)
+    # graphs: passes are counted by a hook, which a replay does not run
+    settings = dataclasses.replace(settings, autoguidance=None, precision=precision, capture="off")
     return loaded, dataclasses.replace(settings, batch_size=min(settings.batch_size, settings.num))
 
 

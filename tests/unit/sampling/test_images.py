@@ -225,8 +225,8 @@ def test_unusable_settings_are_refused(values, message):
         Sampler(small_model(), identity("pixel"), SampleConfig(**values), device="cpu")
 
 
-def test_settings_exclude_number_and_batch_size():
-    config = SampleConfig(num=3, batch_size=5, sampler="ode")
+def test_settings_exclude_number_batch_size_and_graphs():
+    config = SampleConfig(num=3, batch_size=5, sampler="ode", capture="on")
     assert config.settings() == SampleConfig(num=9, batch_size=1, sampler="heun").settings()
     assert config.settings() != SampleConfig(num=3, batch_size=5, sampler="ode", seed=1).settings()
 
@@ -317,7 +317,7 @@ def test_noise_and_pictures_have_the_size_that_is_asked_for():
         Sampler(Straight((1, 4, 6)), identity("values"), config, device="cpu").resize(8)
 
 
-def test_previews_leave_the_weak_model_out():
-    config = toy.toy({"sample.autoguidance": "other", "sample.guidance_scale": 2.0})
+def test_previews_leave_the_weak_model_and_graphs_out():
+    config = toy.toy({"sample.autoguidance": "other", "sample.guidance_scale": 2.0, "sample.capture": "on"})
     made = Preview(config, Dataset.open(config.data.path), torch.device("cpu")).settings
-    assert (made.autoguidance, made.guidance_scale) == (None, 1.0)
+    assert (made.autoguidance, made.guidance_scale, made.capture) == (None, 1.0, "off")

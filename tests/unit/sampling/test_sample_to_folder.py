@@ -66,6 +66,17 @@ def test_padded_batches_give_no_extra_pictures(tmp_path, monkeypatch):
     assert np.abs(difference).max() <= 1  # rounding depends on the batch size
 
 
+def test_folder_is_continued_with_graphs(tmp_path):
+    """They are no part of what its images depend on. The last batch is filled, and is of one image in the second folder."""
+    assert sample(toy.finished(), tmp_path / "whole", "--batch-size=4") == 0
+    assert sample(toy.finished(), tmp_path / "parts", "--batch-size=2", num=3) == 0
+    assert sample(toy.finished(), tmp_path / "parts", "--batch-size=2", "--capture=on") == 0
+    (whole, labels), (parts, found) = images(tmp_path / "whole"), images(tmp_path / "parts")
+    assert np.array_equal(labels, found) and np.abs(whole.astype(int) - parts).max() <= 1
+    record = json.loads((tmp_path / "parts" / "samples.json").read_text())
+    assert record["complete"] and "capture" not in record["settings"]
+
+
 def test_command_gives_the_images_of_the_library(tmp_path):
     options = ["--sampler=sde", "--guidance-scale=2", "--guidance-interval", "0.2", "0.9", "--seed=5", "--batch-size=4"]
     assert sample(toy.finished(), tmp_path, *options, steps=3) == 0

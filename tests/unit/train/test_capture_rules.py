@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -16,7 +15,6 @@ from selftrans.cli.main import main
 from selftrans.config import Train
 from selftrans.methods.guidance import Frozen
 from selftrans.models.sit import SiT
-from selftrans.train import capture_rules
 from selftrans.train.capture_rules import (
     ENDED,
     NotCaptured,
@@ -202,17 +200,3 @@ def test_folder_that_cannot_be_written_keeps_the_first_message(tmp_path: Path) -
     with pytest.raises(NotCaptured), remembered(tmp_path):
         raise error
     assert not target.exists()
-
-
-def test_warnings_are_noted_only_where_they_are_about_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mode of the check is as before after an error, too."""
-    modes = [0]
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    found: list[str] = []
-    with contextlib.suppress(KeyError), capture_rules.noted_waits(found):
-        raise KeyError
-    assert modes == [0, "warn", 0] and found == []
-    with warnings.catch_warnings(action="error"), capture_rules.noted_waits(found):
-        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
-    assert found == []

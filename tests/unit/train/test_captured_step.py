@@ -17,12 +17,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from selftrans.data.dataset import Dataset
+from selftrans.graphs import WARM_UP, Invalidated, Recorded
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import stages
 from selftrans.train import trainer
 from selftrans.train.batches import draw_batch, inputs_of, seed_step
-from selftrans.train.captured_step import WARM_UP, Invalidated, NotCaptured, Recorded
+from selftrans.train.capture_rules import NotCaptured
 from selftrans.train.optim import optimizer_tensors
 from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
@@ -30,6 +31,7 @@ from selftrans.train.run import train
 from selftrans.train.signals import Interrupted
 from selftrans.train.trainer import Trainer
 from tests.support import toy
+from tests.support.recorder import STREAM, without_gpu
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 STEPS = WARM_UP + 4
@@ -83,9 +85,6 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Objective, "forward", forward)
 
 
-STREAM = SimpleNamespace(device=torch.device("cpu"), wait_stream=lambda _: None)
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     """Graphs without a GPU: what is captured runs at each replay, into the same output; those captured are returned.
@@ -109,21 +108,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
         self._graph, self._out = SimpleNamespace(replay=replay), torch.zeros(0)  # type: ignore[assignment]
 
     monkeypatch.setattr(Recorded, "capture", capture)
-    for name, value in {
-        "current_stream": lambda *_: STREAM,
-        "stream": lambda _: contextlib.nullcontext(),
-        "graph_pool_handle": lambda: (0, 0),
-        "set_stream": lambda _: None,
-        "synchronize": lambda *_: None,
-        "max_memory_allocated": lambda _: 30,
-        "memory_allocated": lambda _: 10,
-        "reset_peak_memory_stats": lambda _: None,
-        "mem_get_info": lambda _: (40, 100),
-        "empty_cache": lambda: None,
-        "get_sync_debug_mode": lambda: 0,
-        "set_sync_debug_mode": lambda _: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    without_gpu(monkeypatch)
     return made
 
 
@@ -396,36 +381,6 @@ def test_graphs_that_were_asked_for_stay(tmp_path: Path) -> None:
             between_steps(asking(one, capture), "a preview", lambda error=error: raising(error))  # type: ignore[misc]
         assert one.captured is not None and one.captured.replaying
     assert between_steps(one, "a preview", lambda: 3) == 3
-
-
-@pytest.mark.parametrize(
-    ("inner", "end", "kind", "said"),
-    [
-        (None, None, None, ""),
-        ("reads a value", None, RuntimeError, "reads a value"),
-        ("reads a value\nmore", "stream capture invalidated", Invalidated, "reads a value"),
-        (None, "stream capture unjoined", Invalidated, "stream capture unjoined"),
-    ],
-)
-def test_a_recording_that_cuda_has_ended_is_an_error_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, inner: str | None, end: str | None, kind: type[Exception] | None, said: str
-) -> None:
-    """As torch.cuda.graph: leaving it raises where CUDA has ended the recording, else it ends it."""
-
-    @contextlib.contextmanager
-    def graph(*_: Any, **__: Any) -> Any:
-        try:
-            yield
-        finally:
-            if end:
-                raise RuntimeError(end)
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "a graph")
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    one = Recorded(lambda: raising(RuntimeError(inner)) or torch.zeros(1) if inner else torch.ones(1), None)
-    with pytest.raises(kind, match=f"^{said}") if kind else contextlib.nullcontext() as caught:
-        one.capture((0, 0))
-    assert (one._graph == "a graph") is (kind is None) and (caught is None or type(caught.value) is kind)
 
 
 @pytest.mark.usefixtures("graphs")

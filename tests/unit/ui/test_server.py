@@ -1,6 +1,7 @@
 """The addresses of the page: what they answer, that jobs make what the commands make, and that nothing is written."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -19,7 +20,7 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.plots import as_pictures
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments.analyse_run import null_of
-from selftrans.sampling.images import Sampler
+from selftrans.sampling.images import Sampler, overridden
 from selftrans.train.run import train
 from selftrans.ui import server
 from selftrans.ui.server import Page
@@ -137,6 +138,15 @@ def test_samples_are_those_of_the_command(page, runs):
     (batch,) = Sampler.load(toy.finished(), options).sample()
     np.testing.assert_array_equal(cut(page, job, job["results"][0]), batch.images)
     assert toy.tree(toy.finished()) == before, "the page writes nothing into a run"
+
+
+def test_page_samples_without_graphs(page, runs, monkeypatch):
+    """A replay does not call the hook that counts passes."""
+    on = lambda *given: dataclasses.replace(overridden(*given), capture="on")  # noqa: E731
+    monkeypatch.setattr("selftrans.ui.sampling_jobs.overridden", on)
+    monkeypatch.setattr("selftrans.sampling.images.CapturedPasses", None)
+    job = done(page, kind="sample", model=model(runs["finished"]), settings=SETTINGS)
+    assert job["state"] == "done", job["error"]
 
 
 def test_a_run_of_text_is_sampled_with_prompts():

@@ -56,7 +56,10 @@ def test_parts_run_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     assert found["graphs"] == {"captured fp32": 0} and found["machine"]["gpu"] is None and "unfinished" not in found
     found = read(out / "sampling.json")
-    assert found["compiled_images_per_s"] > 0 and found["mean_difference_of_levels"] == 0  # not compiled on a CPU
+    ways = ("eager", "captured", "compiled", "captured_compiled")
+    assert all(found[f"{way}_of_{n}_{again}_per_s"] > 0 for way in ways for n in (4, 2) for again in ("first", "then"))
+    # neither compiled nor recorded on a CPU
+    assert all(found[f"{way}_mean_difference_of_levels"] == 0 for way in ways[1:])
     found = read(out / "around.json")
     assert all(value > 0 for name, value in found.items() if name.endswith("per_s"))
     assert 0 < found["decode_mean_difference_of_levels"] < 1 and found["features_per_s"] > 0
