@@ -283,8 +283,9 @@ def _announce(trainer: Trainer, number: int, of: int) -> str:
         for g in objective.guidances
     )
     start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else plural(stage.steps, "step")
-    trained = sum(p.numel() for p in objective.student.parameters() if p.requires_grad) / 1e6
-    size = f"{millions:.1f} M parameters" + (f" ({trained:.2f} M trained)" if trained < millions else "")
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
+    heads = ", with heads" if trained > millions or objective.guidances else ""
+    size = f"{millions:.3g} M parameters" + (f" ({trained:.3g} M trained{heads})" if trained != millions else "")
     what = f"{start}, {size}, {guided or 'no guidance'}"
     memory = f"\n{memory_line(trainer.memory)}" if trainer.initial else ""
     return f"[{number}/{of}] {stage.name}: {what} -> {trainer.directory}{memory}"
