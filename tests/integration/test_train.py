@@ -38,6 +38,7 @@ def test_output_shows_stages_steps_rate_and_loss_terms(run):
     out, output = run
     lines = output["out"].splitlines()
     assert lines[0].startswith("[1/2] stage1: 4 steps, ") and "structure guidance at block 2" in lines[0]
+    assert " M trained, with heads)" in lines[0] and " M trained, with heads)" in lines[1]
     assert lines[1].startswith("[2/2] stage2: 8 steps, ") and "self guidance at block 1 until step 5" in lines[1]
     assert lines[2].startswith("done: 8 student steps, ") and lines[2].endswith(f"-> {out}") and len(lines) == 3
     for text in ("stage1: 100%", "4/4", "stage2: 100%", "8/8", "step/s", "loss=", "flow=", "structure/feature_norm="):

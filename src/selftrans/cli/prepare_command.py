@@ -23,9 +23,9 @@ class Prepare(Command):
 
     SOURCE is a folder of class folders, a zip of class folders, a flat folder (no classes), webdataset tars (key.jpg with
     key.cls or key.json), a parquet file, a data set on the hub, or the built-in `digits`. With --text the pictures have
-    captions: a folder or zip of name.jpg with name.txt, or with --captions FILE (as COCO's), webdataset tars, or a table with
-    a column of captions. A folder, zip or tar may also hold sounds (wav, flac) or videos (mp4, webm, mov, mkv, avi; gif with
-    --frames) instead of pictures.
+    captions: a folder or zip of name.jpg with name.txt, or with --captions FILE (a csv, or COCO's json), webdataset tars, or
+    a table with a column of captions. A folder, zip or tar may also hold sounds (wav, flac) or videos (mp4, webm, mov, mkv,
+    avi; gif with --frames) instead of pictures.
     """
 
     REPEATED = CONTINUES
@@ -74,7 +74,8 @@ class Prepare(Command):
     text_store: Literal["tokens", "ids"] = "tokens"
     """store the encoder's output, or its input: ids take little space, and training encodes them on its device"""
     captions: Path | None = None
-    """annotation file of captions, as COCO's; None: in name.txt, name.caption or name.json next to each picture"""
+    """csv, tsv or jsonl with the file name and the caption of each picture of a folder or zip, or an annotation file as
+    COCO's; None: in name.txt, name.caption or name.json next to each picture"""
     caption_column: str | None = None
     """column with the captions, texts or lists of texts, of a parquet file or a data set on the hub; None: found by its name"""
     captions_per_picture: int = 5

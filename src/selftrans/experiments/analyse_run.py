@@ -74,9 +74,10 @@ def analyse(
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
         names = class_names([printable(name) for name in dataset.manifest.classes]) or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
+    chance = float(labels.bincount().max()) / len(labels)  # of always naming the most frequent class
     if probes:
         series = {f"t = {t:g}": (blocks, accuracy) for t, accuracy in probes.items()}
-        save(curves(series, xlabel="block", ylabel="linear probe accuracy"), out / "probes.png")
+        save(curves(series, xlabel="block", ylabel=f"linear probe accuracy (chance {chance:.2f})"), out / "probes.png")
     report = {
         "source": loaded.source,
         "stage": loaded.stage,
@@ -85,6 +86,7 @@ def analyse(
         "data": str(dataset.path),
         "condition": "null",
         "blocks": list(blocks),
+        "chance": chance if probes else None,
         "probe_accuracy": {f"{t:g}": accuracy for t, accuracy in probes.items()},
     }
     write_json(out / "analyse.json", report)

@@ -29,8 +29,8 @@ from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments.compare import for_method
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.measurement import PROBE_T, checkpoints_of, interval, samples_of
-from selftrans.experiments.quickstart_report import compared, cut, overview, page, sentence, text
-from selftrans.experiments.runner import Results, check_workers, train_and_measure
+from selftrans.experiments.quickstart_report import compared, cut, duration, overview, page, sentence, text
+from selftrans.experiments.runner import Results, check_workers, seconds_trained, train_and_measure
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.messages import first_line, printable
@@ -83,14 +83,16 @@ def quickstart(
         classifier = out / "digits-classifier.safetensors"
         load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier), every=every)
+        begun = any(seconds_trained(chosen.run(job)) for job in chosen.jobs)
         results = train_and_measure(chosen, workers=workers)
         summary = summarise(chosen, results)
-        before = _seconds_before(out, summary)
+        before = _recorded(out, summary, "seconds")
         summary["seconds"] = round(seconds_in_all(before, time.perf_counter() - started, results), 1)
+        summary["continued"] = bool(_recorded(out, summary, "continued") if before else begun)
         print(f"All is trained and measured; drawing {out / 'report.html'}", flush=True)
         write(out, summary, dataset, config, seeds[0])
     print(text(summary, METHODS))
-    print(f"\n{summary['seconds']:.0f} s. Open {out / 'report.html'}")
+    print(f"\n{duration(summary)}. Open {out / 'report.html'}")
     return summary
 
 
@@ -132,9 +134,9 @@ def seconds_in_all(before: float, now: float, results: Results) -> float:
     return before + now if worked or not before else before
 
 
-def _seconds_before(out: Path, summary: dict[str, Any]) -> float:
-    """Seconds that earlier calls for the same comparison took; 0 if unknown."""
-    same = lambda before: float(before["seconds"]) if before["table"] == summary["table"] else 0.0  # noqa: E731
+def _recorded(out: Path, summary: dict[str, Any], key: str) -> float:
+    """What the table of an earlier call for the same comparison says under `key`; 0 if there is none."""
+    same = lambda before: float(before[key]) if before["table"] == summary["table"] else 0.0  # noqa: E731
     return recorded(out / "table.json", same, 0.0)
 
 

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 CLOSE = 0.05  #: relative difference below which a comparison names no winner
 
 
+def duration(summary: dict[str, Any]) -> str:
+    """Seconds that the quickstart took. Those of calls that were interrupted are not known."""
+    return f"{summary['seconds']:.0f} s" + (
+        ", without earlier calls, which it continued" if summary["continued"] else ""
+    )
+
+
 def cut(result: Result, steps: int) -> Result:
     """A run of one stage as it was after `steps`."""
     report, points = result
@@ -182,6 +189,6 @@ This is a toy problem: it shows that the code does what it says, and says nothin
 <p class="note">First three principal components of block {summary["block"]}, the one that stage 1 guides, at t = 0.4, over
 training, for the digits of the first row. All rows use the components of the last checkpoint.</p>
 {features}
-<p class="note">Made by <code>selftrans quickstart</code> in {summary["seconds"]:.0f} s. The same numbers are in
+<p class="note">Made by <code>selftrans quickstart</code>: {duration(summary)}. The same numbers are in
 <code>table.json</code> and <code>table.csv</code> next to this page.</p>"""
     return document("selftrans quickstart", body)

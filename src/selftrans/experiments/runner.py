@@ -95,7 +95,7 @@ def train_and_measure(
     have ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
-    if workers > 1:  # threads that spin while they wait slow other processes down, but are faster in a single one
+    if workers > 1 or busy():  # threads that wait by spinning are faster, unless they have to share the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     finished = finished_runs(comparison) if finished is None else finished
     shown = {"total": comparison.total, "disable": all_measured(comparison, finished), "unit": "step"}
@@ -118,11 +118,18 @@ def train_and_measure(
 
 
 def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
-    """(processes that run at the same time, threads of each); `workers` None: one per core, one on a GPU."""
+    """(processes that run at the same time, threads of each, at most OMP_NUM_THREADS); `workers` None: one per core, one on a
+    GPU."""
     jobs = comparison.jobs
     cores = cpu_cores()
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores))
-    return workers, max(1, cores // workers)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return workers, max(1, min(cores // workers, int(asked) if asked.isdecimal() else cores))
+
+
+def busy() -> bool:
+    """Whether other programs use more than half a core: the load average of the last minute."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5
 
 
 def check_workers(workers: int | None) -> None:

@@ -276,15 +276,19 @@ def stages_to_run(config: RunConfig) -> list[Stage]:
 
 def _announce(trainer: Trainer, number: int, of: int) -> str:
     objective, stage = trainer.objective, trainer.stage
-    millions = sum(p.numel() for p in objective.student.parameters()) / 1e6
+    parameters = sum(p.numel() for p in objective.student.parameters())
     guided = ", ".join(
         f"{g.name} guidance at block {', '.join(map(str, g.taps))}"
         + (f" until step {g.until_step}" if g.until_step and g.until_step < stage.steps else "")
         for g in objective.guidances
     )
     start = f"continues at step {trainer.step} of {stage.steps}" if trainer.step else plural(stage.steps, "step")
-    trained = sum(p.numel() for p in objective.student.parameters() if p.requires_grad) / 1e6
-    size = f"{millions:.1f} M parameters" + (f" ({trained:.2f} M trained)" if trained < millions else "")
+    own, trained = (
+        sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (objective.student, objective)
+    )
+    heads = ", with heads" if trained > own else ""
+    size = f"{parameters / 1e6:.3g} M parameters"
+    size += f" ({trained / 1e6:.3g} M trained{heads})" if trained != parameters else ""
     what = f"{start}, {size}, {guided or 'no guidance'}"
     memory = f"\n{memory_line(trainer.memory)}" if trainer.initial else ""
     return f"[{number}/{of}] {stage.name}: {what} -> {trainer.directory}{memory}"

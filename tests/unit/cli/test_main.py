@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from selftrans import __version__
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.main import Terminated, _refuse_secrets, main
 from selftrans.data.dataset import Dataset
+from selftrans.data.decoded import data_latents
 from selftrans.train.interrupted import Interrupted
 from tests.support import captioned, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -439,6 +441,8 @@ def test_analyse_writes_pictures_and_report(tmp_path, capsys):
     assert report["blocks"] == [1, 2, 3] and report["images"] == 60
     assert (report["stage"], report["step"]) == ("stage2", 8)
     assert {t: len(accuracy) for t, accuracy in report["probe_accuracy"].items()} == {"0.3": 3, "0.6": 3}
+    _, labels = data_latents(Dataset(report["data"]), 60)
+    assert report["chance"] == Counter(labels.tolist()).most_common(1)[0][1] / 60
     for name in ("pca.png", "probes.png"):
         pixels = np.asarray(Image.open(out / name))
         assert min(pixels.shape[:2]) > 200 and len(np.unique(pixels)) > 50

@@ -587,14 +587,27 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     assert reported == [step, *[1] * (20 - step)], "the run continues"
 
 
-@pytest.mark.parametrize(("workers", "policy"), [(1, None), (2, "PASSIVE")])
-def test_threads_wait_without_spinning_where_several_processes_share_the_cores(tmp_path, monkeypatch, workers, policy):
+@pytest.mark.parametrize(("workers", "load", "policy"), [(1, 0.1, None), (1, 1.2, "PASSIVE"), (2, 0.1, "PASSIVE")])
+def test_threads_wait_without_spinning_where_others_use_the_cores(tmp_path, monkeypatch, workers, load, policy):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "")  # restored afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(runner, "_in_workers", lambda *shared: os.environ.get("OMP_WAIT_POLICY"))
     config = toy.toy({"method": "vanilla"})
     comparison = Comparison(config, {"vanilla": config}, (0, 1), tmp_path, 24, "values")
     assert runner.train_and_measure(comparison, workers=workers, finished={}) == policy
+
+
+@pytest.mark.parametrize(
+    ("asked", "workers", "expected"),
+    [("1", 1, (1, 1)), ("3", 1, (1, 3)), ("3", 2, (2, 2)), ("16", 1, (1, 4)), ("", 1, (1, 4)), ("2,1", 1, (1, 4))],
+)
+def test_workers_have_no_more_threads_than_the_environment_says(tmp_path, monkeypatch, asked, workers, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(runner, "cpu_cores", lambda: 4)
+    config = toy.toy({"method": "vanilla"})
+    comparison = Comparison(config, {"vanilla": config}, (0, 1), tmp_path, 24, "values")
+    assert runner.processes(comparison, workers) == expected
 
 
 def worker_with_graphs(comparison: Comparison, *shared: Any) -> None:

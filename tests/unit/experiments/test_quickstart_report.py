@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from selftrans.experiments.quickstart import seconds_in_all
-from selftrans.experiments.quickstart_report import at_compute, cells, compared, cut, sentence
+from selftrans.experiments.quickstart_report import at_compute, cells, compared, cut, duration, sentence
 
 NAMES = {"vanilla": "vanilla", "structure": "stage 1 only", "both": "Both"}
 
@@ -78,3 +78,8 @@ def test_seconds_of_a_call_that_only_writes_the_report_again_do_not_count():
     assert seconds_in_all(7.0, 9.0, {("vanilla", 0): kept, ("sra", 0): done}) == 16.0
     assert seconds_in_all(7.0, 9.0, {("vanilla", 0): kept}) == 7.0
     assert seconds_in_all(0.0, 9.0, {("vanilla", 0): kept}) == 9.0, "of a quickstart whose table was removed"
+
+
+def test_duration_says_that_interrupted_calls_are_not_in_it() -> None:
+    assert duration({"seconds": 232.6, "continued": False}) == "233 s"
+    assert duration({"seconds": 706.9, "continued": True}) == "707 s, without earlier calls, which it continued"

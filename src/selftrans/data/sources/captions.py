@@ -1,4 +1,4 @@
-"""Pictures with captions: caption files next to the pictures, or the annotations of COCO.
+"""Pictures with captions: caption files next to the pictures, the annotations of COCO, or a table of names and captions.
 
 A sample that lacks its picture or its captions stays in the source, with the reason in `Source.faults`: it is refused, or
 skipped and listed, as an unreadable picture is.
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from selftrans.data.sources.caption_table import SUFFIXES, caption_table
 from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.source import Entries, Source, parts_inside
-from selftrans.messages import decoded_text, first_line, one_line, printable
+from selftrans.messages import decoded_text, first_line, one_line, plural, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +36,7 @@ NO_PICTURE, NO_CAPTION = "a caption without its picture", "a picture without a c
 class CaptionSource:
     """Where the captions of a source are, if they are not in files next to the pictures."""
 
-    file: str | Path | None = None  #: annotations as COCO has them
+    file: str | Path | None = None  #: a table of names and captions, or annotations as COCO has them
     column: str | None = None  #: of a table; None: found by its name
 
 
@@ -97,6 +98,11 @@ def captioned(files: Entries) -> Source:
             entries[i] = _next_to(files, texts.get(stem, {}))
         elif stem not in pictures:
             entries[i] = NO_PICTURE
+    if pictures and not texts:
+        raise ValueError(
+            f"none of the {plural(len(pictures), 'picture')} has a caption: they are read from name.txt, name.caption or "
+            "name.json next to name.jpg; for a table of names and captions, or COCO's json, give --captions FILE"
+        )
     return with_captions(files.chosen(list(entries)).pictures(), entries.values())
 
 
@@ -119,8 +125,8 @@ def _next_to(files: Entries, own: Mapping[str, int]) -> list[str] | str:
 
 
 def annotated(pictures: Source, file: Path) -> Source:
-    """The pictures with the captions of a COCO annotation file; its `file_name` is a path in the source, or the last part
-    of one.
+    """The pictures with the captions of a table or of a COCO annotation file, whose names are paths in the source, or the
+    last part of one.
 
     Raises ValueError when the file is not of this kind, or names a picture outside the source.
     """
@@ -158,7 +164,10 @@ def annotated(pictures: Source, file: Path) -> Source:
 
 
 def _annotations(file: Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
-    """The file names and the captions by image id. Raises ValueError unless the file is as COCO's captions are."""
+    """The file names and the captions by image id; of a table the name is the id. Raises ValueError for any other file."""
+    if file.suffix.lower() in SUFFIXES:
+        of = caption_table(file)
+        return {name: name for name in of}, dict(of)
     images: dict[Any, str] = {}
     captions: dict[Any, list[str]] = {}
     try:

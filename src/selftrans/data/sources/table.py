@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from selftrans.data.sources.caption_table import CAPTIONS
 from selftrans.data.sources.captions import CaptionSource, with_captions
 from selftrans.data.sources.decode import open_picture
 from selftrans.data.sources.labelling import Numbered, as_label, numbered
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
-CAPTION_NAMES = ("caption", "captions", "text", "txt", "sentence", "sentences", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "cls")
 #: named in a warning, not read without --label-column
 PERHAPS_LABELS = (*LABEL_NAMES, "label_id", "class_id", "category", "target")
@@ -85,7 +85,7 @@ def _source(
     captions = _captions(rows, where, wanted.column) if wanted else None
     label_column = None if wanted else _label_column(rows.features, where, label_column)
     if not wanted and label_column is None:
-        _warn_of_labels(rows.features, where)
+        _warn_of_unread(rows.features, where)
     found = _labels(rows, label_column, where)
     pictures = rows.pictures(image_column)
 
@@ -109,7 +109,7 @@ def _source(
 
 def _captions(rows: TableRows, where: str, column: str | None) -> list[list[str]]:
     """The captions of each row; of an empty cell none. Raises ValueError unless the column holds texts or lists of texts."""
-    named = [name for name in rows.features if name.lower() in CAPTION_NAMES]
+    named = [name for name in rows.features if name.lower() in CAPTIONS]
     if column is None and len(named) != 1:
         found = f"{len(named)} columns with captions among {', '.join(rows.features)}"
         raise ValueError(f"{where} has {found}; choose one by --caption-column")
@@ -183,8 +183,14 @@ def _label_column(features: Any, where: str, wanted: str | None) -> str | None:
     return columns[0] if columns else None
 
 
-def _warn_of_labels(features: Any, where: str) -> None:
-    """Warn of columns that look like labels and are not read: the user may expect classes."""
+def _warn_of_unread(features: Any, where: str) -> None:
+    """Say that columns which look like labels or captions are not read: data without conditions would be a surprise."""
+    if held := [name for name in features if name.lower() in CAPTIONS]:
+        warnings.warn(
+            f"column {printable(held[0])!r} of {where} is not read, so the pictures have neither classes nor captions; give "
+            "--text MODEL, if it holds their captions",
+            stacklevel=5,
+        )
     for name, kind in features.items():
         if name.lower() in PERHAPS_LABELS:
             dtype = str(getattr(kind, "dtype", "values of another kind"))

@@ -176,6 +176,15 @@ def test_coco_annotations_that_do_not_fit_the_pictures(tmp_path: Path) -> None:
             source.read(i)
 
 
+def test_a_folder_without_any_caption_says_where_they_are_read(tmp_path: Path) -> None:
+    write(
+        tmp_path / "x",
+        {"one.png": picture(1), "two.png": picture(2), "captions.csv": b"file_name,caption\none.png,x\n"},
+    )
+    with pytest.raises(ValueError, match=r"none of the 2 pictures has a caption: .*name\.txt.*give --captions FILE"):
+        opened(tmp_path / "x")
+
+
 NOT_COCO = "does not hold captions as COCO's annotations do"
 INVALID = {
     "empty": (b"", NOT_COCO),

@@ -145,9 +145,14 @@ def test_columns_of_captions(tmp_path: Path) -> None:
             [0, 1, 0],
             r"column 'Category' of .* \(int64\) is not read.* give --label-column Category, if",
         ),
+        (
+            "caption",
+            ["a cat", "a dog", "two"],
+            r"column 'caption' of .* is not read, .*; give --text MODEL, if it holds",
+        ),
     ],
 )
-def test_columns_that_look_like_labels_are_named(tmp_path: Path, name: str, cells: list, said: str) -> None:
+def test_columns_that_look_like_labels_or_captions_are_named(tmp_path: Path, name: str, cells: list, said: str) -> None:
     """Classes stored as words, or as pandas stores integers of which one is missing, are not lost without a word."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pictures = [encoded(noise(8, i)) for i in range(3)]
