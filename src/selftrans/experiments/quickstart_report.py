@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CLOSE = 0.05  #: relative difference below which a comparison names no winner
 
 
-def duration(summary: dict[str, Any]) -> str:
+def duration(summary: Mapping[str, Any]) -> str:
     """Seconds that the quickstart took. Those of calls that were interrupted are not known."""
     return f"{summary['seconds']:.0f} s" + (
         ", without earlier calls, which it continued" if summary["continued"] else ""
