@@ -441,7 +441,7 @@ def test_analyse_writes_pictures_and_report(tmp_path, capsys):
     assert report["blocks"] == [1, 2, 3] and report["images"] == 60
     assert (report["stage"], report["step"]) == ("stage2", 8)
     assert {t: len(accuracy) for t, accuracy in report["probe_accuracy"].items()} == {"0.3": 3, "0.6": 3}
-    _, labels = data_latents(Dataset(report["data"]), 60)
+    _, labels = data_latents(Dataset.open(report["data"]), 60)
     assert report["chance"] == Counter(labels.tolist()).most_common(1)[0][1] / 60
     for name in ("pca.png", "probes.png"):
         pixels = np.asarray(Image.open(out / name))

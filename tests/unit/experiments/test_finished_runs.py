@@ -171,6 +171,9 @@ class Bar(contextlib.nullcontext):
     def update(self, count: int) -> None:
         self.count += count
 
+    def set_postfix_str(self, text: str) -> None:
+        """It shows nothing."""
+
 
 def test_run_that_trained_its_own_teacher_keeps_it_when_another_run_could_teach(tmp_path, folder, monkeypatch):
     """The progress bar counts the steps of both stages."""
