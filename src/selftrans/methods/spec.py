@@ -82,9 +82,8 @@ class PublishedHeads(NamedTuple):
 
     sections: tuple[Section, ...]  #: the settings that they were trained with
     names: Mapping[str, str]  #: names in the file -> names in `Objective.state_dict`
-    predicts_cells: (
-        str  #: prefix of the layer that predicts a token's cells, which the published code may order differently
-    )
+    #: prefix of the layer that predicts a token's cells, which the published code may order differently
+    predicts_cells: str
 
 
 @dataclass(frozen=True)
