@@ -37,9 +37,8 @@ class Family(NamedTuple):
     module: Any  #: ours: `build`, `wrap`
     Config: type[DiffusersConfig]
     convert: Callable[[Settings], dict[str, Any]]  #: its settings => fields of `Config`
-    text: (
-        tuple[str, int] | None
-    )  #: name of the setting with the width of text tokens, and tokens per text in the release
+    #: name of the setting with the width of text tokens, and tokens per text in the release
+    text: tuple[str, int] | None
 
 
 def _sizes(raw: Settings) -> dict[str, Any]:

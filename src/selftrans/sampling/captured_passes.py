@@ -38,9 +38,8 @@ class CapturedPasses:
             )
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pool: Any = (
-            None  #: of all graphs, whose memory they share: what one returns is copied before the next runs
-        )
+        #: of all graphs, which share its memory: the output of one is copied before the next runs
+        self._pool: Any = None
         self._passes: dict[Any, _BufferedPass] = {}
         self._failed = False
 

@@ -70,9 +70,8 @@ class StagePlan:
     memory: dict[str, int]  #: bytes without activations, by what they are for
     #: bytes: of the device in these steps, with `train.recompute` as it is set; on a CPU of the whole process
     peak: int
-    samples: (
-        int  #: of a micro-batch in the smallest step: on a slow CPU fewer than in the run, which is then extrapolated
-    )
+    #: of a micro-batch in the smallest step: on a slow CPU fewer than in the run, which is then extrapolated
+    samples: int
     checkpoint: int  #: bytes
     kept: int  #: checkpoints kept at the end, about
     capture: str = ""  #: on a GPU: whether steps are replayed as CUDA graphs (`train.capture`), and why not
