@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,13 +115,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def with_grid(variants: dict[str, dict[str, Any]], settings: list[str]) -> dict[str, dict[str, Any]]:
-    """Every variant with every combination of `settings`, each of the form section.field=value,value (values are json)."""
+    """Every variant with every combination of `settings`, each of the form section.field=value,value (values are json).
+
+    The name of a combination is also that of its folder, so characters such as slashes become _.
+    """
     axes = []
     for setting in settings:
         key, _, values = setting.partition("=")
         axes.append([(key, value) for value in values.split(",")])
     return {
-        "-".join([name, *(f"{key.split('.')[-1]}={value}" for key, value in chosen)]): dotted
+        "-".join([name, *(f"{key.split('.')[-1]}={re.sub('[^a-zA-Z0-9_.+-]+', '_', value)}" for key, value in chosen)]): dotted
         | {key: json.loads(value) for key, value in chosen}
         for name, dotted in variants.items()
         for chosen in itertools.product(*axes)

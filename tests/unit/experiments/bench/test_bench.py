@@ -359,6 +359,8 @@ def test_ablations_combine_every_setting_of_a_grid() -> None:
         "w5-lr=1e-3-label_std=0.5": shared | {"train.lr": 0.001},
         "w5-lr=2e-3-label_std=0.5": shared | {"train.lr": 0.002},
     }
+    taught = script("ablations").with_grid({"w5": {}}, ['stage2.teacher="../runs/a"'])
+    assert taught == {"w5-teacher=_.._runs_a_": {"stage2.teacher": "../runs/a"}}, "a name is that of one folder"
 
 
 def test_floor_of_a_step_counts_the_operations_of_its_blocks() -> None:
