@@ -124,8 +124,9 @@ def with_grid(variants: dict[str, dict[str, Any]], settings: list[str]) -> dict[
         key, _, values = setting.partition("=")
         axes.append([(key, value) for value in values.split(",")])
     return {
-        "-".join([name, *(f"{key.split('.')[-1]}={re.sub('[^a-zA-Z0-9_.+-]+', '_', value)}" for key, value in chosen)]): dotted
-        | {key: json.loads(value) for key, value in chosen}
+        "-".join(
+            [name, *(f"{key.split('.')[-1]}={re.sub('[^a-zA-Z0-9_.+-]+', '_', value)}" for key, value in chosen)]
+        ): dotted | {key: json.loads(value) for key, value in chosen}
         for name, dotted in variants.items()
         for chosen in itertools.product(*axes)
     }
