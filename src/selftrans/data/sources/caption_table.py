@@ -59,7 +59,10 @@ def _rows(text: str, suffix: str) -> Iterator[tuple[str, Mapping[str | None, Any
 def _lines(text: str) -> Iterator[tuple[str, Mapping[str | None, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:  # which counts the lines of this one
+                raise ValueError(f"line {number} is no json: {error.msg} at character {error.pos + 1}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no object")
             yield f"line {number}", row

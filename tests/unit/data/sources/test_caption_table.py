@@ -59,7 +59,11 @@ def test_what_does_not_fit_the_pictures_is_named(tmp_path: Path) -> None:
             "line 1 has no name of a file, or a caption that is not text",
         ),
         ("c.jsonl", b"[1]\n", "line 1 is no object"),
-        ("c.jsonl", b"{\n", "Expecting"),
+        (
+            "c.jsonl",
+            b'{"file_name": "one.png", "text": "a"}\n\n{"file_name" 1}\n',
+            "line 3 is no json: Expecting ':' delimiter at character 14",
+        ),
     ],
 )
 def test_other_tables_are_refused_with_their_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
