@@ -51,28 +51,32 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     description, folder = _finished(out, settings), out.with_suffix(".training")
     if description is None:
         check_writable(out, size=1 << 20)  # the network has about half of it
-        device = default_device()
         if folder.is_symlink() or (folder.exists() and not (folder / ".lock").exists()):
             raise ValueError(f"{folder} exists and holds something else; choose another --out, or remove it")
         with lock_file(folder / ".lock"):
-            found = checkpoint.newest(folder)
-            if found is not None and found.state["settings"] != settings:
-                raise ValueError(
-                    f"{folder} is an unfinished training with other data, --epochs or --seed; give those, or remove it"
-                )
-            images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
-            steps = functools.partial(_steps, folder, settings, found)
-            classes = dataset.manifest.num_classes
-            model = train_classifier(
-                images, dataset.labels, classes, seed=seed, epochs=epochs, device=device, steps=steps
-            )
-            assert model.training_record is not None
-            description = dataclasses.asdict(model.training_record) | settings
-            description |= {"data": str(data), "classes": list(dataset.manifest.classes)}
-            write_json(out.with_suffix(".json"), description)
-            model.save(out)  # last: with it the classifier is finished
+            # until it has the lock, another process may finish a classifier
+            description = _finished(out, settings) or _train(dataset, out, folder, settings)
     _remove_training(folder, settings)
     return f"{out}: accuracy {description['accuracy']:.3f} on {plural(description['held_out'], 'held-out image')}"
+
+
+def _train(dataset: Dataset, out: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train the classifier on from the newest checkpoint in `folder`, and write its files; returns its json."""
+    found, device = checkpoint.newest(folder), default_device()
+    if found is not None and found.state["settings"] != settings:
+        raise ValueError(
+            f"{folder} is an unfinished training with other data, --epochs or --seed; give those, or remove it"
+        )
+    images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
+    steps, classes = functools.partial(_steps, folder, settings, found), dataset.manifest.classes
+    chosen = {name: settings[name] for name in ("seed", "epochs")}
+    model = train_classifier(images, dataset.labels, len(classes), device=device, steps=steps, **chosen)
+    assert model.training_record is not None
+    description = dataclasses.asdict(model.training_record) | settings
+    description |= {"data": dataset.origin, "classes": list(classes)}
+    write_json(out.with_suffix(".json"), description)
+    model.save(out)  # last: with it the classifier is finished
+    return description
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

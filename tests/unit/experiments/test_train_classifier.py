@@ -58,6 +58,22 @@ def test_second_process_is_refused_until_the_classifier_is_written(data, tmp_pat
     assert status == 1 and f"{tmp_path / 'c.training'} is in use by process {os.getpid()}" in message
 
 
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_classifier_that_another_process_has_finished_stays(data, tmp_path, monkeypatch, uninterrupted, epochs):
+    """Between the look for a finished classifier and the lock."""
+    out, locked = tmp_path / "c.safetensors", module.lock_file
+
+    def lock(path):
+        for suffix in (".safetensors", ".json"):
+            out.with_suffix(suffix).write_bytes(uninterrupted.with_suffix(suffix).read_bytes())
+        return locked(path)
+
+    monkeypatch.setattr(module, "lock_file", lock)
+    monkeypatch.setattr(module, "train_classifier", None)
+    assert main(command(data, out, epochs)) == (0 if epochs == 3 else 1)
+    assert_same_files(out, uninterrupted)
+
+
 def test_stopped_at_every_step(data, tmp_path, monkeypatch, capsys, uninterrupted):
     def stopped(self):
         self.received = signal.SIGTERM
