@@ -59,6 +59,7 @@ Results: TypeAlias = dict[Job, Result]
 #: what one run fails with, while others can go on: training that diverges, samples that are not finite, no memory to train or
 #: to measure it
 FAILURES = (FloatingPointError, NotFinite, MemoryError, torch.OutOfMemoryError)
+STARTED = time.monotonic()  #: about when the command began
 
 
 class StepBar:
@@ -128,8 +129,10 @@ def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
 
 
 def busy() -> bool:
-    """Whether other programs use more than half a core: the load average of the last minute."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5
+    """Whether other programs use more than half a core: the load average of the last minute, without what this process and the
+    workers that it has ended have added to it."""
+    own = sum(os.times()[:4]) / max(60.0, time.monotonic() - STARTED)  # at most this, at a steady use of the cores
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] - own > 0.5
 
 
 def check_workers(workers: int | None) -> None:
