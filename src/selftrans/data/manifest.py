@@ -256,8 +256,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         unset = [name for name in ("tokens", "width", "encoder", "sha256") if not getattr(conditions, name)]
         if unset:
             yield f"field 'conditions' has kind 'text', whose {unset[0]!r} is missing"
-        elif manifest.classes or manifest.text is None:
-            yield "field 'conditions' has kind 'text', which needs a field 'text' and no 'classes'"
+        elif manifest.classes or conditions.num_classes or manifest.text is None:
+            yield "field 'conditions' has kind 'text', which needs a field 'text' and no 'classes' or 'num_classes'"
         elif manifest.shards and not manifest.text.null:
             yield f"field 'text': 'null', the sha256 of {NULL}, is missing"
     elif manifest.text is not None:

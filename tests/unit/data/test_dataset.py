@@ -249,6 +249,7 @@ INVALID_TEXT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no record": (lambda m: m.pop("text"), "kind 'text', which needs a field 'text' and no 'classes'"),
     "null record": (lambda m: m.update(text=None), "kind 'text', which needs a field 'text' and no 'classes'"),
     "classes": (lambda m: m.update(classes=["a"]), "kind 'text', which needs a field 'text' and no 'classes'"),
+    "number of classes": (lambda m: m["conditions"].update(num_classes=3), "no 'classes' or 'num_classes'"),
     "stored": (lambda m: m["text"].update(stored="x"), r"text\.stored should be one of 'tokens', 'ids'"),
     "stored list": (lambda m: m["text"].update(stored=["ids"]), r"text\.stored should be one of 'tokens', 'ids'"),
     "ids": (lambda m: m["text"].update(stored="ids"), "shard-00000.safetensors cannot be used"),
