@@ -174,7 +174,7 @@ class Dataset:
         if self.counts is not None:
             which = np.zeros_like(rows) if which is None else np.asarray(which, dtype=np.int64).reshape(-1)
             if which.shape != rows.shape or ((which < 0) | (which >= self.counts[rows])).any():
-                raise ValueError(f"a caption number in `which` is larger than its picture in {self.path} has captions")
+                raise ValueError(f"a number in `which`, from 0, is none of the captions of its picture in {self.path}")
         return {
             name: torch.from_numpy(self.labels[rows]) if name == "labels" else self._gather(name, rows, which)
             for name in wanted

@@ -119,9 +119,7 @@ def test_only_the_chosen_caption_is_read(pictures: Path, encoder: str, tmp_path:
         ):
             dataset.read(np.array([3, 4]), which=np.array([0, which]))
     for which in (-1, 1):
-        with pytest.raises(
-            ValueError, match=r"a caption number in `which` is larger than its picture in .* has captions"
-        ):
+        with pytest.raises(ValueError, match=r"a number in `which`, from 0, is none of the captions of its picture in"):
             dataset.read(np.array([4, 3]), which=np.array([0, which]))
 
 
