@@ -23,9 +23,8 @@ def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
     keep_compiled()
     # all blocks share one code object, and beyond 8 versions of one dynamo would run the rest uncompiled, with a mere warning
     dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)
-    dynamo.config.optimize_ddp = (
-        False  # it would split each block, so that gradients are sent sooner; blocks are small enough
-    )
+    # it would split each block, so that gradients are sent sooner; blocks are small enough
+    dynamo.config.optimize_ddp = False
     # without this setting blocks with `fused_norm` are not cached, and each process compiles them again
     if fused_norm.FUSED_NORMS and hasattr(functorch, KEEP_FUNCTIONS):
         setattr(functorch, KEEP_FUNCTIONS, True)

@@ -149,9 +149,8 @@ class DiffusersFlux(TextNull, DiffusersBackbone):
         singles = self.net.single_transformer_blocks
         if len(singles) and "encoder_hidden_states" not in inspect.signature(singles[0].forward).parameters:
             raise ValueError("this version of diffusers has other single blocks of Flux; update diffusers")
-        if not len(
-            singles
-        ):  # the last text tokens are not used: DDP would wait for gradients of the layers that make them
+        # the last text tokens are not used then: DDP would wait for gradients of the layers that make them
+        if not len(singles):
             last = self.net.transformer_blocks[-1]
             for part in (last.attn.to_add_out, last.ff_context):
                 part.requires_grad_(False)

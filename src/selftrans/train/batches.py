@@ -86,9 +86,8 @@ class Stream:
         self.dataset, self.batch_size, self.accumulate, self.seed = dataset, batch_size, accumulate, seed
         self.rank, self.micro = rank, batch_size // (accumulate * world)
         self.features = False  #: whether stored features are read, too
-        self.reading = (
-            threading.Lock()
-        )  #: held while the thread reads; holding it elsewhere keeps the thread off the device
+        #: held while the thread reads; holding it elsewhere keeps the thread off the device
+        self.reading = threading.Lock()
         self.schedule = Schedule.of(dataset.parts, seed)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  #: part of the data -> an epoch and its order
         assert window is None or len(dataset.parts) == 1, "windows are of data of one shape"

@@ -31,9 +31,8 @@ class NonFiniteSteps:
 
     def __init__(self, most: int, rows: Callable[[int], np.ndarray]) -> None:
         self.most, self.rows = most, rows
-        self.skipped = self.in_a_row = (
-            0  #: updates skipped so far; updates skipped in a row up to the last step that was read
-        )
+        self.skipped = 0  #: updates skipped so far
+        self.in_a_row = 0  #: updates skipped in a row, up to the last step that was read
         self.norms: dict[str, float] = {}  #: feature norm at the first log line, or when last warned about
         self._unread: list[tuple[int, Tensor]] = []
         self._unreported: list[dict[str, Any]] = []

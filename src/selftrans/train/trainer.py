@@ -286,9 +286,8 @@ class Trainer:
         """(Re)wrap the objective for this process group; also after its parameters have changed."""
         self.accelerator._models.clear()
         self.objective = self.accelerator.unwrap_model(self.objective, keep_fp32_wrapper=False)
-        self.objective.__dict__.pop(
-            "_is_accelerate_prepared", None
-        )  # otherwise accelerate would not give it autocast again
+        # otherwise accelerate would not give it autocast again
+        self.objective.__dict__.pop("_is_accelerate_prepared", None)
         # a sharded model needs only autocast: with evaluation_mode accelerate does not wrap it in DDP
         self.wrapped = self.accelerator.prepare_model(self.objective, evaluation_mode=self.sharded)
         if not hasattr(self.optimizer, "optimizer"):
