@@ -28,9 +28,9 @@ def folder_of(folder: Path, shards: int = 6) -> Path:
     for k in range(shards):
         moments = np.random.default_rng(k).standard_normal((ROWS, 1, 4, 8, 8)).astype(np.float16)
         moments[:, :, 0] = np.arange(k * ROWS, (k + 1) * ROWS)[:, None, None, None]
-        with write_shard(folder / Shard(k, 0, "").file, plan.layout, ROWS) as rows:
+        with write_shard(folder / Shard(k, 0, "", ()).file, plan.layout, ROWS) as rows:
             rows.write({"moments": moments, "labels": np.full(ROWS, k)})
-        made.append(Shard(k, ROWS, sha256_file(folder / Shard(k, 0, "").file)))
+        made.append(Shard(k, ROWS, sha256_file(folder / Shard(k, 0, "", ()).file), ()))
     (folder / "manifest.json").unlink()
     resumable.finish(folder, plan, made)
     return folder

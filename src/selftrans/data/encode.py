@@ -110,6 +110,7 @@ class ShardEncoder(ShardPlan):
             source=source,
             options=options,
             shards=(),
+            features=None,
             text=self.text.record if self.text else None,
         )
 
@@ -117,7 +118,7 @@ class ShardEncoder(ShardPlan):
         self, plan: Manifest, out: Path, shard: int, decoded: Iterator[Decoded], advance: Callable[[int], object]
     ) -> Shard:
         """Encode and write one shard from the next batches of `decoded`."""
-        file, skipped = Shard(shard, 0, "").file, list[tuple[str, str]]()
+        file, skipped = Shard(shard, 0, "", ()).file, list[tuple[str, str]]()
         with write_shard(out / file, plan.layout, self.asked(shard)) as rows:
             for batch in islice(decoded, len(self.batches(shard))):
                 skipped += batch.skipped

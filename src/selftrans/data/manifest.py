@@ -39,7 +39,7 @@ class Shard:
     index: Count
     count: Count  #: samples in it, without the skipped ones
     sha256: Sha256
-    skipped: tuple[tuple[Name, Name], ...] = ()  #: name and reason of each skipped sample
+    skipped: tuple[tuple[Name, Name], ...]  #: name and reason of each skipped sample
 
     @property
     def file(self) -> str:
@@ -105,7 +105,7 @@ class Manifest:
     source: Name
     options: dict[str, Option]
     shards: tuple[Shard, ...]
-    features: Features | None = None  #: of an external encoder, for all shards
+    features: Features | None  #: of an external encoder, for all shards
     text: Text | None = None  #: how captions are stored; conditions are of kind text
 
     @property

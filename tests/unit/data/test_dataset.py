@@ -52,7 +52,9 @@ def test_hash_of_all_shards_is_the_one_that_files_have_recorded(tmp_path: Path) 
     """By sha256sum: of the two hashes with a line feed between them (classifiers), or a space (autoencoders)."""
     make(tmp_path)
     dataset = Dataset.open(tmp_path)
-    dataset.manifest = dataclasses.replace(dataset.manifest, shards=(Shard(0, 1, "a" * 64), Shard(1, 1, "b" * 64)))
+    dataset.manifest = dataclasses.replace(
+        dataset.manifest, shards=(Shard(0, 1, "a" * 64, ()), Shard(1, 1, "b" * 64, ()))
+    )
     recorded = "5e9ae866add9a85d69c3481d059bb9f158a39e5670ba11f95112fc409630894e"
     assert dataset.manifest.shards_sha256() == recorded
     assert data_sha256(dataset) == "10b88f6109ff758ad4219e1c028f5e262ac4c2fe9628576840ab1ba35cd998f0"
@@ -229,6 +231,8 @@ INVALID: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         MOMENTS + r"F16 \(4, 2, 8, 4, 4\)",
     ),
     "shard hash": (lambda m: m["shards"][0].update(sha256="0" * 63), r"shards\[0\]\.sha256 should be a sha256"),
+    "no features": (lambda m: m.pop("features"), "manifest.json: features is missing"),
+    "no skipped": (lambda m: m["shards"][0].pop("skipped"), r"shards\[0\]\.skipped is missing"),
     "skipped": (lambda m: m["shards"][0].update(skipped=[["a"]]), r"skipped\[0\] should be a list of 2"),
     "features": (lambda m: m.update(features=[]), "manifest.json: features should be an object"),
 }

@@ -50,8 +50,9 @@ def random_dataset(folder: Path, shape: tuple[int, int, int], count: int, classe
         source="random numbers",
         options={},
         shards=(),
+        features=None,
     )
-    shard = Shard(0, count, "")
+    shard = Shard(0, count, "", ())
     with write_shard(folder / shard.file, plan.layout, count) as rows:
         for start in range(0, count, len(few)):
             moments = few[: count - start]
