@@ -109,7 +109,7 @@ def legend(metric: str) -> str:
         f"TFLOPs rather than seconds. To {BASELINE}'s end: student steps and total TFLOPs at which the method first reaches "
         f"the final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; "
         "≤: reached at the first measurement; never: with no seed; -: unknown, as the training of an imported teacher, "
-        "accuracies without classes, or runs that failed."
+        "accuracies without classes or without a classifier, or runs that failed."
     )
 
 

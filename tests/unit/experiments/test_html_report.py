@@ -55,6 +55,7 @@ def test_methods_have_their_titles_in_table_figure_and_page(monkeypatch):
     page = comparison_page(summary, figure, {name: np.zeros((1, 8, 8, 1), np.uint8) for name in names[1:]})
     assert [f"<td>{title}</td>" in page for title in titles] == [True] * 3 and "<td>structure" not in page
     assert "None of stage 1 only: its run failed." in page and "<figcaption>Self-Transcendence</figcaption>" in page
+    assert "accuracies without classes or without a classifier" in page, "as with --features values"
     assert "failed: stage 1 only, seed 0: r" in text_table(summary) and "\nSelf-Transcendence " in text_table(summary)
 
 
