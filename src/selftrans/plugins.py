@@ -95,6 +95,10 @@ class Registry(Generic[Record]):
             f"{self.what} '{name:.80}' is not known here; install the package that adds it",
         )
 
+    def loaded(self, name: str) -> Record | None:
+        """The record of this name that is built in or was found before; nothing is imported."""
+        return self.builtin.get(name) or self._outside.get(name)
+
     def known(self) -> list[str]:
         """Every name, also those of entry points, which are not imported for this."""
         records: dict[str, Record | None] = dict(self.builtin)

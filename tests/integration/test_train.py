@@ -11,7 +11,7 @@ from PIL import Image
 
 from selftrans.cli.main import main
 from selftrans.config import from_json
-from selftrans.train.run import train
+from selftrans.train.run import totals, train
 from tests.support import toy
 from tests.support.operations import sit_forward_flops
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -74,6 +74,16 @@ def test_checkpoints_are_safetensors_and_json_with_equal_permissions(run):
     assert {path.suffix for path in out.rglob("*") if path.is_file() and "tensorboard" not in path.parts} == {
         *("", ".json", ".jsonl", ".safetensors", ".png")
     }
+
+
+def test_summary_says_compute_once_for_a_run_of_one_stage():
+    report = {"order": ["vanilla"], "student_steps": 800, "student_tflops": 3.126, "teacher": None}
+    report |= {"total_tflops": 3.126, "total_seconds": 91.4}
+    assert totals(report) == "done: 800 student steps, 3.13 TFLOPs, 91 s"
+    both = "done: 800 student steps, 3.13 TFLOPs; with all stages and the teacher's training 4.82 TFLOPs, 134 s"
+    costly = report | {"total_tflops": 4.82, "total_seconds": 134.0}
+    assert totals(costly | {"order": ["stage1", "stage2"]}) == both
+    assert totals(costly | {"order": ["stage2"], "teacher": {"tflops": 1.694}}) == both, "a teacher of another run"
 
 
 def test_log_lines(run):

@@ -127,6 +127,22 @@ def test_values_that_no_run_has_are_drawn(page):
     assert said == ["89 s", "88 min", "1 h 30 min", "47 h 47 min", "2 d 0 h", "3 d 0 h"]
 
 
+def test_labels_of_large_and_small_values_are_not_cut_off(page):
+    """Fréchet distances of raw pixels have six digits; a label that loses its first one is read as another number."""
+    cut = page.evaluate("""async () => {
+        const { Chart } = await import("/chart.js");
+        return [[577000, 615000], [-615000, -577000], [0.000123, 0.000187], [1.21e-5, 1.87e-5]].map((y) => {
+            const chart = new Chart("a name");
+            document.querySelector("main").append(chart.node);
+            chart.show([{ name: "a", x: [1, 2], y, points: true }]);
+            const left = chart.plot.querySelector("svg").getBoundingClientRect().left;
+            const labels = [...chart.plot.querySelectorAll("text")];
+            return [labels.length > 2, labels.filter((each) => each.getBoundingClientRect().left < left).length];
+        });
+    }""")
+    assert cut == [[True, 0]] * 4
+
+
 def test_side_by_side_shows_equal_steps(page, folder):
     keys = ids(folder)
     go(page, f"#/side?run={keys['live']}&run={keys['finished']}")

@@ -1,5 +1,7 @@
 """Records of other packages: entry points on the path, and module:function."""
 
+import sys
+
 import pytest
 
 from selftrans.methods import registry
@@ -51,6 +53,15 @@ def test_installed_records_are_found_by_every_name(install):
     assert {models().find(name).name for name in ("net", "net-s", "net-m")} == {"net"}
     with pytest.raises(ValueError, match=r"'net-l' is unknown; did you mean net-s or net-m\?$"):
         models().find("net-l")
+
+
+def test_title_of_a_record_imports_nothing(install):
+    install("outside_t", [("methods", "plain", "outside_t:METHOD")])
+    found = methods()
+    assert found.loaded("plain") is None and found.loaded("vanilla").title == "vanilla"
+    assert found.loaded("outside_t:method") is None and "outside_t" not in sys.modules
+    found.find("plain")
+    assert found.loaded("plain").title == "Plain"
 
 
 def test_entry_point_may_be_a_function_that_returns_the_record(install):

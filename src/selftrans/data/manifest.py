@@ -19,7 +19,7 @@ from selftrans.data.manifest_text import NULL, Text
 from selftrans.data.resolution import size_text
 from selftrans.data.shard_file import Layout, row_bytes
 from selftrans.encoders.identity import identity, identity_kind
-from selftrans.encoders.latent_space import LatentSpace
+from selftrans.encoders.latent_space import UNSCALED, LatentSpace
 from selftrans.messages import listed, plural, printable
 from selftrans.plain_json import Count, Name, Option, Sha256, from_plain, one_of, parse_object, read_text, within
 from selftrans.types import Conditions
@@ -152,10 +152,9 @@ class Manifest:
             kind += f": {listed(self.classes, 6)}"
         size = "" if self.resolution is None else f" of {size_text(self.resolution)}"
         latent = "x".join(str(side) for side in self.shape)
-        std = "mean and std" if self.latent_space.stochastic else "no std"
         lines = [
             f"{self.counted(self.count)}{size}, {kind}",
-            f"{latent} latents by {printable(self.autoencoder)}, {std}, {self.dtype}"
+            f"{latent} latents: {self._latents()}, {self.dtype}"
             + (", with mirrored copies" if self.copies == 2 else ""),
             *([self.text.summary(self.conditions)] if self.text else []),
             f"{plural(len(self.shards), 'shard')}, {self.count * row_bytes(self.layout) / 1e6:,.1f} MB",
@@ -167,6 +166,17 @@ class Manifest:
             lines += [f"  {printable(name)}: {printable(reason)}" for name, reason in self.skipped[:10]]
             lines += [f"  and {len(self.skipped) - 10} more, listed in {FILE}"] if len(self.skipped) > 10 else []
         return "\n".join(lines)
+
+    def _latents(self) -> str:
+        """What the latents are, in words; shift and scale of pixels and values are in the name of their autoencoder."""
+        kind = identity_kind(self.autoencoder)
+        if kind is None:
+            return printable(self.autoencoder) + (", mean and std" if self.latent_space.stochastic else "")
+        what = "pixels in [-1, 1]" if kind == "pixel" else "values"
+        if self.latent_space == UNSCALED:
+            return f"{what}, as they are"
+        unit = "scaled to zero mean and unit variance" if self.options.get("standardise") else "scaled"
+        return f"{what}, {unit} ({printable(self.autoencoder.partition('(')[2].removesuffix(')'))})"
 
     def shards_sha256(self, separator: str = "\n") -> str:
         """sha256 of the sha256 of all shards, with `separator` between them: the same for the same data in another folder."""

@@ -97,7 +97,7 @@ def evaluate_samples(
         statistics = reference_of(reference, extractor)
     if save_reference is not None:
         statistics.save(save_reference)
-    images = counted(images, opened.total)
+    images = counted(images, opened.total, "samples")
     with _input_named("samples", samples):
         report = evaluate(images, statistics, extractor, labels=opened.labels, reference_name=described(reference))
     made = {name: (opened.settings or {}).get(name) for name in SETTINGS} | (opened.settings or {})

@@ -11,7 +11,7 @@ import numpy as np
 
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.plots import RULE, blank_figure, draw_lines, figure_to_data_uri, plain_ticks, sample_sheet
-from selftrans.methods.registry import BASELINE
+from selftrans.methods.registry import BASELINE, titles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,18 +69,20 @@ def spread_text(value: Mapping[str, float] | None, digits: int) -> str:
 
 
 def marked(table: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Method -> its name in tables and figures, with how many of its runs failed."""
+    """Method -> its title in tables and figures, with how many of its runs failed."""
     failed = {row["method"]: (row["failed"], row["seeds"]) for row in table if row.get("failed")}
     marks = {
         name: f" ({lost} of {lost + held} seeds failed)" if held else " (failed)"
         for name, (lost, held) in failed.items()
     }
-    return {row["method"]: f"{row['method']}{marks.get(row['method'], '')}" for row in table}
+    return {name: title + marks.get(name, "") for name, title in titles(row["method"] for row in table).items()}
 
 
 def failures(summary: Mapping[str, Any]) -> list[str]:
     """A line for each failed run of a compare.json, with the reason; files of earlier versions have no such runs."""
-    return [f"failed: {one['method']}, seed {one['seed']}: {one['reason']}" for one in summary.get("failed", ())]
+    failed = summary.get("failed", ())
+    names = titles(row["method"] for row in summary["table"]) if failed else {}
+    return [f"failed: {names.get(one['method'], one['method'])}, seed {one['seed']}: {one['reason']}" for one in failed]
 
 
 def text_table(summary: Mapping[str, Any]) -> str:
@@ -107,7 +109,7 @@ def legend(metric: str) -> str:
         f"TFLOPs rather than seconds. To {BASELINE}'s end: student steps and total TFLOPs at which the method first reaches "
         f"the final distance of {BASELINE} with the same seed, with log distance interpolated linearly between measurements; "
         "≤: reached at the first measurement; never: with no seed; -: unknown, as the training of an imported teacher, "
-        "accuracies without classes, or runs that failed."
+        "accuracies without classes or without a classifier, or runs that failed."
     )
 
 
@@ -166,11 +168,14 @@ def comparison_page(
     table = f"Mean ± standard deviation over {seeds} seeds; " if seeds > 1 else "One seed; "
     bands = "Mean over seeds; the band is one standard deviation." if seeds > 1 else "One seed."
     sheets = {name: sample_sheet(images, columns=8, captions=captions) for name, images in grids.items()}
-    samples = "".join(html_figure(name, sheet, name) for name, sheet in sheets.items())
+    shown = titles(row["method"] for row in summary["table"])
+    samples = "".join(
+        html_figure(shown.get(name, name), sheet, shown.get(name, name)) for name, sheet in sheets.items()
+    )
     failed = {one["method"] for one in summary.get("failed", ()) if one["seed"] == summary["seeds"][0]}
     absent = "".join(
-        f'<p class="note">None of {html.escape(name)}: {"its run failed" if name in failed else "they are not finite"}.</p>\n'
-        for name in names
+        f'<p class="note">None of {html.escape(shown[name])}: {why}.</p>\n'
+        for name, why in ((name, "its run failed" if name in failed else "they are not finite") for name in names)
         if name not in grids
     )
     body = f"""<h1>Methods compared</h1>

@@ -48,7 +48,9 @@ def reference_of(reference: str | Path, extractor: Extractor) -> Statistics:
         dataset = open_data(reference)
         identity, size = _identity_of_data(dataset, extractor, torch.float32), len(dataset)
         file, source = cache() / f"{identity}.npz", described(reference)
-        return _cached(file, identity, extractor, lambda: counted(decoded_images(dataset), size), source, dataset)
+        return _cached(
+            file, identity, extractor, lambda: counted(decoded_images(dataset), size, "reference"), source, dataset
+        )
     if path.suffix == ".npz" and (names := _names(path)) & {"mu"}:
         statistics = Statistics.load(path)
         if statistics.features is not None or not names & {"arr_0"} or statistics.dim != extractor.dim:
@@ -79,7 +81,7 @@ def _of_files(path: Path, extractor: Extractor) -> Statistics:
     must_exist(path, WANTED)
     identity = _identity_of_files(path, extractor)
     file = cache() / f"{identity}.npz"
-    return _cached(file, identity, extractor, lambda: counted(open_images(path), None), described(path))
+    return _cached(file, identity, extractor, lambda: counted(open_images(path), None, "reference"), described(path))
 
 
 def _cached(
@@ -216,9 +218,9 @@ def must_exist(path: Path, wanted: str = "give a folder, zip or npz of pictures,
         raise ValueError(f"{path} does not exist; {wanted}")
 
 
-def counted(batches: Iterator[np.ndarray], total: int | None) -> Iterator[np.ndarray]:
-    """Yield the same batches, with a progress bar."""
-    with tqdm(desc="measuring", unit="img", total=total) as bar:
+def counted(batches: Iterator[np.ndarray], total: int | None, what: str) -> Iterator[np.ndarray]:
+    """Yield the same batches, with a progress bar that says what is measured: `samples`, `reference`."""
+    with tqdm(desc=f"measuring the {what}", unit="img", total=total) as bar:
         for images in batches:
             yield images
             bar.update(len(images))

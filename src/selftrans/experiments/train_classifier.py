@@ -46,7 +46,10 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
     if out.suffix != ".safetensors":
         raise ValueError(f"{out} must end in .safetensors, by which evaluate recognises a classifier")
     if dataset.manifest.num_classes < 2:
-        raise ValueError(f"{data} has {plural(dataset.manifest.num_classes, 'class')}; a classifier needs at least two")
+        raise ValueError(
+            f"{data} has {plural(dataset.manifest.num_classes, 'class')}; a classifier needs at least two: prepare pictures in "
+            "one folder for each class, or measure without a classifier of yours (evaluate --features inception or values)"
+        )
     settings = {"epochs": epochs, "seed": seed, SHARDS: dataset.manifest.shards_sha256()}
     description, folder = _finished(out, settings), out.with_suffix(".training")
     if description is None:

@@ -39,6 +39,16 @@ def find(name: str) -> MethodSpec:
     return REGISTRY.find(name)
 
 
+def titles(names: Iterable[str]) -> dict[str, str]:
+    """Name -> what tables and pages show for it: the title of a method that is loaded, else the name itself.
+
+    The names may come from files: nothing is imported for them. Where several have one title, they keep their names.
+    """
+    specs = {name: REGISTRY.loaded(name) for name in names}
+    shown = {name: spec.title if spec else name for name, spec in specs.items()}
+    return {name: title if list(shown.values()).count(title) == 1 else name for name, title in shown.items()}
+
+
 def stages(config: RunConfig) -> list[Stage]:
     """The stages of a run with this configuration, in order. ValueError where the method's list is inconsistent."""
     plan = list(find(config.method).stages(config))

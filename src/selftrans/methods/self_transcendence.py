@@ -253,7 +253,11 @@ def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
     stage2 = config.section(Stage2)
     for name, plain in (("scale", 1.0), ("null_rows", 0.0)) if conditions.kind == "none" else ():
         if getattr(stage2, name) != plain:
-            warnings.warn(f"stage2.{name} {getattr(stage2, name):g} is ignored: the data have no classes", stacklevel=5)
+            warnings.warn(
+                f"the data have no classes: stage2.{name} is {plain:g} in place of {getattr(stage2, name):g}, which needs "
+                "conditions; there is nothing to change",
+                stacklevel=5,
+            )
             config = config.override({f"stage2.{name}": plain})
     return config
 

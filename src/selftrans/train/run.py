@@ -326,9 +326,11 @@ def _report(
 
 
 def totals(report: dict[str, Any]) -> str:
-    """Steps and compute of a run that is done."""
-    total = "what the teacher's training took is unknown"  # it was imported
-    if report["total_tflops"] is not None:
-        sums = f"{report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s"
-        total = f"with all stages and the teacher's training {sums}"
-    return f"done: {plural(report['student_steps'], 'student step')}, {report['student_tflops']:.3g} TFLOPs; {total}"
+    """Steps and compute of a run that is done; compute once, where the only stage is all that was trained."""
+    done, own = f"done: {plural(report['student_steps'], 'student step')}", f"{report['student_tflops']:.3g} TFLOPs"
+    if report["total_tflops"] is None:
+        return f"{done}, {own}; what the teacher's training took is unknown"  # it was imported
+    total = f"{report['total_tflops']:.3g} TFLOPs, {report['total_seconds']:.0f} s"
+    if len(report["order"]) == 1 and report["teacher"] is None:
+        return f"{done}, {total}"
+    return f"{done}, {own}; with all stages and the teacher's training {total}"

@@ -10,7 +10,7 @@ from typing import Any
 from selftrans.experiments.html_report import HEADINGS, cells, depends_on, failures, legend, marked, settings_text
 from selftrans.experiments.summary import AXES, curve, mean_curve, rows
 from selftrans.messages import first_line, printable
-from selftrans.methods.registry import BASELINE
+from selftrans.methods.registry import BASELINE, titles
 from selftrans.sections import RESERVED_KEYS, RUN_SECTIONS
 from selftrans.storage import UNREADABLE
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
@@ -114,12 +114,15 @@ def _measured(results: dict[tuple[str, int], Any]) -> dict[str, Any]:
 
 def _shown(table: Any, metric: str, curves: Any, settings: dict[str, str]) -> dict[str, Any]:
     """What the page gets of a comparison; raises where a part of it is not as it should be."""
-    names = marked(table)
+    names, shown = marked(table), titles(row["method"] for row in table)
     lines = [cells(row, names) for row in table]
     # columns that compare with a baseline are empty where it has no run
     used = [i for i in range(len(HEADINGS)) if any(line[i] for line in lines)]
     drawn = {
-        axis: {str(name): [[float(value) for value in column] for column in of_name] for name, of_name in found.items()}
+        axis: {
+            str(shown.get(name, name)): [[float(value) for value in column] for column in of_name]
+            for name, of_name in found.items()
+        }
         for axis, found in curves.items()
     }
     return plain(

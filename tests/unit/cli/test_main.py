@@ -364,7 +364,9 @@ def test_classifier_prints_its_accuracy(results, tmp_path, capsys):
     assert main(["classifier", str(flat), f"--out={tmp_path / 'x'}"]) == 1
     assert "must end in .safetensors" in one_line(capsys)
     assert main(["classifier", str(flat), f"--out={tmp_path / 'x.safetensors'}"]) == 1
-    assert "has 0 classes; a classifier needs at least two" in one_line(capsys)
+    line = one_line(capsys)
+    assert "has 0 classes; a classifier needs at least two: prepare pictures in one folder for each class" in line
+    assert "evaluate --features inception" in line, "what serves where there are no classes"
 
 
 def test_evaluate_samples_with_their_labels(results, capsys):
@@ -386,8 +388,9 @@ def test_folder_evaluated_against_itself_has_distance_zero(results, tmp_path, ca
         Image.fromarray(array).save(tmp_path / f"{k}.png")
     argv = ["evaluate", str(tmp_path), f"--reference={tmp_path}", f"--features={results / 'judge.safetensors'}"]
     assert main(argv) == 0
-    shown, text = json.loads((tmp_path / "evaluate.json").read_text()), capsys.readouterr().out
+    shown, (text, bars) = json.loads((tmp_path / "evaluate.json").read_text()), capsys.readouterr()
     assert shown[shown["metric"]] == pytest.approx(0, abs=1e-2)
+    assert 0 < bars.find("measuring the reference:") < bars.find("measuring the samples:")
     assert "sampler unknown, steps unknown" in text and shown["made"]["sampler"] is None, (
         "the folder has no record of its settings"
     )

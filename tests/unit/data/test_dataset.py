@@ -85,7 +85,7 @@ def test_manifest_properties_and_round_trip(tmp_path: Path) -> None:
     assert manifest.skipped == (("x/y.jpg", "cut off"),)
     assert Manifest.from_json(manifest.to_json()) == manifest
     summary = manifest.summary()
-    assert "8 pictures of 32x32, 3 classes" in summary and "4x4x4 latents by owner/name" in summary
+    assert "8 pictures of 32x32, 3 classes" in summary and "4x4x4 latents: owner/name" in summary
     assert "1 unreadable" in summary and "x/y.jpg: cut off" in summary
 
 

@@ -118,7 +118,7 @@ def test_options_for_pictures_are_refused_in_one_line(
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
     assert main(common) == 0
     captured = capsys.readouterr()
-    assert "13 samples, unconditional" in captured.out and "2x40 latents by values, no std, float32" in captured.out
+    assert "13 samples, unconditional" in captured.out and "2x40 latents: values, as they are, float32" in captured.out
     assert "13/13" in captured.err and "samples/s" in captured.err
 
 

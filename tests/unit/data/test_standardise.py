@@ -172,9 +172,11 @@ def test_buckets_share_the_statistics_of_all_pictures(tmp_path):
 
 def test_command_standardises_unless_it_is_refused(source, tmp_path, capsys):
     assert main(["prepare", str(source), f"--out={tmp_path / 'data'}"]) == 0
-    assert "3x8x8 latents by pixel(shift=-0.6" in capsys.readouterr().out
+    assert (
+        "3x8x8 latents: pixels in [-1, 1], scaled to zero mean and unit variance (shift=-0.6" in capsys.readouterr().out
+    )
     assert main(["prepare", str(source), f"--out={tmp_path / 'plain'}", "--no-standardise"]) == 0
-    assert "3x8x8 latents by pixel, no std" in capsys.readouterr().out
+    assert "3x8x8 latents: pixels in [-1, 1], as they are, float16" in capsys.readouterr().out
 
 
 def test_latent_zero_is_the_mean_pixel():

@@ -39,6 +39,7 @@ from selftrans.experiments.measurement import (
 )
 from selftrans.experiments.runner import StepBar, train_one
 from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
+from selftrans.methods.registry import titles
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
@@ -301,7 +302,7 @@ def test_compare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
     output = capfd.readouterr()
     assert len(prepared) == 1, "prepared once"
-    assert all(name in output.out for name in [*methods, "±", "compare.html"])
+    assert all(name in output.out for name in [*titles(methods).values(), "±", "compare.html"])
     assert "selftrans: warning: 24 images for 64 dimensions" in output.err and "UserWarning" not in output.err
     assert "first: measuring the training data" in output.err, "the only worker trains nothing meanwhile"
     summary = json.loads((out / "compare.json").read_text())

@@ -43,6 +43,22 @@ def test_failed_run_is_in_table_figure_and_page_with_its_reason(monkeypatch):
     assert convergence(summary | {"failed": []}).get_supxlabel() == ""
 
 
+def test_methods_have_their_titles_in_table_figure_and_page(monkeypatch):
+    monkeypatch.setattr(html_report, "depends_on", lambda summary: {})
+    names = ("structure", "self_transcendence", "mine")
+    curves = {axis: {name: ([1.0, 2.0], [4.0, 3.0], [0.0, 0.0]) for name in names} for axis in ("step", "tflops")}
+    summary = {"table": [row() | {"method": name} for name in names], "metric": "m", "seeds": [0], "curves": curves}
+    summary |= {"failed": [{"method": "structure", "seed": 0, "reason": "r"}]}
+    titles = ["stage 1 only", "Self-Transcendence", "mine"]
+    figure = convergence(summary)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == titles
+    page = comparison_page(summary, figure, {name: np.zeros((1, 8, 8, 1), np.uint8) for name in names[1:]})
+    assert [f"<td>{title}</td>" in page for title in titles] == [True] * 3 and "<td>structure" not in page
+    assert "None of stage 1 only: its run failed." in page and "<figcaption>Self-Transcendence</figcaption>" in page
+    assert "accuracies without classes or without a classifier" in page, "as with --features values"
+    assert "failed: stage 1 only, seed 0: r" in text_table(summary) and "\nSelf-Transcendence " in text_table(summary)
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "text"), [(1234.56, 0.26, "1,234.6 ± 0.3"), (2.0, 0.04, "2.0"), (-0.1, 1.0, "-0.1 ± 1.0")]
 )

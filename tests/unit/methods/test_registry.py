@@ -30,6 +30,12 @@ def config(method):
     )
 
 
+def test_titles_are_those_of_methods_that_are_loaded():
+    shown = registry.titles(["structure", "mine", "sra"])
+    assert shown == {"structure": "stage 1 only", "mine": "mine", "sra": "SRA"}
+    assert registry.titles(["SRA", "sra"]) == {"SRA": "SRA", "sra": "sra"}, "one name each, or a curve would be lost"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_builds_its_stages_and_takes_a_step(method):
     plan = stages(config(method))

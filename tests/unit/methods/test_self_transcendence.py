@@ -24,9 +24,10 @@ from selftrans import (
     flow,
 )
 from selftrans.methods.registry import stages
-from selftrans.methods.self_transcendence import default_teacher_block
+from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, default_teacher_block
 from selftrans.models.sit import SIT_SIZES
 from selftrans.recipes import recipe
+from selftrans.types import Conditions
 from tests.support.stub import (
     Stub,
     TextStub,
@@ -672,6 +673,17 @@ def test_patchify_that_disagrees_with_the_grid_is_refused():
 def test_settings_may_be_numbers_of_numpy():
     stage1 = StructureGuidance(Stub(), Stage1(block=np.int64(2), weight=np.float32(0.5)))
     assert stage1.taps == (2,) and stage1.weight == 0.5 and type(stage1.config.block) is int
+
+
+def test_scale_of_a_recipe_without_classes_needs_no_action():
+    config = recipe("digits")
+    with pytest.warns(
+        UserWarning, match=r"no classes: stage2.scale is 1 in place of 2, .* there is nothing to change$"
+    ):
+        settled = SELF_TRANSCENDENCE.settle(config, Conditions("none"))
+    assert settled.section(Stage2).scale == 1
+    assert SELF_TRANSCENDENCE.settle(settled, Conditions("none")) == settled, "without a warning"
+    assert SELF_TRANSCENDENCE.settle(config, Conditions("labels", 3)) == config
 
 
 @pytest.mark.parametrize("place", ["meta", torch.bfloat16])

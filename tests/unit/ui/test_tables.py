@@ -34,8 +34,12 @@ def test_a_comparison_that_is_kept_with_the_documents(tmp_path, file):
     found = stored(tmp_path, "compare.json", summary)
     first = summary["table"][0]
     row = dict(zip([each["name"] for each in found["headings"]], found["rows"][0], strict=True))
-    assert row["method"] == first["method"] and row["distance"].startswith(f"{first['distance']['mean']:.2f}")
-    assert found["curves"]["step"][first["method"]] == summary["curves"]["step"][first["method"]]
+    assert row["method"] == first["method"] == "vanilla"
+    assert row["distance"].startswith(f"{first['distance']['mean']:.2f}")
+    assert found["curves"]["step"]["vanilla"] == summary["curves"]["step"]["vanilla"]
+    shown = [row[0] for row in found["rows"]]
+    assert "Self-Transcendence" in shown and "self_transcendence" not in shown, "titles, as in compare.html"
+    assert set(found["curves"]["step"]) == set(found["curves"]["tflops"]) == set(shown)
     assert found["settings"]["extractor"].endswith(summary["extractor_sha256"])
     assert all(each["depends"] for each in found["headings"] if each["name"] in ("distance", "accuracy", "seconds"))
     json.dumps(found, allow_nan=False)
@@ -43,7 +47,8 @@ def test_a_comparison_that_is_kept_with_the_documents(tmp_path, file):
 
 def test_runs_that_failed_are_named_with_the_reason(tmp_path):
     summary = json.loads(KEPT.read_text())
-    first, second = (row["method"] for row in summary["table"][:2])
+    first, second = "vanilla", "stage 1 only"
+    assert [row["method"] for row in summary["table"][:2]] == [first, "structure"]
     summary["table"][0]["failed"] = 1
     summary["table"][1] |= {"seeds": 0, "failed": 3, "steps": None, "distance": None, "accuracy": None, "probe": None}
     summary["failed"] = [{"method": first, "seed": 7, "reason": "not \x1b finite"}]
@@ -86,10 +91,14 @@ def test_the_table_of_a_quickstart(tmp_path):
     summary = {key: kept[key] for key in ("table", "metric", "sampler", "extractor_sha256", "seeds", "images")}
     summary |= {"curves": kept["curves"]["step"], "steps": 1000, "teacher_steps": 1000, "block": 2}
     found = stored(tmp_path, "table.json", summary)
-    assert found["curves"] == {"step": kept["curves"]["step"], "tflops": {}} and found["outcome"] == ""
+    titles = {"vanilla": "vanilla", "structure": "stage 1 only", "self_transcendence": "Self-Transcendence"}
+    curves = {
+        axis: {titles[name]: curve for name, curve in kept["curves"][axis].items()} for axis in ("step", "tflops")
+    }
+    assert found["curves"] == {"step": curves["step"], "tflops": {}} and found["outcome"] == ""
     assert found["settings"]["teacher"] == "stage 1 at step 1,000" and found["rows"][0][0] == name
     found = stored(tmp_path, "table.json", summary | {"outcome": "faster", "curves_tflops": kept["curves"]["tflops"]})
-    assert found["curves"]["tflops"] == kept["curves"]["tflops"] and found["outcome"] == "faster"
+    assert found["curves"]["tflops"] == curves["tflops"] and found["outcome"] == "faster"
 
 
 def measured(folder, name, values, *, tflops=3.0, report=None, **identity):

@@ -1,7 +1,7 @@
 // One chart as SVG: lines with bands, linear or logarithmic, a tip at the pointer, series that can be hidden.
 import { h, short, store, stored } from "./dom.js";
 
-const WIDE = { left: 52, right: 12, top: 8, bottom: 36 };
+const WIDE = { left: 66, right: 12, top: 8, bottom: 36 };
 
 function ticks(low, high, count) {
   const rough = (high - low) / Math.max(1, count) || 1;
