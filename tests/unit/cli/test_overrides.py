@@ -64,7 +64,8 @@ def test_overrides_of_every_kind(monkeypatch):
     def train(config, out, typed):
         calls.append((config, out))
         given.append(typed)
-        return dict.fromkeys(("student_steps", "student_tflops", "total_tflops", "total_seconds"), 0)
+        counts = dict.fromkeys(("student_steps", "student_tflops", "total_tflops", "total_seconds"), 0)
+        return counts | {"order": ["vanilla"], "teacher": None}
 
     monkeypatch.setattr("selftrans.train.run.train", train)
     argv = (
