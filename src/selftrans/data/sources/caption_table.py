@@ -7,19 +7,17 @@ a/001.jpg,"a cat, asleep"                       {"file_name": "a/002.jpg", "capt
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from selftrans.data.sources.label_file import NAMES
+from selftrans.data.sources.label_file import MAX_BYTES, NAMES, csv_lines, picture_name
 from selftrans.messages import decoded_text, first_line, printable
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 #: names of columns, in lower case
 CAPTIONS = ("caption", "captions", "text", "txt", "sentence", "sentences", "prompt")
-MAX_BYTES = 1 << 28  #: of the file
 
 
 def caption_table(file: Path) -> dict[str, list[str]]:
@@ -34,7 +32,7 @@ def caption_table(file: Path) -> dict[str, list[str]]:
         text = decoded_text(file.read_bytes())
         for where, row in _lines(text) if file.suffix.lower() == ".jsonl" else _rows(text, file.suffix.lower()):
             name, captions = _entry({str(key).strip().lower(): value for key, value in row.items()}, where)
-            found.setdefault(name.strip().replace("\\", "/").removeprefix("./"), []).extend(captions)
+            found.setdefault(picture_name(name.strip()), []).extend(captions)
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(
             f"{printable(file)} cannot be read as captions ({first_line(error)}): give a csv, tsv or jsonl with file_name and "
@@ -44,10 +42,9 @@ def caption_table(file: Path) -> dict[str, list[str]]:
 
 
 def _rows(text: str, suffix: str) -> Iterator[tuple[str, Mapping[str | None, Any]]]:
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    head = text.split("\n", 1)[0]
-    delimiter = "\t" if suffix == ".tsv" else max(",;\t|", key=head.count)
-    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    lines, found = csv_lines(text, ",;\t|")
+    delimiter = "\t" if suffix == ".tsv" else found
+    rows = csv.DictReader(lines, delimiter=delimiter)
     for row in rows:
         if None in row:
             raise ValueError(

@@ -169,11 +169,22 @@ def _pairs(entries: Iterable[object], where: str, remedy: str) -> dict[str, Labe
     return _unique(pairs(), where, remedy)
 
 
+def picture_name(given: str) -> str:
+    """The name of a picture in a file of labels or captions, as sources have it."""
+    return given.replace("\\", "/").removeprefix("./")
+
+
+def csv_lines(text: str, delimiters: str) -> tuple[io.StringIO, str]:
+    """The lines of a csv, each ended by a line feed, and the delimiter that its first line has most often."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return io.StringIO(text), max(delimiters, key=text.split("\n", 1)[0].count)
+
+
 def _unique(pairs: Iterable[tuple[str, Label]], where: str, remedy: str) -> dict[str, Label]:
     """The pairs as a dict, with names as sources have them. Raises ValueError for a name with two labels."""
     of = dict[str, Label]()
     for given, label in pairs:
-        name = given.replace("\\", "/").removeprefix("./")
+        name = picture_name(given)
         if of.setdefault(name, label) != label:
             first = printable(of[name], 40)
             raise ValueError(f"{where} gives {printable(name)} the labels {first} and {printable(label, 40)}; {remedy}")
@@ -182,10 +193,8 @@ def _unique(pairs: Iterable[tuple[str, Label]], where: str, remedy: str) -> dict
 
 def _csv(text: str, delimiter: str | None, names: Collection[str], where: str) -> Iterator[tuple[str, Label]]:
     """Name and label of each line; `names` of the pictures: a first line with one of them is no header."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    head = text.split("\n", 1)[0]
-    delimiter = delimiter or max(",;\t", key=head.count)
-    rows = csv.reader(io.StringIO(text), delimiter=delimiter)
+    lines, found = csv_lines(text, ",;\t")
+    rows = csv.reader(lines, delimiter=delimiter or found)
     at: tuple[int, int] | None = None
     same: list[tuple[int, int]] = []  # pairs of columns with the same title
     try:
@@ -237,5 +246,5 @@ def _column(entry: Collection[str], names: tuple[str, ...], where: str) -> str:
 
 def _is_name(cell: str, names: Collection[str]) -> bool:
     """Whether the first cell of a file is the path of a picture, not the title of a column."""
-    name = cell.strip().replace("\\", "/").removeprefix("./")
+    name = picture_name(cell.strip())
     return name in names or "." in name or "/" in name or any(char.isdigit() for char in name)
