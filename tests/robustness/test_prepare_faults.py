@@ -107,7 +107,7 @@ def test_system_error_is_not_skipped_as_a_bad_picture(
     monkeypatch.setattr(io, "FileIO", exhausted)
     with pytest.raises(ValueError, match="Too many open files") as caught:
         source.read(0)
-    assert type(caught.value) is ValueError  # a BadPicture would be skipped by --skip-bad
+    assert type(caught.value) is ValueError  # a BadSample would be skipped by --skip-bad
 
 
 def test_output_that_is_a_file_or_holds_other_files_is_refused(pictures: Path, tmp_path: Path) -> None:

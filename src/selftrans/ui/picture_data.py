@@ -22,7 +22,7 @@ from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.data.resolution import resolution_of
-from selftrans.data.sources.decode import bad_picture, check_pixels, open_picture, to_array
+from selftrans.data.sources.decode import check_pixels, open_picture, to_array, unreadable
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, from_uint8, load_autoencoder
 from selftrans.evaluate.plots import as_pictures
 from selftrans.ui.contained import Contained, part
@@ -119,5 +119,5 @@ def encoded(content: bytes, autoencoder: Autoencoder, shape: tuple[int, ...]) ->
         check_pixels(image, UPLOAD_PIXELS)
         array = to_array(image, resolution_of(height, width), channels)
     except Exception as error:  # decoders raise many types
-        raise bad_picture("the picture", error) from error
+        raise unreadable("the picture", error) from error
     return autoencoder.latent_space.mean(autoencoder.encode(from_uint8(torch.from_numpy(array[None]))).stack())

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from selftrans.data.sources.clip_files import kind_of, open_files
-from selftrans.data.sources.decode import STANDARD, BadSample, Reading, machine_fault, reason_of
+from selftrans.data.sources.decode import STANDARD, BadSample, Reading, unreadable
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Media, rounded
 from selftrans.messages import first_line
@@ -45,13 +45,6 @@ class MediaOptions:
         for name in names.split():
             if name in self.given():
                 raise ValueError(f"--{name} does not apply to {what}; leave it out")
-
-
-class BadClip(BadSample):
-    """A sound or a video that cannot be read."""
-
-    def __init__(self, name: str, reason: str, kind: str) -> None:
-        super().__init__(name, reason, f"cannot be read as a {kind}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +86,7 @@ class Clips:
         return self.source.name(i)
 
     def read(self, i: int) -> np.ndarray:
-        """Sample i: (C, *S) float32. Raises BadClip for a file that cannot be decoded, is too short or not finite."""
+        """Sample i: (C, *S) float32. Raises BadSample for a file that cannot be decoded, is too short or not finite."""
         name = self.name(i)
         if i in self.faults:
             raise BadSample(name, self.faults[i])
@@ -103,7 +96,7 @@ class Clips:
             if not np.isfinite(values).all():
                 raise ValueError("NaN or infinite")
         except Exception as error:  # decoders raise any type on a damaged file
-            raise bad_clip(name, error, self.media.suffix) from error
+            raise unreadable(name, error, "sound" if self.media.suffix == ".wav" else "video") from error
         assert values.shape == self.shape, "every sample must have the shape of the source"
         return values
 
@@ -128,14 +121,6 @@ def missing(what: str, module: str, error: Exception) -> ValueError:
     return ValueError(
         f"{what} are read by {module}, which cannot be imported ({reason}): pip install 'selftrans[media]'"
     )
-
-
-def bad_clip(name: str, error: Exception, suffix: str) -> Exception:
-    """The error to raise when reading a clip raised `error`: BadClip, unless the fault is in the machine."""
-    kind = "sound" if suffix == ".wav" else "video"
-    if isinstance(error, BadSample | MemoryError | ModuleNotFoundError):
-        return error
-    return machine_fault(name, error, kind) or BadClip(name, reason_of(error), kind)
 
 
 def open_clips(

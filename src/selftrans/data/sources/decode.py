@@ -41,35 +41,17 @@ class BadSample(ValueError):
         self.name, self.reason = name, reason
 
 
-class BadPicture(BadSample):
-    """A picture that cannot be read."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason, "cannot be read as a picture")
-
-
-def bad_picture(name: str, error: Exception) -> Exception:
-    """The error to raise when decoding a picture raised `error`: BadPicture, unless the fault is in the machine."""
-    if isinstance(error, BadPicture | MemoryError):
+def unreadable(name: str, error: Exception, noun: str = "picture") -> Exception:
+    """The error to raise where reading a sample raised `error`: BadSample, unless the fault is in the machine."""
+    if isinstance(error, BadSample | MemoryError | ModuleNotFoundError):
         return error
-    if fault := machine_fault(name, error, "picture"):
-        return fault
-    return BadPicture(name, reason_of(error))
-
-
-def reason_of(error: Exception) -> str:
-    """Why a file cannot be read, without its name, which the message has already."""
-    said = getattr(error, "strerror", None)  # of the system, and of the library of videos
-    return said if isinstance(said, str) and said and getattr(error, "filename", None) else first_line(error)
-
-
-def machine_fault(name: str, error: Exception, noun: str) -> ValueError | None:
-    """The error to raise where `error` is a fault of the machine, not of the file; None for other errors."""
-    if not isinstance(error, OSError) or error.errno not in MACHINE_FAULTS:
-        return None
-    return ValueError(
-        f"{printable(name)}: cannot be read now ({first_line(error)}); the {noun} may be valid: repeat later"
-    )
+    if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
+        return ValueError(
+            f"{printable(name)}: cannot be read now ({first_line(error)}); the {noun} may be valid: repeat later"
+        )
+    said = getattr(error, "strerror", None)  # of the system, and of the library of videos: without the name of the file
+    reason = said if isinstance(said, str) and said and getattr(error, "filename", None) else first_line(error)
+    return BadSample(name, reason, f"cannot be read as a {noun}")
 
 
 def none_readable(count: int, noun: str, where: object = None, why: object = None) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from selftrans.data.resolution import Resolution, resolution_of, sides, size_text
 from selftrans.data.sources import folder, npz, table, zip_archive
 from selftrans.data.sources.captions import CAPTIONED, CaptionSource, annotated, captioned
-from selftrans.data.sources.decode import STANDARD, Reading, bad_picture, none_readable, upright_size
+from selftrans.data.sources.decode import STANDARD, Reading, none_readable, unreadable, upright_size
 from selftrans.data.sources.digit_captions import digits_with_captions
 from selftrans.data.sources.file_kinds import PICTURES, check_source_file, describe_ignored, remedy_for_ignored
 from selftrans.data.sources.label_file import given_labels
@@ -224,8 +224,8 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
         try:
             with source.open(i) as image:
                 size = upright_size(image)
-        except Exception as unreadable:  # reported when its pixels are read; only its size is needed here
-            error = error or bad_picture(name, unreadable)
+        except Exception as fault:  # reported when its pixels are read; only its size is needed here
+            error = error or unreadable(name, fault)
             continue
         if seen is not None and size != seen:
             raise ValueError(f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy}")
@@ -263,5 +263,5 @@ def _all_grey(source: Source) -> bool:
                 if image.mode not in ("1", "L"):
                     return False
         except Exception as error:
-            raise bad_picture(source.names[i], error) from error
+            raise unreadable(source.names[i], error) from error
     return True

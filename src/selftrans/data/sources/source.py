@@ -25,11 +25,11 @@ from selftrans.data.sources.decode import (
     STANDARD,
     BadSample,
     Reading,
-    bad_picture,
     check_pixels,
     enlarged,
     open_picture,
     to_array,
+    unreadable,
 )
 from selftrans.data.sources.metadata import facts_of
 from selftrans.data.sources.read_warnings import ReadWarnings
@@ -163,7 +163,7 @@ class Source:
                 self.read_warnings.add(self.names[i], facts, small)
                 return pixels
         except Exception as error:  # decoders raise any type on a damaged file
-            raise bad_picture(self.names[i], error) from error
+            raise unreadable(self.names[i], error) from error
 
     @cached_property
     def fingerprint(self) -> str:

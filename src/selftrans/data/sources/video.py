@@ -17,8 +17,8 @@ import numpy as np
 
 from selftrans.data.resolution import Resolution, sides, size_text
 from selftrans.data.sources.clip_files import GIF
-from selftrans.data.sources.clips import Clips, MediaOptions, bad_clip, missing
-from selftrans.data.sources.decode import MAX_PIXELS, check_pixels, none_readable, open_picture, to_array
+from selftrans.data.sources.clips import Clips, MediaOptions, missing
+from selftrans.data.sources.decode import MAX_PIXELS, check_pixels, none_readable, open_picture, to_array, unreadable
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Video, rounded
 
@@ -136,8 +136,8 @@ def _first(files: Source, where: Path, most: int) -> tuple[tuple[int, int], floa
                 if picture is None:
                     raise ValueError("it has no frames")
                 return (picture.height, picture.width), rounded(_fps(name, stream, most))
-        except Exception as unreadable:  # decoders raise any type on a damaged file
-            error = error or bad_clip(name, unreadable, GIF)
+        except Exception as fault:  # decoders raise any type on a damaged file
+            error = error or unreadable(name, fault, "video")
     raise ValueError(none_readable(len(files), "video", where, error))
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from selftrans.data.resolution import Resolution, parse_resolution, size_text
 from selftrans.data.sources import decode
-from selftrans.data.sources.decode import BadPicture, Reading, centre_crop, open_picture, to_array, upright_size
+from selftrans.data.sources.decode import BadSample, Reading, centre_crop, open_picture, to_array, upright_size
 from selftrans.data.sources.metadata import turned_upright as upright
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source
@@ -249,7 +249,7 @@ def test_any_damage_decodes_or_is_one_line(data: st.DataObject) -> None:
     source = Source(["a\nb.jpg"], np.zeros(1, np.int64), (), lambda i: open_picture(io.BytesIO(damaged)), resolution=8)
     try:
         assert source.read(0).shape == (8, 8, 3)
-    except BadPicture as error:
+    except BadSample as error:
         message = str(error)
     else:
         message = "a\\nb.jpg: read"
