@@ -342,7 +342,7 @@ def imported(path: Path) -> None:
 
 
 def picture(path: Path) -> None:
-    source = Source(["a.png"], np.zeros(1, np.int64), (), lambda i: open_picture(path), resolution=8)
+    source = Source(["a.png"], lambda i: open_picture(path), labels=np.zeros(1, np.int64), resolution=8)
     assert source.read(0).shape == (8, 8, 3)
 
 
@@ -390,7 +390,7 @@ def captioned_source(path: Path) -> None:
 
 
 def annotations(path: Path) -> None:
-    pictures = Source(["a.png", "x/b.png"], np.zeros(2, np.int64), (), lambda i: open_picture(path), resolution=8)
+    pictures = Source(["a.png", "x/b.png"], lambda i: open_picture(path), labels=np.zeros(2, np.int64), resolution=8)
     opened = annotated(pictures, path)
     assert len(opened.fingerprint) == 64 and {"a.png", "x/b.png"} <= {*opened.names}
 

@@ -72,7 +72,7 @@ def open_sounds(files: Source, where: Path, options: MediaOptions, progress: boo
     remarks = _remarks(headers, samples / rate)
     if options.audio != "mel":
         options.refuse("bins hop", "waveforms (--audio mel makes spectrograms)")
-        return Clips(files, (1, samples), Waveform(rate), lambda *file: load(*file)[None], remarks)
+        return Clips.of(files, (1, samples), Waveform(rate), lambda *file: load(*file)[None], remarks)
     hop = max(1, round(HOP * rate)) if options.hop is None else options.hop
     mel = Mel(rate, BINS if options.bins is None else options.bins, hop)
     if not 1 <= mel.bins <= MAX_BINS or not 1 <= mel.hop <= MAX_HOP:
@@ -80,7 +80,7 @@ def open_sounds(files: Source, where: Path, options: MediaOptions, progress: boo
     if not mel.frames(samples):
         raise ValueError(f"sounds of {samples} samples are shorter than --hop {mel.hop}; give a smaller one")
     mel.bands()
-    return Clips(files, (1, mel.bins, mel.frames(samples)), mel, lambda *file: mel.forward(load(*file)), remarks)
+    return Clips.of(files, (1, mel.bins, mel.frames(samples)), mel, lambda *file: mel.forward(load(*file)), remarks)
 
 
 def read_sound(stream: BinaryIO, rate: int, most: int) -> np.ndarray:

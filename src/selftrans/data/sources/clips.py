@@ -6,7 +6,7 @@ Shape legend: (C, *S) sample: (1, L) sound, (1, B, T) spectrogram of it, (C, F, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -15,7 +15,7 @@ import numpy as np
 
 from selftrans.data.sources.clip_files import kind_of, open_files
 from selftrans.data.sources.decode import STANDARD, BadSample, Reading, unreadable
-from selftrans.data.sources.source import Source
+from selftrans.data.sources.source import Samples, Source
 from selftrans.encoders.media import Media, rounded
 from selftrans.messages import first_line
 from selftrans.plain_json import Option
@@ -48,39 +48,23 @@ class MediaOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Clips:
-    """Sounds or videos of one shape, readable from any thread; opened by `open_clips`."""
+class Clips(Samples):
+    """Sounds or videos of one shape; made by `Clips.of`."""
 
-    source: Source = field(repr=False)  #: names and labels of the files, and what opens them
+    source: Source = field(repr=False)  #: the files
     shape: tuple[int, ...]  #: (C, *S) of a sample
     media: Media  #: what the samples are; not yet normalised
     load: Callable[[str, BinaryIO], np.ndarray] = field(repr=False)  #: name and content of a file ⇒ (C, *S) float32
     remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
-    captions: None = None  #: part of `Samples`; clips have none
-    in_order: bool = False
 
-    @property
-    def faults(self) -> Mapping[int, str]:
-        return self.source.faults
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.source.labels
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.source.classes
-
-    @property
-    def ignored(self) -> dict[str, int]:
-        return self.source.ignored
+    @classmethod
+    def of(cls, source: Source, *given: Any) -> Clips:
+        """The clips of these files, with their labels; `given`: the other fields in their order."""
+        return cls(source, *given, **{each.name: getattr(source, each.name) for each in fields(Samples)})
 
     @property
     def fingerprint(self) -> str:
         return self.source.fingerprint
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def name(self, i: int) -> str:
         return self.source.name(i)

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -20,7 +20,7 @@ from zipfile import ZipFile
 import numpy as np
 
 from selftrans.data.sources.decode import BadSample
-from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES, InOrder
+from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES, InOrder, Samples
 from selftrans.data.sources.zip_archive import open_zip
 from selftrans.messages import first_line
 
@@ -89,7 +89,7 @@ def npz_labels(path: Path) -> np.ndarray | None:
 
 
 @dataclass(frozen=True, eq=False)
-class NpzValues:
+class NpzValues(Samples):
     """Float values `data` (N, C, *S) of an npz, with `labels` and `classes` if it has them; see `npz_values`.
 
     Samples are read from a stream: ascending order is fast, going back restarts the stream.
@@ -98,16 +98,7 @@ class NpzValues:
     path: Path
     shape: tuple[int, ...]  #: (C, *S) of a sample
     dtype: np.dtype
-    labels: np.ndarray  #: (N,) int64
-    classes: tuple[str, ...]  #: empty: unconditional
     crc: int  #: checksum of the array, from the zip's directory
-    ignored: dict[str, int] = field(default_factory=dict)  #: always empty
-    captions: None = None
-    in_order: bool = True  #: a stream
-    faults: dict[int, str] = field(default_factory=dict)  #: always empty
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def name(self, i: int) -> str:
         return f"sample {i} of {self.path.name}"
@@ -123,7 +114,7 @@ class NpzValues:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of shape, dtype, checksum, labels and classes; independent of the file's path."""
+        """Hash of shape, dtype, checksum, labels and classes."""
         about = f"{len(self)} {self.shape} {self.dtype.str} {self.crc}\0" + "\0".join(self.classes)
         digest = hashlib.sha256(about.encode(errors="surrogatepass"))
         digest.update(self.labels.astype("<i8").tobytes())
@@ -174,7 +165,7 @@ def npz_values(path: Path) -> NpzValues:
             "if so, store data.transpose(0, 3, 1, 2)",
             stacklevel=3,
         )
-    return NpzValues(path, shape[1:], dtype, labels, classes, info.CRC)
+    return NpzValues(path, shape[1:], dtype, info.CRC, labels=labels, classes=classes, in_order=True)
 
 
 def _values_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, ...], np.dtype]:

@@ -206,10 +206,10 @@ def _digits() -> Source:
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
     return Source(
-        names=[f"digits/{i:04d}" for i in range(len(images))],
+        [f"digits/{i:04d}" for i in range(len(images))],
+        lambda i: Image.fromarray(images[i]),
         labels=data.target.astype(np.int64),
         classes=tuple(str(name) for name in data.target_names),
-        open=lambda i: Image.fromarray(images[i]),
         channels=1,
     )
 

@@ -1,6 +1,6 @@
 """A picture source: an ordered list of names, labels, and a function that opens each picture.
 
-`Samples` is the interface that `prepare` needs, of pictures or of arrays.
+`Samples` is what `prepare` needs of pictures, sounds, videos and arrays alike.
 
 Shape legend: (H, W, C) image, C 1 (grey) or 3 (RGB); a resolution is a side, of a square, or (height, width);
 labels are indices into `Source.classes`.
@@ -11,12 +11,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -47,51 +48,33 @@ FAR = 256  #: items to skip from which on a stream is begun anew instead
 MAX_PICTURE_BYTES = 1 << 29  #: entries of archives that claim a larger size are refused
 
 
-class Samples(Protocol):
-    """An ordered collection of labelled samples: the interface that `prepare` needs."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Samples(ABC):
+    """An ordered collection of labelled samples: what `prepare` encodes."""
+
+    labels: np.ndarray  #: (len,) int64, indices into `classes`; all 0 when there are no classes
+    classes: tuple[str, ...] = ()  #: empty: unconditional
+    ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `file_kinds`
+    captions: Sequence[tuple[str, ...]] | None = None  #: of each sample; None: the source was opened without
+    #: sample that lacks its picture, captions or label -> the reason
+    faults: Mapping[int, str] = field(default_factory=dict)
+    in_order: bool = False  #: its samples should be read in their order, by one thread
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @property
-    def labels(self) -> np.ndarray:
-        """(len,) int64, indices into `classes`; all 0 when there are no classes."""
-        ...
-
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-    @property
-    def ignored(self) -> dict[str, int]:
-        """Reason for ignoring files -> how many, see `file_kinds`."""
-        ...
-
-    @property
+    @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes when the source does."""
-        ...
+        """A hash that changes when the source does, and not with the place where it is stored."""
 
-    @property
-    def captions(self) -> Sequence[tuple[str, ...]] | None:
-        """The captions of each sample; None when the source was opened without."""
-        ...
-
-    @property
-    def faults(self) -> Mapping[int, str]:
-        """Samples that lack their picture, their captions or their label -> the reason."""
-        ...
-
-    @property
-    def in_order(self) -> bool:
-        """Whether samples should be read in their order, by one thread."""
-        ...
-
-    def __len__(self) -> int: ...
-
+    @abstractmethod
     def name(self, i: int) -> str:
         """Path or position of sample i, for messages."""
-        ...
 
+    @abstractmethod
     def read(self, i: int) -> np.ndarray:
-        """Sample i as an array. Raises BadSample (a ValueError) naming it."""
-        ...
+        """Sample i as an array; from any thread. Raises BadSample (a ValueError) naming it."""
 
 
 class Entries(NamedTuple):
@@ -110,8 +93,13 @@ class Entries(NamedTuple):
 
     def pictures(self) -> Source:
         """The files as pictures without labels."""
-        none = np.zeros(len(self.names), dtype=np.int64)
-        return Source(self.names, none, (), lambda i: open_picture(self.open(i)), self.sizes, dict(self.ignored))
+        return Source(
+            self.names,
+            lambda i: open_picture(self.open(i)),
+            self.sizes,
+            labels=np.zeros(len(self.names), dtype=np.int64),
+            ignored=dict(self.ignored),
+        )
 
 
 def parts_inside(name: str) -> list[str] | None:
@@ -122,30 +110,20 @@ def parts_inside(name: str) -> list[str] | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """An ordered collection of pictures, readable from any thread; opened by `open_source`."""
+class Source(Samples):
+    """Pictures; opened by `open_source`."""
 
     names: Sequence[str]  #: path of each picture inside the source, sorted by code point
-    labels: np.ndarray  #: (len,) int64
-    classes: tuple[str, ...]  #: empty: unconditional
     #: opens picture i, its pixels not yet decoded; for sounds and videos, the file
     open: Callable[[int], Any] = field(repr=False)
     sizes: Sequence[int] = ()  #: bytes of each picture, if known
-    ignored: dict[str, int] = field(default_factory=dict)  #: reason for ignoring files -> how many, see `file_kinds`
     channels: int = 3
     resolution: Resolution = 0
     is_table: bool = False
-    in_order: bool = False  #: its pictures should be read in their order, by one thread
-    captions: Sequence[tuple[str, ...]] | None = None  #: of each picture; None: the source was opened without
-    #: sample that lacks its picture, captions or label -> the reason
-    faults: Mapping[int, str] = field(default_factory=dict)
     reading: Reading = STANDARD  #: limits and values of the pixels
     #: the first `most` bytes of files next to the pictures that may hold labels, with the extension of each
     tables: Callable[[int], Iterable[tuple[str, bytes]]] = field(default=lambda most: (), repr=False)
     read_warnings: ReadWarnings = field(default_factory=ReadWarnings, repr=False)  #: of the pictures read so far
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def name(self, i: int) -> str:
         return self.names[i]
@@ -167,7 +145,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of names, labels, classes, sizes and captions; independent of where the source is stored."""
+        """Hash of names, labels, classes, sizes and captions."""
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         digest.update(self.labels.astype("<i8").tobytes() + np.asarray(self.sizes, dtype="<i8").tobytes())
         for name in self.names:

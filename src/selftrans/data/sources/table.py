@@ -103,7 +103,8 @@ def _source(
 
     names = [f"row {i:08d}" for i in range(len(rows))]
     faults = found.faults(f"column {printable(label_column)!r}")
-    source = Source(names, found.labels, found.classes, open_row, is_table=True, faults=faults, in_order=rows.in_order)
+    given: Any = {"labels": found.labels, "classes": found.classes, "faults": faults, "in_order": rows.in_order}
+    source = Source(names, open_row, is_table=True, **given)
     return source if captions is None else with_captions(source, captions)
 
 

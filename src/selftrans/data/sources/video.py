@@ -60,7 +60,7 @@ def open_videos(
         array = np.stack([to_array(picture, size, channels) for picture in pictures])  # (F, H, W, C)
         return array.transpose(3, 0, 1, 2).astype(np.float32) / 127.5 - 1
 
-    return Clips(files, (channels, frames, *size), Video(fps), load)
+    return Clips.of(files, (channels, frames, *size), Video(fps), load)
 
 
 def pyav() -> Any:

@@ -246,7 +246,9 @@ def test_any_damage_decodes_or_is_one_line(data: st.DataObject) -> None:
     damaged = bytearray(data.draw(st.sampled_from(VALID)))
     for _ in range(data.draw(st.integers(1, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    source = Source(["a\nb.jpg"], np.zeros(1, np.int64), (), lambda i: open_picture(io.BytesIO(damaged)), resolution=8)
+    source = Source(
+        ["a\nb.jpg"], lambda i: open_picture(io.BytesIO(damaged)), labels=np.zeros(1, np.int64), resolution=8
+    )
     try:
         assert source.read(0).shape == (8, 8, 3)
     except BadSample as error:

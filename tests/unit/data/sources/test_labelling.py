@@ -12,7 +12,7 @@ from selftrans.data.sources.source import Source
 
 
 def source(*names: str) -> Source:
-    return Source(list(names), np.zeros(len(names), np.int64), (), lambda i: None)  # type: ignore[arg-type, return-value]
+    return Source(list(names), lambda i: None, labels=np.zeros(len(names), np.int64))  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.parametrize(

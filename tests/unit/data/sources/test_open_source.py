@@ -163,7 +163,7 @@ def test_a_name_that_is_looked_for_on_the_hub_although_its_folder_is_here(
     monkeypatch.chdir(write(tmp_path, {"pictures/cat/a.png": encoded(noise(8))}))
     said = "pictures/cats is not on this machine, so it is looked for on the hub; the folder pictures holds cat"
     asked: list[str] = []
-    nothing = Source([], np.zeros(0, dtype=np.int64), (), lambda i: None)  # type: ignore[arg-type,return-value]
+    nothing = Source([], lambda i: None, labels=np.zeros(0, dtype=np.int64))  # type: ignore[arg-type,return-value]
     monkeypatch.setattr(table, "hub", lambda name, *_, **__: asked.append(name) or nothing)
     with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match="no pictures in pictures/cats"):
         open_source("pictures/cats")
@@ -172,7 +172,7 @@ def test_a_name_that_is_looked_for_on_the_hub_although_its_folder_is_here(
 
 def test_folder_that_cannot_be_listed_is_not_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write(tmp_path, {"pictures/cat/a.png": encoded(noise(8))}))
-    nothing = Source([], np.zeros(0, dtype=np.int64), (), lambda i: None)  # type: ignore[arg-type,return-value]
+    nothing = Source([], lambda i: None, labels=np.zeros(0, dtype=np.int64))  # type: ignore[arg-type,return-value]
     monkeypatch.setattr(table, "hub", lambda *_, **__: nothing)
 
     def refused(path: object) -> None:
