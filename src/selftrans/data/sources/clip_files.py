@@ -16,10 +16,10 @@ from selftrans.data.sources.decode import STANDARD, Reading
 from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, junk_name
 from selftrans.data.sources.folder import empty_classes, files_like, folder_entries, walk
 from selftrans.data.sources.label_file import given_labels
-from selftrans.data.sources.source import Entries, Source, classify
-from selftrans.data.sources.splits import split_files, split_folder, split_names, warn_of_splits
+from selftrans.data.sources.source import Source, classify
+from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_entries, walk_tar
-from selftrans.data.sources.zip_archive import from_class, open_zip, zip_entries
+from selftrans.data.sources.zip_archive import open_zip, zip_entries
 from selftrans.messages import printable
 
 TARS = "*.tar"
@@ -76,17 +76,16 @@ def open_files(
     empty: list[str] = []  #: class folders without files; tars have none
     if path.is_file() and path.suffix.lower() == ".zip":
         listed = zip_entries(path, KNOWN, split)
-        found, inside, empty = listed.files, listed.heads, listed.empty
+        found, empty = listed.files, listed.empty
     elif path.is_file():
-        found, inside = _in_tar(path, split)
+        found = tar_entries([path], KNOWN, split)
     elif next(walk(path, KNOWN, Counter()), None) is None:
         found = tar_entries(split_files(files_like(path, TARS), split, str(path)), KNOWN)
-        inside = _members(found.names)
     else:
         path = split_folder(path, split)
         found = folder_entries(path, KNOWN)
-        classless = reading.labels is not None
-        inside, empty = found.names, [] if classless else empty_classes(path, found.names, kind, reading.allow_empty)
+        if reading.labels is None:
+            empty = empty_classes(path, found.names, kind, reading.allow_empty)
     for name in found.names:
         if (other := _kind(name, frames)) != kind:
             raise ValueError(f"{path} holds {kind} and {other}, such as {printable(name)}; keep one kind in a source")
@@ -95,22 +94,6 @@ def open_files(
         return given_labels(source, reading.labels)
     if empty and not reading.allow_empty:
         source.ignored[f"class folders without {kind}"] = len(empty)
-    labels, classes = classify(inside, str(path), kind, empty if reading.allow_empty else ())
+    labels, classes = classify(found.heads, str(path), kind, empty if reading.allow_empty else ())
     warn_of_splits(found.names, classes, str(path))
     return replace(source, labels=labels, classes=classes)
-
-
-def _in_tar(path: Path, split: str | None) -> tuple[Entries, list[str]]:
-    """The files of a split of a tar, and their names beginning with the class folder."""
-    found = tar_entries([path], KNOWN)
-    names = _members(found.names)
-    chosen = split_names(names, split, str(path))
-    if len(chosen) == len(names):
-        return found, from_class(names, None)
-    at = {name: i for i, name in enumerate(names)}
-    return found.chosen([at[name] for name in chosen]), from_class(chosen, split)
-
-
-def _members(names: list[str]) -> list[str]:
-    """The names in tars, without those of the tars."""
-    return [name.partition("/")[2] for name in names]

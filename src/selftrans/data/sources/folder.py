@@ -18,9 +18,9 @@ from selftrans.messages import printable
 LINKS, SPECIAL = "symbolic links to folders", "broken links, pipes and devices"
 
 
-def folder(root: Path, *, allow_empty: bool = False) -> Source:
+def folder(root: Path, *, is_split: bool = False, allow_empty: bool = False) -> Source:
     """A folder of class folders, or of pictures, or with labels in `dataset.json` (see `label_file`). With `allow_empty` a
-    folder without pictures is a class.
+    folder without pictures is a class. `is_split`: the `dataset.json` of the folder around it counts, too.
 
     Symbolic links to files inside the folder are followed. Raises ValueError for a link that leads out of it, for a
     class folder without pictures, for pictures next to class folders, and for sounds or videos next to pictures.
@@ -33,7 +33,10 @@ def folder(root: Path, *, allow_empty: bool = False) -> Source:
     if not pictures:
         found.ignored.update(Counter(file_kind(name) for name in found.names))
     source = replace(found.chosen(pictures).pictures(), tables=lambda most: _tables(root, most))
-    if labelled := labelled_folder(source, root):
+    labelled = labelled_folder(source, root)
+    if labelled is None and is_split:
+        labelled = labelled_folder(source, root.parent, f"{root.name}/")
+    if labelled:
         return labelled
     labels, classes = classify(source.names, str(root), also=empty_classes(root, source.names, "pictures", allow_empty))
     return replace(source, labels=labels, classes=classes)
@@ -44,7 +47,7 @@ def folder_entries(root: Path, suffixes: Collection[str]) -> Entries:
     ignored: Counter[str] = Counter()
     found = sorted(walk(root, suffixes, ignored))
     names = [name for name, _ in found]
-    return Entries(names, [size for _, size in found], lambda i: SizedFile.open(root / names[i]), dict(ignored))
+    return Entries(names, names, [size for _, size in found], lambda i: SizedFile.open(root / names[i]), dict(ignored))
 
 
 def _tables(root: Path, most: int) -> Iterator[tuple[str, bytes]]:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,17 +41,20 @@ LABELS = ("label", "class", "class_name", "category", "target")
 _FORMS = "give a csv of path,label, or a json of paths and labels (docs/data.md)"
 
 
-def labelled_folder(source: Source, root: Path) -> Source | None:
-    """The pictures of a folder with the labels of its `dataset.json`; None without one. Raises ValueError as `labelled`."""
+def labelled_folder(source: Source, root: Path, prefix: str = "") -> Source | None:
+    """The source with the labels of the `dataset.json` in a folder, in which each picture is `prefix` and its name.
+
+    None without one. Raises ValueError as `labelled`.
+    """
     path = root / NAME
     if not path.is_file():
         return None
     with open(path, "rb") as file:
-        return labelled(source, file.read(MAX_BYTES + 1), str(path))
+        return labelled(source, file.read(MAX_BYTES + 1), str(path), [prefix + name for name in source.names])
 
 
-def labelled(source: Source, data: bytes, where: str, top: str = "") -> Source | None:
-    """The source with the labels of a `dataset.json`; `top`: the folder, ending in `/`, that its names leave out.
+def labelled(source: Source, data: bytes, where: str, names: Sequence[str]) -> Source | None:
+    """The source with the labels of a `dataset.json`; `names`: of the pictures, from the folder of this file on.
 
     None for a json of another kind, without `labels`. Pictures without a label become faults of the source. Raises
     ValueError for labels other than words and integers from 0, and where no picture has one.
@@ -69,7 +72,7 @@ def labelled(source: Source, data: bytes, where: str, top: str = "") -> Source |
         return replace(source, labels=np.zeros(len(source), np.int64), classes=(), ignored=ignored)
     entries = content["labels"]
     of = _pairs(entries if isinstance(entries, list) else [entries], where, "repair it, or remove it")
-    return replace(with_labels(source, of, where, loosely=False, top=top), ignored=ignored)
+    return replace(with_labels(source, of, where, names), ignored=ignored)
 
 
 def given_labels(source: Source, path: str | Path) -> Source:

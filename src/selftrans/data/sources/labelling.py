@@ -83,17 +83,15 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
     return Numbered(np.maximum(np.array(labels, dtype=np.int64), 0), classes, missing, unread)
 
 
-def with_labels(
-    source: Source, given: Mapping[str, Label], file: str, *, loosely: bool = True, top: str = ""
-) -> Source:
-    """The source with the labels that a file gives to its names; `top`: beginning of the names that the file leaves out.
+def with_labels(source: Source, given: Mapping[str, Label], file: str, exactly: Sequence[str] | None = None) -> Source:
+    """The source with the labels that a file gives to its names, or to the names `exactly`, one for each picture.
 
-    With `loosely`, a name that is not found as it stands is compared in Unicode's composed form, then without its folders,
-    then without its extension, where that is unambiguous. Pictures without a label become faults of the source. Warns of names
-    that no picture has, and of ambiguous ones.
+    Without `exactly`, a name that is not found as it stands is compared in Unicode's composed form, then without its folders,
+    then without its extension, where that is unambiguous; warns of names that no picture has, and of ambiguous ones.
+    Pictures without a label become faults of the source.
     Raises ValueError when no picture has a label.
     """
-    names = [name.removeprefix(top) for name in source.names]
+    names, loosely = exactly or source.names, exactly is None
     if not given:
         raise ValueError(f"{file} holds no names; give the path and the label of each picture")
     found, used = _matched(names, given, loosely)

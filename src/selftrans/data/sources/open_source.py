@@ -48,7 +48,7 @@ def open_source(
     """Open a collection of pictures. `source` is one of:
 
     - a folder or zip of class folders (pictures at any depth inside a class), or of pictures only (unconditional);
-      in a zip, one top-level folder may enclose the class folders; a zip is read in place;
+      in a zip or tar, one top-level folder may enclose the class folders; archives are read in place;
     - `digits`: scikit-learn's 1,797 scans, 8x8, one channel;
     - a tar file or a folder of them, as webdataset writes them: `key.jpg` with its class in `key.cls` or `key.json`;
     - a parquet file, a folder of them, or a hub id `owner/name`, read by `datasets`: `split`, and `label_column`
@@ -138,7 +138,10 @@ def _find(
     if suffix == ".parquet":
         return table.parquet(files, label_column, captions, streaming=streaming)
     if suffix == ".tar":
-        return captioned(tar_entries(files, CAPTIONED)) if captions else labelled_tars(files, label_column)
+        inside_tar = split if path.is_file() else None
+        if captions:
+            return captioned(tar_entries(files, CAPTIONED, inside_tar))
+        return labelled_tars(files, label_column, inside_tar)
     if files:
         check_source_file(path)
         if captions:
@@ -147,7 +150,7 @@ def _find(
     if path.is_dir():
         if captions:
             return captioned(folder.folder_entries(inside, CAPTIONED))
-        return folder.folder(inside, allow_empty=reading.allow_empty)
+        return folder.folder(inside, is_split=inside != path, allow_empty=reading.allow_empty)
     if _is_hub_id(source):
         return table.hub(str(source), split or "train", label_column, captions, streaming=streaming)
     what = "pictures with captions" if captions else "pictures"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from selftrans.messages import printable
@@ -31,31 +31,26 @@ def split_folder(root: Path, split: str | None) -> Path:
         raise ValueError(f"split {split!r} is not the name of a folder in {root}")
     if chosen.is_dir() and not chosen.is_symlink():
         return chosen
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and is_split(path.name))
-    if folders:
-        raise ValueError(f"{root} has no split {split!r}; it has {', '.join(map(printable, folders))}")
-    _warn_of_no_splits(str(root), split)
+    _without_split(split, (path.name for path in root.iterdir() if path.is_dir() and is_split(path.name)), str(root))
     return root
 
 
-def split_names(names: Sequence[str], split: str | None, where: str) -> list[str]:
-    """The names, inside an archive, of a split: `split/...`, also below one folder that encloses all; None: all names.
+def class_root(names: Sequence[str], split: str | None, where: str) -> str:
+    """The folder of an archive, ending in `/`, in which the class folders are; "": the archive itself.
 
-    Raises ValueError for a split that is not among those it has.
+    That of the split, which may be below one folder that encloses all. Without one, a folder that encloses two or more folders
+    and no file. Raises ValueError for a split that is not among those the archive has.
     """
-    if split is None:
-        return list(names)
     tops = {name.split("/", 1)[0] for name in names}
-    prefix = f"{next(iter(tops))}/" if len(tops) == 1 and split not in tops else ""
-    chosen = [name for name in names if name.startswith(f"{prefix}{split}/")]
-    if chosen:
-        return chosen
-    inside = {name.removeprefix(prefix).split("/", 1)[0] for name in names if "/" in name.removeprefix(prefix)}
-    if any(map(is_split, inside)):
-        found = ", ".join(printable(name) for name in sorted(inside) if is_split(name))
-        raise ValueError(f"{where} has no split {split!r}; it has {found}")
-    _warn_of_no_splits(where, split)
-    return list(names)
+    only = f"{next(iter(tops))}/" if len(tops) == 1 else ""
+    if split is not None:
+        outer = "" if split in tops else only
+        if any(name.startswith(f"{outer}{split}/") for name in names):
+            return f"{outer}{split}/"
+        below = {name.removeprefix(outer).split("/", 1)[0] for name in names if "/" in name.removeprefix(outer)}
+        _without_split(split, filter(is_split, below), where)
+    parts = [name.split("/", 2) for name in names]
+    return only if all(len(part) == 3 for part in parts) and len({part[1] for part in parts}) > 1 else ""
 
 
 def split_files(files: Sequence[Path], split: str | None, where: str) -> list[Path]:
@@ -73,12 +68,9 @@ def split_files(files: Sequence[Path], split: str | None, where: str) -> list[Pa
             )
         return list(files)
     chosen = [file for file in files if of.get(file) == split or file.stem == split]
-    if chosen:
-        return chosen
-    if found:
-        raise ValueError(f"{where} has no split {split!r}; it has {', '.join(found)}")
-    _warn_of_no_splits(where, split)
-    return list(files)
+    if not chosen:
+        _without_split(split, found, where)
+    return chosen or list(files)
 
 
 def warn_of_splits(names: Sequence[str], classes: Sequence[str], where: str) -> None:
@@ -95,5 +87,8 @@ def warn_of_splits(names: Sequence[str], classes: Sequence[str], where: str) -> 
     )
 
 
-def _warn_of_no_splits(where: str, split: str) -> None:
+def _without_split(split: str, others: Iterable[str], where: str) -> None:
+    """Raise ValueError for a split that is not among the `others` of a source; warn where it has none at all."""
+    if found := sorted(others):
+        raise ValueError(f"{where} has no split {split!r}; it has {', '.join(map(printable, found))}")
     warnings.warn(f"split {split!r} is ignored: {where} has no folders or files of splits", stacklevel=5)

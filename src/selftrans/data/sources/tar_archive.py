@@ -11,11 +11,12 @@ from typing import BinaryIO
 
 from selftrans.data.sources.file_kinds import ArchiveJunk, file_kind
 from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, parts_inside
+from selftrans.data.sources.splits import class_root
 from selftrans.messages import first_line, printable
 
 
-def tar_entries(tars: list[Path], suffixes: Collection[str]) -> Entries:
-    """The members of tar files with one of these suffixes, each named `TAR/member`.
+def tar_entries(tars: list[Path], suffixes: Collection[str], split: str | None = None) -> Entries:
+    """The members of tar files with one of these suffixes, each named `TAR/member`; with `split`, those in its folder.
 
     Raises ValueError for compressed or truncated files, unsafe or duplicate names, links, sparse members, and sizes above
     `MAX_PICTURE_BYTES`.
@@ -31,7 +32,10 @@ def tar_entries(tars: list[Path], suffixes: Collection[str]) -> Entries:
             if (inside := f"{path.name}/{name}") in members:
                 raise ValueError(f"{path} holds {printable(inside)} twice; make the tar again")
             members[inside] = path, info.offset_data, info.size
-    names = sorted(members)
+    inside = {name: name.partition("/")[2] for name in members}
+    top = class_root([*inside.values()], split, str(tars[0]))
+    names = sorted(name for name in members if inside[name].startswith(top))
+    heads = [inside[name].removeprefix(top) for name in names]
 
     def read(i: int) -> BinaryIO:
         path, offset, size = members[names[i]]
@@ -39,7 +43,7 @@ def tar_entries(tars: list[Path], suffixes: Collection[str]) -> Entries:
             file.seek(offset)
             return io.BytesIO(file.read(size))
 
-    return Entries(names, [members[name][2] for name in names], read, dict(ignored))
+    return Entries(names, heads, [members[name][2] for name in names], read, dict(ignored))
 
 
 def walk_tar(path: Path, suffixes: Collection[str], ignored: Counter[str]) -> Iterator[tuple[str, tarfile.TarInfo]]:

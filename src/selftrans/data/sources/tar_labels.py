@@ -35,14 +35,15 @@ def only_tars(folder: Path) -> bool:
     return not others and any(path.suffix == ".tar" for path in visible)
 
 
-def labelled_tars(tars: list[Path], field: str | None = None) -> Source:
-    """Pictures of tar files, each named `TAR/key.jpg`, with their classes; `field`: of key.json (None: see `FIELD_NAMES`).
+def labelled_tars(tars: list[Path], field: str | None = None, split: str | None = None) -> Source:
+    """Pictures of tar files, each named `TAR/key.jpg`, with their classes; `field`: of key.json (None: see `FIELD_NAMES`);
+    `split`: a folder in the tar.
 
     Classes are integers from 0, or names. In tars without any .cls and .json, the first folder of a member is its class;
     without folders there are no classes. Pictures without a class become faults of the source. Raises ValueError where none has
     one, for a class of another kind, and as `tar_archive.tar_entries` does.
     """
-    found = tar_entries(tars, {*PICTURES, CLASS, FIELDS})
+    found = tar_entries(tars, {*PICTURES, CLASS, FIELDS}, split)
     pictures, files = list[int](), dict[str, int]()
     for i, name in enumerate(found.names):
         suffix = PurePosixPath(name).suffix.lower()
@@ -54,10 +55,11 @@ def labelled_tars(tars: list[Path], field: str | None = None) -> Source:
         if files.setdefault(_key(name) + suffix, i) != i:
             twice = printable(tars[0].parent / (_key(name) + suffix))
             raise ValueError(f"{twice}: two files have this key and extension; make the tar again")
-    source = found.chosen(pictures).pictures()
+    chosen = found.chosen(pictures)
+    source = chosen.pictures()
     if pictures and (files or field is not None):
         return _with_classes(source, {name: partial(found.open, i) for name, i in files.items()}, field)
-    labels, classes = classify([name.partition("/")[2] for name in source.names], str(tars[0]))
+    labels, classes = classify(chosen.heads, str(tars[0]))
     return replace(source, labels=labels, classes=classes)
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 from selftrans.data.sources import label_file
 from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
 from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, classify, parts_inside
-from selftrans.data.sources.splits import split_names
+from selftrans.data.sources.splits import class_root
 from selftrans.messages import first_line, printable
 
 
@@ -31,13 +31,14 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
     """
     listed = zip_entries(path, PICTURES, split)
     source = replace(listed.files.pictures(), tables=lambda most: _tables(listed, most))
-    for top, info in listed.label_files if split is None else ():
-        where = f"{top}{label_file.NAME} in {path}"
-        if labelled := label_file.labelled(source, _read(listed.archive, info, where), where, top):
+    for folder in listed.label_folders(split):
+        where, names = f"{folder}{label_file.NAME} in {path}", [name.removeprefix(folder) for name in source.names]
+        data = _read(listed.archive, listed.label_files[folder], where)
+        if labelled := label_file.labelled(source, data, where, names):
             return labelled
     if listed.empty and not allow_empty:
         source.ignored["class folders without pictures"] = len(listed.empty)
-    labels, classes = classify(listed.heads, str(path), also=listed.empty if allow_empty else ())
+    labels, classes = classify(listed.files.heads, str(path), also=listed.empty if allow_empty else ())
     return replace(source, labels=labels, classes=classes)
 
 
@@ -46,10 +47,16 @@ class ZipEntries(NamedTuple):
 
     archive: zipfile.ZipFile
     files: Entries
-    heads: list[str]  #: their names, beginning with the class folder
+    top: str  #: the folder that the class folders are in, see `class_root`
     empty: list[str]  #: class folders that hold none of them
-    label_files: list[tuple[str, zipfile.ZipInfo]]  #: each `dataset.json` with the folder that it is in, ending in `/`
+    label_files: dict[str, zipfile.ZipInfo]  #: folder, ending in `/` -> its `dataset.json`
     tables: list[zipfile.ZipInfo]  #: other files that may hold labels
+
+    def label_folders(self, split: str | None) -> list[str]:
+        """The folders whose `dataset.json` may label the files: the split's own first, then those around it; without a split
+        the zip, then a folder in it."""
+        of = [f for f in self.label_files if self.top.startswith(f) or (split is None and f.count("/") == 1)]
+        return sorted(of, key=len, reverse=split is not None)
 
 
 def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None) -> ZipEntries:
@@ -60,8 +67,8 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
     archive = open_zip(path)
     ignored: Counter[str] = Counter()
     entries: dict[str, zipfile.ZipInfo] = {}
-    archived, folders, label_files = ArchiveJunk(ignored), set[str](), list[tuple[str, zipfile.ZipInfo]]()
-    tables = list[zipfile.ZipInfo]()
+    archived, folders = ArchiveJunk(ignored), set[str]()
+    label_files, tables = dict[str, zipfile.ZipInfo](), list[zipfile.ZipInfo]()
     for info in archive.infolist():
         parts = _checked_parts(info, path)
         if archived.ignores(parts):
@@ -71,15 +78,17 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
             continue
         if PurePosixPath(parts[-1]).suffix.lower() not in suffixes:
             ignored[file_kind(parts[-1])] += 1
-            if parts[-1] == label_file.NAME and len(parts) <= 2:
-                label_files.append(("/".join([*parts[:-1], ""]), info))
+            if parts[-1] == label_file.NAME and len(parts) <= 3:
+                label_files["/".join([*parts[:-1], ""])] = info
             elif PurePosixPath(parts[-1]).suffix.lower() in label_file.SUFFIXES:
                 tables.append(info)
         elif (name := "/".join(parts)) in entries:
             raise ValueError(f"{path} holds {printable(name)} twice; make the zip again")
         else:
             entries[name] = info
-    names = split_names(sorted(entries), split, str(path))
+    top = class_root(sorted(entries), split, str(path))
+    names = sorted(name for name in entries if name.startswith(top))
+    heads = [name.removeprefix(top) for name in names]
     infos = [entries[name] for name in names]
     lock = threading.Lock()  # ZipFile counts its readers without one
 
@@ -88,9 +97,10 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
             # never read more than the claimed size, whatever the compressed stream expands to
             return io.BytesIO(file.read(infos[i].file_size))
 
-    files = Entries(names, [info.file_size for info in infos], open_entry, dict(ignored))
-    heads = from_class(names, split if len(names) < len(entries) else None)
-    return ZipEntries(archive, files, heads, _empty(names, heads, folders), label_files, tables)
+    files = Entries(names, heads, [info.file_size for info in infos], open_entry, dict(ignored))
+    classes = {head.split("/", 1)[0] for head in heads if "/" in head}
+    below = {folder.removeprefix(top).split("/", 1)[0] for folder in folders if folder.startswith(top)}
+    return ZipEntries(archive, files, top, sorted(below - classes - {""}) if classes else [], label_files, tables)
 
 
 def _tables(listed: ZipEntries, most: int) -> Iterator[tuple[str, bytes]]:
@@ -134,32 +144,3 @@ def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:
             f"{path} claims that {info.filename!r} expands to {info.file_size} bytes; such a zip is refused"
         )
     return parts
-
-
-def from_class(names: list[str], split: str | None) -> list[str]:
-    """Names in an archive, beginning with the class folder: without their split's folder, or without one that encloses all."""
-    return _without_top(names) if split is None else _below(names, split)
-
-
-def _without_top(names: list[str]) -> list[str]:
-    """The names without their top-level folder, if there is only one and it holds two or more folders and no file."""
-    split = [name.split("/", 2) for name in names]
-    below = {tuple(parts[:2]) for parts in split}
-    if all(len(parts) == 3 for parts in split) and len({top for top, _ in below}) == 1 and len(below) > 1:
-        return ["/".join(parts[1:]) for parts in split]
-    return names
-
-
-def _below(names: list[str], split: str) -> list[str]:
-    """The names after the folder of their split."""
-    return [name.removeprefix(f"{split}/") if name.startswith(f"{split}/") else name.split("/", 2)[2] for name in names]
-
-
-def _empty(names: list[str], heads: list[str], folders: Collection[str]) -> list[str]:
-    """Class folders that hold no picture; `heads`: the `names`, beginning with the class folder."""
-    classes = {head.split("/", 1)[0] for head in heads if "/" in head}
-    if not classes:
-        return []
-    enclosing = names[0].removesuffix(heads[0])
-    below = {folder.removeprefix(enclosing).split("/", 1)[0] for folder in folders if folder.startswith(enclosing)}
-    return sorted(below - classes - {""})

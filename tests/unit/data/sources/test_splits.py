@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.splits import is_split, split_files
 from tests.support.clips import save_sound, sine
 from tests.support.pictures import encoded, noise, write, zipped
+from tests.unit.data.sources.test_tar_archive import tarred
 
 PNG = encoded(noise(8))
 SPLITS = {f"{s}/{c}/{k}.png": PNG for s, n in (("train", 3), ("val", 1)) for c in ("cat", "dog") for k in range(n)}
@@ -21,11 +23,11 @@ SPLITS = {f"{s}/{c}/{k}.png": PNG for s, n in (("train", 3), ("val", 1)) for c i
 def made(tmp_path: Path, kind: str, files: dict[str, bytes]) -> Path:
     if kind == "folder":
         return write(tmp_path / "x", files)
-    top = "" if kind == "zip" else "pics/"
-    return zipped(tmp_path / "x.zip", {top + name: data for name, data in files.items()})
+    files = {("pics/" if "one folder" in kind else "") + name: data for name, data in files.items()}
+    return zipped(tmp_path / "x.zip", files) if kind.startswith("zip") else tarred(tmp_path / "x.tar", files)
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip", "zip of one folder"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip of one folder", "tar", "tar of one folder"])
 def test_splits_are_read_on_request(tmp_path: Path, kind: str) -> None:
     where = made(tmp_path, kind, SPLITS)
     said = r"the classes of .* are train, val, which look like splits \(train has the folders cat, dog\); give --split train"
@@ -39,6 +41,28 @@ def test_splits_are_read_on_request(tmp_path: Path, kind: str) -> None:
             assert source.read(count - 1).shape == (8, 8, 3)
     with pytest.raises(ValueError, match=r"has no split 'test'; it has train, val"):
         open_source(where, split="test")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_only_split_with_only_one_class_has_that_class(tmp_path: Path, kind: str) -> None:
+    source = open_source(made(tmp_path, kind, {"train/cat/a.png": PNG}), split="train")
+    assert source.classes == ("cat",) and source.labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip of one folder"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_labels_in_dataset_json_hold_for_a_split(tmp_path: Path, kind: str, inside: bool) -> None:
+    folder, prefix = ("train/", "") if inside else ("", "train/")
+    labels = json.dumps({"labels": [[f"{prefix}a/1.png", 2], [f"{prefix}b/2.png", 0]]}).encode()
+    files = {"train/a/1.png": PNG, "train/b/2.png": PNG, "val/a/1.png": PNG, f"{folder}dataset.json": labels}
+    source = open_source(made(tmp_path, kind, files), split="train")
+    assert source.labels.tolist() == [2, 0] and source.classes == ("0", "1", "2")
+
+
+def test_split_of_captions_in_a_tar(tmp_path: Path) -> None:
+    files = {"train/a.png": PNG, "train/a.txt": b"a cat", "val/b.png": PNG, "val/b.txt": b"a dog"}
+    source = open_source(tarred(tmp_path / "x.tar", files), captions=CaptionSource(), split="val")
+    assert source.captions == [("a dog",)]
 
 
 def test_split_of_pictures_without_classes(tmp_path: Path) -> None:

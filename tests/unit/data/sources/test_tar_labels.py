@@ -155,3 +155,8 @@ def test_prepare_takes_a_folder_of_tars(tmp_path, capsys):
     tarred(tmp_path / "x" / "0.tar", files)
     assert main(["prepare", str(tmp_path / "x"), "--out", str(tmp_path / "data")]) == 0
     assert "2 classes" in capsys.readouterr().out
+
+
+def test_one_folder_may_enclose_the_class_folders(tmp_path):
+    source = opened(tarred(tmp_path / "x.tar", {"all/cat/1.png": PNG[1], "all/dog/2.png": PNG[2]}))
+    assert source.classes == ("cat", "dog") and source.labels.tolist() == [0, 1]
