@@ -98,7 +98,8 @@ def prepare(
     options |= standardise_option(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
     if earlier and _finished(earlier, options, samples, out, progress):
         return Manifest.load(out)
-    report_source(None if pictures else samples, progress, flip=flip)
+    if pictures is None:
+        report_source(samples, progress, flip=flip)
     check_faults(samples, source, skip_bad)
     captions = _load_text(samples, text, device, precision, progress) if text else None
     name = samples.normalised().name if isinstance(samples, Clips) else autoencoder

@@ -10,10 +10,10 @@ import numpy as np
 
 from selftrans.data.manifest import Manifest
 from selftrans.data.sources.clips import Clips
-from selftrans.data.sources.duplicates import DuplicateFinder, describe_duplicates
+from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.file_kinds import describe_ignored
-from selftrans.data.sources.source import Samples, Source
-from selftrans.data.sources.source_warnings import source_warnings
+from selftrans.data.sources.source import Samples
+from selftrans.data.sources.source_warnings import keep_labels, source_warnings
 from selftrans.messages import listed, plural, printable
 
 
@@ -23,13 +23,11 @@ def say(text: str, progress: bool) -> None:
         print(text, file=sys.stderr)
 
 
-def report_source(samples: Samples | None, progress: bool, *, flip: bool = False) -> None:
+def report_source(samples: Samples, progress: bool, *, flip: bool = False) -> None:
     """Print how many files of a source are not read and why, and give its warnings.
 
-    samples: None: it was reported before. flip: whether mirrored pictures are stored, too.
+    flip: whether mirrored pictures are stored, too.
     """
-    if samples is None:
-        return
     if samples.ignored:
         say(describe_ignored(samples.ignored), progress)
     for warning in source_warnings(samples, flip=flip):
@@ -53,24 +51,16 @@ def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
 def warn_after_reading(samples: Samples, manifest: Manifest, finder: DuplicateFinder, *, now: bool = True) -> None:
     """Give the warnings that reading has led to: ignored metadata, animations, duplicates, classes without usable samples.
 
-    now: False keeps those of pictures in the source, until `read_warnings.emit` is called.
+    now: False keeps them in the source, until `read_warnings.emit` is called.
     """
-    found = finder.find(samples.labels, samples.name)
-    if isinstance(samples, Source):
-        samples.read_warnings.duplicates.append(found)
-    elif said := describe_duplicates([found], manifest.noun):
-        warnings.warn(said, stacklevel=3)
+    samples.read_warnings.duplicates.append(finder.find(samples.labels, samples.name))
     if not now:
         return
-    if isinstance(samples, Source):
-        samples.read_warnings.emit()
+    samples.read_warnings.emit(manifest.noun)
     skipped = {name for name, _ in manifest.skipped}
     if not skipped or not samples.classes:
         return
     kept = np.array([label for i, label in enumerate(samples.labels) if samples.name(i) not in skipped], dtype=np.int64)
     if lost := sorted({*samples.labels.tolist()} - {*kept.tolist()}):
-        names, it = (
-            listed([samples.classes[k] for k in lost]),
-            "it keeps its label" if len(lost) == 1 else "they keep their labels",
-        )
-        warnings.warn(f"no sample of {plural(len(lost), 'class')} can be used: {names}; {it}", stacklevel=3)
+        names, they_keep = listed([samples.classes[k] for k in lost]), keep_labels(len(lost))
+        warnings.warn(f"no sample of {plural(len(lost), 'class')} can be used: {names}; {they_keep}", stacklevel=3)

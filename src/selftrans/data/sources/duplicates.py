@@ -19,7 +19,7 @@ class Duplicates(NamedTuple):
     compared: int
     number: int = 0  #: copies: samples that equal an earlier one, their original
     relabelled: int = 0  #: copies whose label is not that of the original
-    example: tuple[str, str] | None = None  #: names of a copy (with another label, if there is one) and of its original
+    example: tuple[str, str] = ("", "")  #: names of a copy (with another label, if there is one) and of its original
     partial: bool = False  #: whether samples of earlier calls or of other parts were not compared
 
 
@@ -57,21 +57,16 @@ def describe_duplicates(parts: Sequence[Duplicates], noun: str) -> str:
     """One sentence on what was found among several parts of the data; empty when there are none."""
     compared, count = sum(part.compared for part in parts), sum(part.number for part in parts)
     relabelled = sum(part.relabelled for part in parts)
-    example = next((part.example for part in parts if part.relabelled), None) or next(
-        (part.example for part in parts if part.example), None
-    )
-    if example is None:
+    if not count:
         return ""
-    copy, first = map(printable, example)
-    said = (
-        "is, as stored, an exact copy of an earlier one"
-        if count == 1
-        else "are, as stored, exact copies of earlier ones"
-    )
-    said = f"{count:,} of {plural(compared, noun)} {said}"
+    copy, first = map(printable, max(parts, key=lambda part: (part.relabelled > 0, part.number > 0)).example)
+    copies = "is, as stored, an exact copy of an earlier one"
+    if count > 1:
+        copies = "are, as stored, exact copies of earlier ones"
+    said, example = f"{count:,} of {plural(compared, noun)} {copies}", f"such as {copy} ({first})"
     if relabelled:
         have = "has" if relabelled == 1 else "have"
-        said = f"{said}, and {relabelled:,} of these {have} another label, such as {copy} ({first}); check their labels"
+        said = f"{said}, and {relabelled:,} of these {have} another label, {example}; check their labels"
     else:
-        said = f"{said}, such as {copy} ({first}); copies count several times"
+        said = f"{said}, {example}; copies count several times"
     return f"{said}; only what is encoded now was compared" if any(part.partial for part in parts) else said

@@ -1,4 +1,4 @@
-"""Warnings that come up while pictures are decoded: counted, and given once, not once a picture."""
+"""Warnings that come up while samples are decoded: counted, and given once, not once a sample."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from collections import Counter
 from selftrans.data.sources.duplicates import Duplicates, describe_duplicates
 from selftrans.data.sources.metadata import MAX_METADATA, Facts
 from selftrans.messages import are, plural, printable
+
+BROKEN, SEVERAL, ENLARGED = "broken", "several", "enlarged"
+SENTENCES = {
+    BROKEN: "metadata that are damaged, or of more than {limit} MB, are ignored in {pictures} ({kinds}), such as {first}; the "
+    "pixels are read",
+    SEVERAL: "{pictures} {are} animated or of several pages, such as {first}; only the first frame is read",
+    ENLARGED: "{pictures} {are} smaller than the size asked for and {are} enlarged, such as {first}",
+}
 
 
 class ReadWarnings:
@@ -25,46 +33,31 @@ class ReadWarnings:
 
     def add(self, name: str, facts: Facts, enlarged: str = "") -> None:
         """Count one picture that was read; `enlarged`: its size and the larger one it got, as text; empty: not enlarged."""
-        if not facts.broken and not facts.several and not enlarged:
-            return
-        kinds = {"broken": name if facts.broken else "", "several": name if facts.several else ""}
-        kinds["enlarged"] = f"{printable(name)} ({enlarged})" if enlarged else ""
+        found = {BROKEN: facts.broken, SEVERAL: facts.several, ENLARGED: enlarged}
         with self._lock:
-            for key, first in kinds.items():
-                if first:
-                    self._pictures[key] += 1
-                    self._first.setdefault(key, first)
+            for kind in (kind for kind, given in found.items() if given):
+                self._pictures[kind] += 1
+                self._first.setdefault(kind, f"{printable(name)} ({enlarged})" if kind == ENLARGED else printable(name))
             self._broken.update(facts.broken)
 
-    def sentences(self) -> list[str]:
-        """One sentence for each kind, with how many pictures and the name of the first."""
-        said = list[str]()
-        if count := self._pictures["broken"]:
-            kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self._broken.items()))
-            said.append(
-                f"metadata that are damaged, or of more than {MAX_METADATA >> 20} MB, are ignored in "
-                f"{plural(count, 'picture')} ({kinds}), such as {printable(self._first['broken'])}; the pixels are read"
-            )
-        if count := self._pictures["several"]:
-            said.append(
-                f"{plural(count, 'picture')} {are(count)} animated or of several pages, such as "
-                f"{printable(self._first['several'])}; only the first frame is read"
-            )
-        if count := self._pictures["enlarged"]:
-            said.append(
-                f"{plural(count, 'picture')} {are(count)} smaller than the size asked for and {are(count)} enlarged, such as "
-                f"{self._first['enlarged']}"
-            )
-        if duplicates := describe_duplicates(self.duplicates, "picture"):
-            said.append(duplicates)
-        return said
+    def sentences(self, noun: str = "picture") -> list[str]:
+        """One sentence for each kind, with how many samples and the name of the first."""
+        given = {
+            "kinds": ", ".join(f"{n:,} {kind}" for kind, n in sorted(self._broken.items())),
+            "limit": MAX_METADATA >> 20,
+        }
+        said = [
+            sentence.format(pictures=plural(count, "picture"), are=are(count), first=self._first[kind], **given)
+            for kind, sentence in SENTENCES.items()
+            if (count := self._pictures[kind])
+        ]
+        duplicates = describe_duplicates(self.duplicates, noun)
+        return [*said, duplicates] if duplicates else said
 
-    def emit(self) -> None:
+    def emit(self, noun: str = "picture") -> None:
         """Give each sentence as a warning, and set all counts to zero."""
-        for sentence in self.sentences():
+        for sentence in self.sentences(noun):
             warnings.warn(sentence, stacklevel=3)
         with self._lock:
-            self._broken.clear()
-            self._pictures.clear()
-            self._first.clear()
-            self.duplicates.clear()
+            for counted in (self._broken, self._pictures, self._first, self.duplicates):
+                counted.clear()

@@ -59,6 +59,7 @@ class Samples(ABC):
     #: sample that lacks its picture, captions or label -> the reason
     faults: Mapping[int, str] = field(default_factory=dict)
     in_order: bool = False  #: its samples should be read in their order, by one thread
+    read_warnings: ReadWarnings = field(default_factory=ReadWarnings, repr=False)  #: of the samples read so far
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,7 +128,6 @@ class Source(Samples):
     reading: Reading = STANDARD  #: limits and values of the pixels
     #: the first `most` bytes of files next to the pictures that may hold labels, with the extension of each
     tables: Callable[[int], Iterable[tuple[str, bytes]]] = field(default=lambda most: (), repr=False)
-    read_warnings: ReadWarnings = field(default_factory=ReadWarnings, repr=False)  #: of the pictures read so far
 
     def name(self, i: int) -> str:
         return self.names[i]

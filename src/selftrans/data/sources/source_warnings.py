@@ -45,8 +45,7 @@ def source_warnings(samples: Samples, *, flip: bool = False) -> Iterator[str]:
         named = listed([classes[k] for k in absent])
         yield (
             f"{len(absent):,} of {plural(len(classes), 'class')} {'has' if len(absent) == 1 else 'have'} no samples: {named}; "
-            f"{'it keeps its label' if len(absent) == 1 else 'they keep their labels'}, and samples are "
-            "drawn from the others only"
+            f"{keep_labels(len(absent))}, and samples are drawn from the others only"
         )
     if pairs := _alike(classes):
         named = listed([f"{printable(one)} and {printable(other)}" for one, other in pairs], MOST_PAIRS)
@@ -69,6 +68,11 @@ def source_warnings(samples: Samples, *, flip: bool = False) -> Iterator[str]:
     if flip:
         yield from mirrored_captions(samples)
         yield from mirrored_classes(samples)
+
+
+def keep_labels(classes: int) -> str:
+    """What happens to the labels of so many classes without samples."""
+    return "it keeps its label" if classes == 1 else "they keep their labels"
 
 
 def _label_warnings(source: Source) -> Iterator[str]:
