@@ -74,17 +74,15 @@ def npz_labels(path: Path) -> np.ndarray | None:
                 return None
         except Exception:
             return None  # `npz_samples` reports the fault
-        try:
-            with archive.open("arr_1.npy") as file:
-                shape, _, dtype = _header(file)
-                if len(shape) != 1 or dtype.kind not in "iu":
-                    return None
-                if shape[0] != count or count * dtype.itemsize > MAX_PICTURE_BYTES:
-                    raise ValueError(f"{shape[0]} labels of {count} images")
-                data = file.read(count * dtype.itemsize)
-            labels = np.frombuffer(data, dtype, count).astype(np.int64)
-        except Exception as error:  # as `npz_samples`
-            raise ValueError(f"{path} holds labels arr_1 that do not fit its images: {error!s:.200}") from error
+        with _member(archive, path, "arr_1") as file:
+            shape, _, dtype = _header(file)
+            if len(shape) != 1 or dtype.kind not in "iu":
+                return None
+            if shape[0] != count or count * dtype.itemsize > MAX_PICTURE_BYTES:
+                said = f"holds labels arr_1 that do not fit its images: {shape[0]} labels of {count} images"
+                raise ValueError(f"{path} {said}")
+            data = _read_exactly(file, count * dtype.itemsize, path, "arr_1")
+    labels = np.frombuffer(data, dtype).astype(np.int64)
     return labels if labels.any() else None
 
 

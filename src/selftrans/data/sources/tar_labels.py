@@ -6,11 +6,9 @@ Members are read in place, nothing is extracted. A key is a path up to the first
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.labelling import Label, numbered
@@ -22,7 +20,6 @@ CLASS, FIELDS = ".cls", ".json"
 FIELD_NAMES = ("label", "labels", "cls", "class")  #: of a .json; the first that it has counts
 MAX_LABEL_BYTES = {CLASS: 1 << 12, FIELDS: 1 << 20}
 WHERE = f"the {CLASS} or {FIELDS} of its key"
-REMEDY = "add its class, or give captions (--text ENCODER)"
 
 
 def only_tars(folder: Path) -> bool:
@@ -57,25 +54,27 @@ def labelled_tars(tars: list[Path], field: str | None = None, split: str | None 
             raise ValueError(f"{twice}: two files have this key and extension; make the tar again")
     chosen = found.chosen(pictures)
     source = chosen.pictures()
-    if pictures and (files or field is not None):
-        return _with_classes(source, {name: partial(found.open, i) for name, i in files.items()}, field)
-    labels, classes = classify(chosen.heads, str(tars[0]))
-    return replace(source, labels=labels, classes=classes)
+    if not pictures or not (files or field is not None):
+        labels, classes = classify(chosen.heads, str(tars[0]))
+        return replace(source, labels=labels, classes=classes)
 
+    def content(name: str) -> bytes | None:
+        if name not in files:
+            return None
+        with found.open(files[name]) as file:
+            return file.read()
 
-def _with_classes(source: Source, files: Mapping[str, Callable[[], BinaryIO]], field: str | None) -> Source:
-    """The source with the classes in these files. Raises ValueError where no picture has one."""
     values, faults = list[Label](), dict[int, str]()
     for i, name in enumerate(source.names):
         try:
-            values.append(_value(name, files, field))
+            values.append(_class_of(name, content, field))
         except ValueError as error:
             values.append(None)
-            faults[i] = f"no label: {str(error).removesuffix(f'; {REMEDY}')}"
+            faults[i] = f"no label: {error}"
             if len(faults) == len(source):
-                raise
-    found = numbered(values, WHERE)
-    return replace(source, labels=found.labels, classes=found.classes, faults=found.faults(WHERE) | faults)
+                raise ValueError(f"{error}; add its class, or give captions (--text ENCODER)") from error
+    given = numbered(values, WHERE)
+    return replace(source, labels=given.labels, classes=given.classes, faults=given.faults(WHERE) | faults)
 
 
 def _key(name: str) -> str:
@@ -83,25 +82,24 @@ def _key(name: str) -> str:
     return head + slash + last.partition(".")[0]
 
 
-def _value(name: str, files: Mapping[str, Callable[[], BinaryIO]], field: str | None) -> int | str:
-    """The class of a picture, as its file has it. Raises ValueError where there is none."""
+def _class_of(name: str, content: Callable[[str], bytes | None], field: str | None) -> int | str:
+    """The class of a picture; `content` of a file, None without one. Raises ValueError where there is no class."""
     key = _key(name)
-    if field is None and (found := files.get(key + CLASS)):
-        text = found().read().decode("utf-8", "replace").strip()
+    if field is None and (data := content(key + CLASS)) is not None:
+        text = data.decode("utf-8", "replace").strip()
         if not text or not text.isprintable():
-            raise ValueError(f"{printable(key)}{CLASS} holds no class: {text!r:.60}; {REMEDY}")
+            raise ValueError(f"{printable(key)}{CLASS} holds no class: {text!r:.60}")
         return text
-    if (found := files.get(key + FIELDS)) is None:
-        raise ValueError(f"{printable(name)} has no class in {CLASS} or {FIELDS} of its key; {REMEDY}")
+    if (data := content(key + FIELDS)) is None:
+        raise ValueError(f"{printable(name)} has no class in {CLASS} or {FIELDS} of its key")
     try:
-        content = json.loads(found().read())
+        fields = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{printable(key)}{FIELDS} is not valid json ({first_line(error)}); {REMEDY}") from error
-    named = [each for each in ((field,) if field else FIELD_NAMES) if isinstance(content, dict) and each in content]
-    value = content[named[0]] if named else None
-    if not (isinstance(value, int | str) and not isinstance(value, bool)) or value == "":
-        asked = field or ", ".join(FIELD_NAMES)
+        raise ValueError(f"{printable(key)}{FIELDS} is not valid json ({first_line(error)})") from error
+    asked = (field,) if field else FIELD_NAMES
+    value = next((fields[each] for each in asked if each in fields), None) if isinstance(fields, dict) else None
+    if not isinstance(value, int | str) or isinstance(value, bool) or value == "":
         raise ValueError(
-            f"{printable(key)}{FIELDS} has no class, an integer or a name, in {printable(asked)}; {REMEDY}"
+            f"{printable(key)}{FIELDS} has no class, an integer or a name, in {printable(', '.join(asked))}"
         )
     return value
