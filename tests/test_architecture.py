@@ -130,7 +130,6 @@ COVERED_BY = {
     "data/streaming/shard_reader": "unit/data/streaming/test_streamed.py",
     "data/sources/clips": "unit/data/sources/test_audio.py",
     "data/sources/part_file": "unit/data/sources/test_metadata.py",
-    "data/sources/pixel_parts": "unit/data/sources/test_metadata.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",
     "encoders/latent_space": "unit/encoders/test_autoencoder.py",
     "encoders/pretrained": "unit/encoders/test_vision.py",

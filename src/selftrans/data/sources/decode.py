@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from selftrans.data.resolution import Resolution, sides, size_text
-from selftrans.data.sources.metadata import INFO, ORIENTATION, add_info, facts_of, orientation_of, turned_upright
+from selftrans.data.sources.metadata import (
+    INFO,
+    ORIENTATION,
+    add_info,
+    facts_of,
+    orientation_of,
+    pixels_only,
+    turned_upright,
+)
 from selftrans.data.sources.part_file import SizedFile
-from selftrans.data.sources.pixel_parts import pixels_only
 from selftrans.messages import first_line, plural, printable
 
 if TYPE_CHECKING:

@@ -91,10 +91,3 @@ class PartFile(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
-
-
-def size_of(file: BinaryIO) -> int:
-    """Bytes of a seekable file; its position is the start afterwards."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    return size
