@@ -88,7 +88,9 @@ def prepare_features(
         progress=progress,
     )
     resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
-    shard_size = _checked_size(options.get("shard_size"), batch_size, grid, precision)
+    _check_options(batch_size, grid, precision)
+    if not isinstance(shard_size := options.get("shard_size"), int):
+        raise ValueError(f"{FILE}: option 'shard_size' should be an integer, not {shard_size!r}; {REMEDY}")
     side = grid or max(1, manifest.shape[1] // 2)
     # hash and width are known once the encoder is loaded
     wanted = Features(encoder_name(encoder), "", precision, side, width=0, fingerprint=pictures.fingerprint, files=())
@@ -119,22 +121,19 @@ def check_before(
     if other or kind_of(Path(source), frames, archives=not text) in ("sounds", "videos"):
         raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
     check_square(resolution)
-    _checked_size(1, batch_size, grid, precision)
+    _check_options(batch_size, grid, precision)
     if not (Path(out) / FILE).exists():  # else moments are stored, and perhaps features, too
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given again when the encoder is used
             load_encoder(encoder, grid or 1)  # raises for a wrong name, and for a model that is no encoder of pictures
 
 
-def _checked_size(size: object, batch_size: int, grid: int | None, precision: str) -> int:
-    """`size`, the samples per shard as the manifest has them. Raises ValueError for it or an option out of range."""
+def _check_options(batch_size: int, grid: int | None, precision: str) -> None:
+    """Raise ValueError for an option out of range."""
     if batch_size < 1 or (grid is not None and grid < 1):
         raise ValueError(f"batch_size {batch_size} and grid {grid} should be 1 or more")
     if precision not in NETWORK_DTYPES:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(NETWORK_DTYPES)}")
-    if not isinstance(size, int):
-        raise ValueError(f"{FILE}: option 'shard_size' should be an integer, not {size!r}; {REMEDY}")
-    return size
 
 
 def _run(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from selftrans.data import resumable
 from selftrans.data.encode_captions import TextOptions
-from selftrans.data.resolution import Resolution, check_square
+from selftrans.data.resolution import Resolution
 from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.clips import MediaOptions, open_clips
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.source import Samples, Source
+from selftrans.data.sources.source import Samples
 from selftrans.encoders.identity import identity_kind
 
 
@@ -28,8 +28,6 @@ def source_samples(
     text: TextOptions | None,
     media: MediaOptions,
     reading: Reading,
-    pictures: Source | None,
-    square: bool,
     progress: bool,
 ) -> Samples:
     """The samples of a source, with the options of `prepare`; `earlier` is the state of the output folder.
@@ -39,11 +37,9 @@ def source_samples(
     """
     if identity_kind(autoencoder) == "values":
         media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
-        if reading.range is not None:
-            raise ValueError("--range does not apply to --autoencoder values; leave it out")
-        for name, value in (("resolution", resolution is not None), ("flip", flip), ("text", text is not None)):
-            if value:
-                raise ValueError(f"--{name} is for pictures; leave it out with --autoencoder values")
+        of_pictures = {"resolution": resolution, "flip": flip, "text": text, "range": reading.range}
+        if given := next((name for name, value in of_pictures.items() if value), None):
+            raise ValueError(f"--{given} is for pictures; leave it out with --autoencoder values")
         if reading.labels is not None:
             raise ValueError(
                 "--labels does not apply to --autoencoder values; store the labels in the npz, as `labels`"
@@ -59,10 +55,8 @@ def source_samples(
     clips = open_clips(source, media, resolution, progress, archives=archives, split=split, reading=reading)
     if clips is not None:
         return clips
-    if pictures is not None:
-        return pictures
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
-    opened = open_source(
+    return open_source(
         source,
         resolution=resolution or native,
         split=split,
@@ -71,6 +65,3 @@ def source_samples(
         reading=reading,
         progress=progress,
     )
-    if square:
-        check_square(opened.resolution)
-    return opened
