@@ -131,6 +131,7 @@ COVERED_BY = {
     "data/sources/clips": "unit/data/sources/test_audio.py",
     "data/sources/part_file": "unit/data/sources/test_metadata.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",
+    "data/sources/table_file": "unit/data/sources/test_label_file.py",
     "encoders/latent_space": "unit/encoders/test_autoencoder.py",
     "encoders/pretrained": "unit/encoders/test_vision.py",
     "evaluate/extractors": "unit/evaluate/test_statistics.py",

@@ -6,14 +6,13 @@ a/001.jpg,"a cat, asleep"                       {"file_name": "a/002.jpg", "capt
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from selftrans.data.sources.label_file import MAX_BYTES, NAMES, csv_lines, picture_name
-from selftrans.messages import decoded_text, first_line, printable
+from selftrans.data.sources.table_file import NAMES, csv_rows, json_lines, picture_name, read_text
+from selftrans.messages import first_line, printable
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 #: names of columns, in lower case
@@ -27,13 +26,13 @@ def caption_table(file: Path) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES >> 20} MB")
-        text = decoded_text(file.read_bytes())
-        for where, row in _lines(text) if file.suffix.lower() == ".jsonl" else _rows(text, file.suffix.lower()):
-            name, captions = _entry({str(key).strip().lower(): value for key, value in row.items()}, where)
+        text, suffix = read_text(file), file.suffix.lower()
+        for number, row in json_lines(text) if suffix == ".jsonl" else _rows(text, suffix):
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            name, captions = _entry({str(key).strip().lower(): value for key, value in row.items()}, f"line {number}")
             found.setdefault(picture_name(name.strip()), []).extend(captions)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{printable(file)} cannot be read as captions ({first_line(error)}): give a csv, tsv or jsonl with file_name and "
             "caption (docs/data.md)"
@@ -41,28 +40,14 @@ def caption_table(file: Path) -> dict[str, list[str]]:
     return found
 
 
-def _rows(text: str, suffix: str) -> Iterator[tuple[str, Mapping[str | None, Any]]]:
-    lines, found = csv_lines(text, ",;\t|")
-    delimiter = "\t" if suffix == ".tsv" else found
-    rows = csv.DictReader(lines, delimiter=delimiter)
-    for row in rows:
-        if None in row:
-            raise ValueError(
-                f"line {rows.line_num} has more cells than the first line; put captions with {delimiter!r} in quotes"
-            )
-        yield f"line {rows.line_num}", row
-
-
-def _lines(text: str) -> Iterator[tuple[str, Mapping[str | None, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:  # which counts the lines of this one
-                raise ValueError(f"line {number} is no json: {error.msg} at character {error.pos + 1}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no object")
-            yield f"line {number}", row
+def _rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Number of each line after the first, and its cells by the titles in the first; missing cells are empty."""
+    lines = csv_rows(text, suffix)
+    _, titles = next(lines, (0, []))
+    for number, row in lines:
+        if len(row) > len(titles):
+            raise ValueError(f"line {number} has more cells than the first line; put captions with commas in quotes")
+        yield number, dict(zip_longest(titles, row, fillvalue=""))
 
 
 def _entry(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:

@@ -17,6 +17,7 @@ from selftrans.data.sources import label_file
 from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
 from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, classify, parts_inside
 from selftrans.data.sources.splits import class_root
+from selftrans.data.sources.table_file import MAX_BYTES
 from selftrans.messages import first_line, printable
 
 
@@ -114,7 +115,7 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> bytes:
     """A file of labels. Raises ValueError for one that cannot be read."""
     try:
         with archive.open(info) as file:
-            return file.read(label_file.MAX_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     except Exception as error:  # the type depends on the damage
         raise ValueError(f"{printable(where)} cannot be read ({first_line(error)}); make the zip again") from error
 

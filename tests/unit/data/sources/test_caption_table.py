@@ -46,7 +46,7 @@ def test_what_does_not_fit_the_pictures_is_named(tmp_path: Path) -> None:
         (
             "c.csv",
             b"file,caption\none.png,a cat, asleep\n",
-            "line 2 has more cells than the first line; put captions with",
+            "line 2 has more cells than the first line; put captions with commas",
         ),
         ("c.csv", b"file,title\none.png,a\n", "line 2 has no column caption, .*, among file, title"),
         ("c.csv", b"file,caption,text\none.png,a,b\n", "line 2 has the columns caption and text: keep one"),
@@ -62,7 +62,7 @@ def test_what_does_not_fit_the_pictures_is_named(tmp_path: Path) -> None:
         (
             "c.jsonl",
             b'{"file_name": "one.png", "text": "a"}\n\n{"file_name" 1}\n',
-            "line 3 is no json: Expecting ':' delimiter at character 14",
+            "line 3: it is not valid json: Expecting ':' delimiter",
         ),
     ],
 )

@@ -117,7 +117,7 @@ def given(tmp_path: Path, name: str, content: str | bytes, kind: str = "folder")
         (
             "metadata.jsonl",
             '{"file_name": "a.png", "label": "cat"}\n{"file_name": "sub/b.png", "label": "dog", "x": 1}\n\n'
-            '{"file_name": "sub/ü c.png", "label": "cat"}\n{"file_name": "d.png", "label": "eel"}\n',
+            '{"file_name": "sub/ü c.png", "label": "cat", "text": "\u2028"}\n{"file_name": "d.png", "label": "eel"}\n',
         ),
     ],
 )
@@ -131,24 +131,28 @@ def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: st
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("l.csv", "a.png\nb.png\n", r"l.csv has 1 column \(a.png\), and none are named path and label; give a csv"),
-        ("l.csv", "x,y,z\n1,2,3\n", r"l.csv has 3 columns \(x, y, z\), and none are named"),
-        ("l.csv", "path,label,class\na.png,1,2\n", "has the labels label and class; keep one"),
-        ("l.csv", "path,label\na.png\n", "l.csv: line 2 has 1 of the columns"),
+        (
+            "l.csv",
+            "a.png\nb.png\n",
+            r"l.csv .* \(it has 1 column, a.png, and none are named path and label\); give a csv",
+        ),
+        ("l.csv", "x,y,z\n1,2,3\n", r"it has 3 columns, x, y, z, and none are named"),
+        ("l.csv", "path,label,class\na.png,1,2\n", "has the labels label and class: keep one"),
+        ("l.csv", "path,label\na.png\n", "l.csv .*line 2 has 1 of the columns"),
         ("l.csv", "a.png,cat\na.png,dog\n", "gives a.png the labels cat and dog"),
         ("l.csv", "", "l.csv holds no names; give the path and the label of each picture"),
-        ("l.csv", "path,label,Label\na.png,1,2\n", "line 2 has two values in the columns label, 1 and 2; keep one"),
+        ("l.csv", "path,label,Label\na.png,1,2\n", "line 2 has two values in the columns label, 1 and 2: keep one"),
         ("l.json", '{"a.png": 1, "a.png": 2}', "has a.png twice, as 1 and 2"),
-        ("l.csv", "image,image\na.png,a.png\n", r"2 columns \(image, image\), and none are named"),
-        ("l.json", '{"labels": [["a.png", 1]], "labels": [["a.png", 2]]}', r"l.json has labels twice, as \[\['a.png"),
-        ("l.json", '[{"path": "a.png", "path": "d.png", "label": 1}]', "l.json has path twice, as 'a.png' and 'd.png'"),
-        ("l.jsonl", '{"path": "a.png", "label": "x", "label": "y"}', "l.jsonl has label twice, as 'x' and 'y'"),
+        ("l.csv", "image,image\na.png,a.png\n", r"2 columns, image, image, and none are named"),
+        ("l.json", '{"labels": [["a.png", 1]], "labels": [["a.png", 2]]}', r"it has labels twice, as \[\['a.png"),
+        ("l.json", '[{"path": "a.png", "path": "d.png", "label": 1}]', "it has path twice, as 'a.png' and 'd.png'"),
+        ("l.jsonl", '{"path": "a.png", "label": "x", "label": "y"}', "it has label twice, as 'x' and 'y'"),
         ("l.csv", b"\xff\xfea.png,1", "is not text in UTF-8"),
         ("l.csv", "a.png,\nd.png,-1\n", "has neither a label from 0 on nor a word"),
         ("l.json", "[1]", "a name and a word or an integer"),
         ("l.json", "3", "holds no list of labels"),
         ("l.jsonl", "{}\n", "a name and a word or an integer"),
-        ("l.jsonl", '{"path": "a.png", "label": 1}\n{', "line 2, is not valid json"),
+        ("l.jsonl", '{"path": "a.png", "label": 1}\n{', "line 2: it is not valid json"),
         ("l.txt", "a.png,1", "does not end in .csv, .tsv, .json, .jsonl"),
     ],
 )
@@ -176,7 +180,7 @@ def test_given_labels_belong_to_folders_and_zips(tmp_path: Path) -> None:
     reading = Reading(labels=tmp_path / "missing.csv")
     with pytest.raises(ValueError, match=r"^digits is not a folder or a zip of pictures, which --labels .* needs$"):
         open_source("digits", reading=reading)
-    with pytest.raises(ValueError, match=r"missing.csv cannot be read \(.*No such file"):
+    with pytest.raises(ValueError, match=r"missing.csv cannot be read as labels \(No such file"):
         open_source(write(tmp_path / "x", PICTURES), reading=reading)
 
 
