@@ -27,7 +27,7 @@ CAPTION_FILES = (".txt", ".caption", ".json")
 KEYS = ("caption", "captions", "text")  #: of a .json file
 MAX_FILE_BYTES = 1 << 20  #: of one caption file
 MAX_ANNOTATION_BYTES = 1 << 30  #: of an annotation file
-EMPTY = "empty captions, left out"  #: in `Source.ignored`
+EMPTY = "empty captions"  #: in `Source.ignored`
 CAPTIONED = PICTURES | {*CAPTION_FILES}  #: files of a source of pictures with captions
 NO_PICTURE, NO_CAPTION = "a caption without its picture", "a picture without a caption"
 

@@ -46,14 +46,6 @@ UNREAD_VIDEOS = frozenset((".3gp", ".flv", ".mpeg", ".mpg", ".mts", ".wmv"))
 ARCHIVES = frozenset((".7z", ".bz2", ".gz", ".lz4", ".rar", ".tgz", ".xz", ".zip", ".zst"))
 ARRAYS = frozenset((".npy", ".npz"))
 TABLES = frozenset((".csv", ".json", ".jsonl", ".tsv", ".txt", ".xls", ".xlsx", ".xml"))
-#: beginnings of reasons: plural, singular
-NOUNS = (
-    ("hidden files", "hidden file"),
-    ("symbolic links to folders", "symbolic link to a folder"),
-    ("broken links, pipes and devices", "broken link, pipe or device"),
-    ("class folders", "class folder"),
-    ("empty captions", "empty caption"),
-)
 FORMS = "a folder, a zip, a tar or a parquet file (docs/data.md)"
 SAVE_ARRAYS = "pictures are read from their files, floats (N, C, ...) from an npz with `data` by --autoencoder values"
 MOST = 8  #: kinds of files that a message names
@@ -101,24 +93,10 @@ def of_other_kinds(ignored: Mapping[str, int]) -> dict[str, int]:
 def describe_ignored(ignored: Mapping[str, int]) -> str:
     """What is not read, as one sentence; empty when everything is."""
     files = of_other_kinds(ignored)
-    others = [
-        f"{count:,} {printable(_singular(reason) if count == 1 else reason)}"
-        for reason, count in ignored.items()
-        if not reason.startswith("*")
-    ]
-    said = [f"ignored: {', '.join(others)}"] if others else []
-    if files:
-        total = sum(files.values())
-        said.insert(0, f"{plural(total, 'file')} {are(total)} not read: {_kinds(files)}")
-    return "; ".join(said)
-
-
-def _singular(reason: str) -> str:
-    """A reason in words for one file: nouns in the plural at its beginning become singular."""
-    for several, one in NOUNS:
-        if reason.startswith(several):
-            return one + reason.removeprefix(several)
-    return reason
+    others = [f"{printable(reason)} ({count:,})" for reason, count in ignored.items() if not reason.startswith("*")]
+    total = sum(files.values())
+    said = [f"{plural(total, 'file')} {are(total)} not read: {_kinds(files)}"] if files else []
+    return "; ".join(said + ([f"ignored: {', '.join(others)}"] if others else []))
 
 
 def describe_unread(ignored: Mapping[str, int], suffixes: Collection[str] = UNREAD_PICTURES) -> str:

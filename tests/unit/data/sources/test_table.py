@@ -117,7 +117,7 @@ def test_columns_of_captions(tmp_path: Path) -> None:
     assert source.classes == () and np.array_equal(source.read(2), noise(8, 2))
     source = opened(captions=[["one", "two", ""], [], ["three"]])
     assert source.captions == [("one", "two"), (), ("three",)] and list(source.faults) == [1]
-    assert source.ignored == {"empty captions, left out": 1}
+    assert source.ignored == {"empty captions": 1}
     several = {"text": ["x", "y", "z"], "alt": ["1", "2", "3"], "captions": [["a"], ["b"], ["c"]]}
     with pytest.raises(ValueError, match=r"has 2 columns with captions among .*; choose one by --caption-column"):
         opened(**several)
