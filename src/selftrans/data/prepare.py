@@ -20,7 +20,7 @@ from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.reports import check_faults, report_source, say, warn_after_reading
-from selftrans.data.resolution import Resolution, check_square, size_text
+from selftrans.data.resolution import Resolution, size_text
 from selftrans.data.shard_plan import Decoded
 from selftrans.data.source_samples import source_samples
 from selftrans.data.sources.clips import Clips, MediaOptions
@@ -89,10 +89,8 @@ def prepare(
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
     mine, earlier = _checked_part(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    given = (resolution, flip, split, label_column, text, media or MediaOptions(), reading, progress)
+    given = (resolution, flip, split, label_column, text, media or MediaOptions(), reading, square, progress)
     samples = pictures if pictures is not None else source_samples(source, earlier, autoencoder, *given)
-    if square and isinstance(samples, Source):
-        check_square(samples.resolution)
     dtype, of_media = dtype or _dtype(autoencoder, samples), isinstance(samples, Clips)
     options = _options(samples, autoencoder, resolution, text, media, reading)
     options |= {"flip": flip, "split": split or "train", "label_column": label_column}

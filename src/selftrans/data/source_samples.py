@@ -7,7 +7,7 @@ from pathlib import Path
 
 from selftrans.data import resumable
 from selftrans.data.encode_captions import TextOptions
-from selftrans.data.resolution import Resolution
+from selftrans.data.resolution import Resolution, check_square
 from selftrans.data.sources.clip_files import kind_of
 from selftrans.data.sources.clips import MediaOptions, open_clips
 from selftrans.data.sources.decode import Reading
@@ -28,6 +28,7 @@ def source_samples(
     text: TextOptions | None,
     media: MediaOptions,
     reading: Reading,
+    square: bool,
     progress: bool,
 ) -> Samples:
     """The samples of a source, with the options of `prepare`; `earlier` is the state of the output folder.
@@ -56,7 +57,7 @@ def source_samples(
     if clips is not None:
         return clips
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
-    return open_source(
+    opened = open_source(
         source,
         resolution=resolution or native,
         split=split,
@@ -65,3 +66,6 @@ def source_samples(
         reading=reading,
         progress=progress,
     )
+    if square:
+        check_square(opened.resolution)
+    return opened

@@ -25,8 +25,7 @@ from selftrans.data.sources.file_kinds import PICTURES, check_source_file, descr
 from selftrans.data.sources.label_file import given_labels
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
-from selftrans.data.sources.tar_archive import tar_entries
-from selftrans.data.sources.tar_labels import labelled_tars, only_tars
+from selftrans.data.sources.tar_archive import labelled_tars, only_tars, tar_entries
 from selftrans.messages import printable
 
 __all__ = ["MAX_RESOLUTION", "Source", "iter_images", "open_source"]
