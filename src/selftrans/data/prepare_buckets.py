@@ -21,7 +21,7 @@ from selftrans.data.prepare import NoneReadable, load, prepare
 from selftrans.data.reports import check_faults, report_source, say
 from selftrans.data.resolution import Resolution, resolution_of, size_text
 from selftrans.data.resumable import LOCK
-from selftrans.data.sources.clip_files import kind_of
+from selftrans.data.sources.clips import kind_of
 from selftrans.data.sources.decode import STANDARD, Reading, none_readable, upright_size
 from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
 from selftrans.data.sources.source import Source, ahead

@@ -27,7 +27,7 @@ from selftrans.data.resolution import Resolution, check_square, size_text
 from selftrans.data.shard_file import WRITE_REMEDY, Layout, is_valid, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
-from selftrans.data.sources.clip_files import kind_of
+from selftrans.data.sources.clips import kind_of
 from selftrans.data.sources.decode import STANDARD, Reading
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import ahead

@@ -8,8 +8,7 @@ from pathlib import Path
 from selftrans.data import resumable
 from selftrans.data.encode_captions import TextOptions
 from selftrans.data.resolution import Resolution, check_square
-from selftrans.data.sources.clip_files import kind_of
-from selftrans.data.sources.clips import MediaOptions, open_clips
+from selftrans.data.sources.clips import MediaOptions, kind_of, open_clips
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source

@@ -1,4 +1,7 @@
-"""Pictures with captions: caption files next to the pictures, the annotations of COCO, or a table of names and captions.
+"""Pictures with captions: caption files next to the pictures, the annotations of COCO, or a table of names and captions:
+
+file_name,caption                               {"file_name": "a/001.jpg", "text": "a cat"}
+a/001.jpg,"a cat, asleep"                       {"file_name": "a/002.jpg", "captions": ["a dog", "two ears"]}
 
 A sample that lacks its picture or its captions stays in the source, with the reason in `Source.faults`: it is refused, or
 skipped and listed, as an unreadable picture is.
@@ -7,16 +10,17 @@ skipped and listed, as an unreadable picture is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selftrans.data.sources.caption_table import SUFFIXES, caption_table
 from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.source import Entries, Source, parts_inside
+from selftrans.data.sources.table_file import NAMES, csv_rows, json_lines, picture_name, read_text
 from selftrans.messages import decoded_text, first_line, one_line, plural, printable
 
 if TYPE_CHECKING:
@@ -29,6 +33,9 @@ MAX_FILE_BYTES = 1 << 20  #: of one caption file
 MAX_ANNOTATION_BYTES = 1 << 30  #: of an annotation file
 EMPTY = "empty captions"  #: in `Source.ignored`
 CAPTIONED = PICTURES | {*CAPTION_FILES}  #: files of a source of pictures with captions
+TABLES = (".csv", ".tsv", ".jsonl")
+#: names of columns and fields of a table, in lower case
+CAPTIONS = ("caption", "captions", "text", "txt", "sentence", "sentences", "prompt")
 NO_PICTURE, NO_CAPTION = "a caption without its picture", "a picture without a caption"
 
 
@@ -165,7 +172,7 @@ def annotated(pictures: Source, file: Path) -> Source:
 
 def _annotations(file: Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
     """The file names and the captions by image id; of a table the name is the id. Raises ValueError for any other file."""
-    if file.suffix.lower() in SUFFIXES:
+    if file.suffix.lower() in TABLES:
         of = caption_table(file)
         return {name: name for name in of}, dict(of)
     images: dict[Any, str] = {}
@@ -189,3 +196,48 @@ def _annotations(file: Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
             "with image_id and caption"
         ) from error
     return images, captions
+
+
+def caption_table(file: Path) -> dict[str, list[str]]:
+    """The captions by the name of the picture, in the order of the lines; a name may have several lines.
+
+    Raises ValueError, with the line, for a file that is not of this kind.
+    """
+    found: dict[str, list[str]] = {}
+    try:
+        text, suffix = read_text(file), file.suffix.lower()
+        for number, row in json_lines(text) if suffix == ".jsonl" else _rows(text, suffix):
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            name, captions = _entry({str(key).strip().lower(): value for key, value in row.items()}, f"line {number}")
+            found.setdefault(picture_name(name.strip()), []).extend(captions)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{printable(file)} cannot be read as captions ({first_line(error)}): give a csv, tsv or jsonl with file_name and "
+            "caption (docs/data.md)"
+        ) from error
+    return found
+
+
+def _rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Number of each line after the first, and its cells by the titles in the first; missing cells are empty."""
+    lines = csv_rows(text, suffix)
+    _, titles = next(lines, (0, []))
+    for number, row in lines:
+        if len(row) > len(titles):
+            raise ValueError(f"line {number} has more cells than the first line; put captions with commas in quotes")
+        yield number, dict(zip_longest(titles, row, fillvalue=""))
+
+
+def _entry(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
+    """Name and captions of one line. ValueError unless it has a name, and captions under one of CAPTIONS."""
+    name = next((row[key] for key in NAMES if key in row), None)
+    columns = [key for key in CAPTIONS if key in row]
+    if len(columns) != 1:
+        which = f"the columns {' and '.join(columns)}: keep one" if columns else f"no column {', '.join(CAPTIONS)}"
+        raise ValueError(f"{where} has {which}, among {', '.join(map(printable, row))}")
+    given = row[columns[0]]
+    captions = given if isinstance(given, list) else [given or ""]
+    if not isinstance(name, str) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{where} has no name of a file, or a caption that is not text")
+    return name, captions

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selftrans.data.sources.caption_table import CAPTIONS
-from selftrans.data.sources.captions import CaptionSource, with_captions
+from selftrans.data.sources.captions import CAPTIONS, CaptionSource, with_captions
 from selftrans.data.sources.decode import open_picture
 from selftrans.data.sources.labelling import Numbered, as_label, numbered
 from selftrans.data.sources.source import MAX_CLASSES, Source

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from selftrans.data.resolution import Resolution, sides, size_text
-from selftrans.data.sources.clip_files import GIF
-from selftrans.data.sources.clips import Clips, MediaOptions, missing
+from selftrans.data.sources.clips import GIF, Clips, MediaOptions, missing
 from selftrans.data.sources.decode import MAX_PIXELS, check_pixels, none_readable, open_picture, to_array, unreadable
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Video, rounded

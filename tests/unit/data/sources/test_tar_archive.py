@@ -13,7 +13,7 @@ import pytest
 from selftrans.cli.main import main
 from selftrans.data.sources import tar_archive
 from selftrans.data.sources.captions import MAX_FILE_BYTES, CaptionSource
-from selftrans.data.sources.clip_files import kind_of
+from selftrans.data.sources.clips import kind_of
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source
 from selftrans.data.sources.tar_archive import only_tars

@@ -12,8 +12,7 @@ from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare
-from selftrans.data.sources.clip_files import kind_of
-from selftrans.data.sources.clips import MediaOptions
+from selftrans.data.sources.clips import MediaOptions, kind_of
 from selftrans.data.sources.video import iter_frames
 from tests.support.clips import moving, save_gif, save_mp4
 

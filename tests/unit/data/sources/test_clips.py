@@ -11,8 +11,7 @@ import pytest
 
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
-from selftrans.data.sources.clip_files import kind_of
-from selftrans.data.sources.clips import MediaOptions
+from selftrans.data.sources.clips import MediaOptions, kind_of
 from selftrans.data.sources.decode import Reading
 from tests.support.clips import moving, save_gif, save_mp4, sounds
 from tests.support.pictures import encoded, noise, write
