@@ -59,10 +59,10 @@ def _tables(root: Path, most: int) -> Iterator[tuple[str, bytes]]:
                     yield path.suffix.lower(), file.read(most)
 
 
-def check_link(path: Path, root: Path, name: str) -> None:
-    """Raise ValueError when `path` leads out of the folder `root` (a path without links) through a symbolic link."""
+def check_link(root: Path, name: str) -> None:
+    """Raise ValueError when the path `name` in a folder leads out of it through a symbolic link."""
     try:
-        inside = path.resolve().is_relative_to(root)
+        inside = (root / name).resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError):  # links that lead in a circle: nothing is read through them
         return
     if not inside:
@@ -76,7 +76,7 @@ def files_like(folder: Path, pattern: str) -> list[Path]:
     """
     files = sorted(path for path in folder.glob(pattern) if junk_name(path.name) is None)
     for file in files:
-        check_link(file, folder.resolve(), file.name)
+        check_link(folder, file.name)
     return files
 
 
@@ -110,33 +110,28 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> Iterator[tuple[str, int]]:
+def walk(root: Path, suffixes: Collection[str], ignored: Counter[str], below: str = "") -> Iterator[tuple[str, int]]:
     """(path below the root, bytes) of each file with one of these suffixes; others are counted in `ignored`.
 
-    Raises ValueError for a symbolic link that leads out of the folder.
+    `below`: a folder in the root, ending in `/`, to which this is limited. Raises ValueError for a symbolic link that leads
+    out of the root.
     """
-    return _walk(root, root.resolve(), "", suffixes, ignored)
-
-
-def _walk(
-    directory: Path, root: Path, prefix: str, suffixes: Collection[str], ignored: Counter[str]
-) -> Iterator[tuple[str, int]]:
     try:
-        with os.scandir(directory) as scan:
+        with os.scandir(root / below) as scan:
             entries = list(scan)
     except OSError as error:
-        raise ValueError(f"cannot list {directory}: {error.strerror}") from error
+        raise ValueError(f"cannot list {root / below}: {error.strerror}") from error
     for entry in entries:
-        name = prefix + entry.name
+        name = below + entry.name
         junk = junk_name(entry.name)
         if entry.is_symlink() and junk is None:
-            check_link(Path(entry.path), root, name)
+            check_link(root, name)
         if junk is not None:
             ignored[junk] += 1
         elif entry.is_symlink() and not Path(entry.path).exists():  # broken, or in a circle
             ignored[SPECIAL] += 1
         elif entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), root, name + "/", suffixes, ignored)
+            yield from walk(root, suffixes, ignored, name + "/")
         elif entry.is_dir():
             ignored[LINKS] += 1
         elif not entry.is_file():
