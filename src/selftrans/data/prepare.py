@@ -181,21 +181,20 @@ def _load_text(
 def _finished(
     earlier: resumable.Earlier, options: dict[str, Option], samples: Samples, out: Path, progress: bool
 ) -> bool:
-    """Whether a folder is complete for these samples, with no damaged file. ValueError if begun with other options."""
+    """Whether a folder is complete for these samples; removes files with a wrong sha256, so that they are made again.
+
+    Raises ValueError if it was begun with other options.
+    """
     resumable.check_options(earlier.plan, options, out)
-    covers = earlier.complete and sum(shard.asked for shard in earlier.shards) == len(samples)
-    return covers and not _remove_damaged(out, progress)
-
-
-def _remove_damaged(out: Path, progress: bool) -> list[str]:
-    """Remove the files of a complete folder whose sha256 is wrong, so that they are made again; returns their names."""
+    if not earlier.complete or sum(shard.asked for shard in earlier.shards) != len(samples):
+        return False
     damaged = list(Dataset.open(out).damaged(features=False))
     for name in damaged:
         say(f"{out / name} fails its sha256 and is made again", progress)
         (out / name).unlink()
     if not damaged:
         say(f"{out} is complete already", progress)
-    return damaged
+    return not damaged
 
 
 def load(name: str, device: str | torch.device | None, precision: str) -> tuple[torch.device, Autoencoder]:
