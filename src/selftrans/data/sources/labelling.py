@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,17 +33,17 @@ class Numbered(NamedTuple):
 
     labels: np.ndarray  #: (n,) int64; 0 where there is none
     classes: tuple[str, ...]
-    missing: list[int]  #: positions without a label
-    #: position without a label -> the word of NO_LABEL that stands there
-    words: Mapping[int, str] = MappingProxyType({})
+    missing: Mapping[
+        int, str | None
+    ]  #: position without a label -> the word of NO_LABEL that stands there, if one does
 
     def faults(self, where: str) -> dict[int, str]:
         """Why each sample without a label has none, by its position."""
-        return {i: f"no label in {where}{self._read(i)}" for i in self.missing}
-
-    def _read(self, i: int) -> str:
-        word = self.words.get(i)
-        return f": {printable(word)} among numbers is read as none; rename it there if it is a class" if word else ""
+        why = "among numbers is read as none; rename it there if it is a class"
+        return {
+            i: f"no label in {where}: {printable(word)} {why}" if word else f"no label in {where}"
+            for i, word in self.missing.items()
+        }
 
 
 def numbered(given: Sequence[Label], where: str) -> Numbered:
@@ -68,19 +67,17 @@ def numbered(given: Sequence[Label], where: str) -> Numbered:
         words = [None if word in absent else word for word in words]
     if all(map(_NUMBER.fullmatch, distinct)):
         number = {word: int(float(word)) for word in distinct}
-        labels = [-1 if word is None else number[word] for word in words]
-        highest = max(labels, default=-1)
-        classes = tuple(map(str, range(min(highest + 1, MAX_CLASSES + 1))))
+        classes = tuple(map(str, range(min(max(number.values(), default=-1) + 1, MAX_CLASSES + 1))))
     else:
         classes = tuple(sorted(distinct))
         number = {word: i for i, word in enumerate(classes)}
-        labels = [-1 if word is None else number[word] for word in words]
+    labels = [-1 if word is None else number[word] for word in words]
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{where} has more than {MAX_CLASSES:,} classes; check that these are labels of pictures")
     if not classes:
         raise ValueError(f"{where} has neither a label from 0 on nor a word; give each picture its class")
-    missing = [i for i, label in enumerate(labels) if label < 0]
-    return Numbered(np.maximum(np.array(labels, dtype=np.int64), 0), classes, missing, unread)
+    missing = {i: unread.get(i) for i, label in enumerate(labels) if label < 0}
+    return Numbered(np.maximum(np.array(labels, dtype=np.int64), 0), classes, missing)
 
 
 def with_labels(source: Source, given: Mapping[str, Label], file: str, exactly: Sequence[str] | None = None) -> Source:

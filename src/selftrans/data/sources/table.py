@@ -210,7 +210,7 @@ def _labels(rows: TableRows, column: str | None, where: str) -> Numbered:
     stores integers of which one is missing.
     """
     if column is None:
-        return Numbered(np.zeros(len(rows), dtype=np.int64), (), [])
+        return Numbered(np.zeros(len(rows), dtype=np.int64), (), {})
     values = rows.column(column).to_pylist()
     # only NaN differs from itself
     whole = (None if value is None or value != value else as_label(value) for value in values)
@@ -222,7 +222,7 @@ def _labels(rows: TableRows, column: str | None, where: str) -> Numbered:
     names = getattr(rows.features[column], "names", None)
     if names is None:
         return numbered(labels, f"column {column!r} of {where}")
-    missing = [i for i, label in enumerate(labels) if label is None or label < 0]
+    missing = {i: None for i, label in enumerate(labels) if label is None or label < 0}
     found = np.array([0 if label is None else max(0, label) for label in labels], dtype=np.int64)
     if len(names) > MAX_CLASSES or (len(found) and found.max() >= len(names)):
         raise ValueError(f"column {column!r} of {where} has label {found.max()}, beyond its classes")

@@ -37,7 +37,7 @@ def source(*names: str) -> Source:
 )
 def test_classes_of_words_and_numbers(given: list, labels: list, classes: tuple, missing: list) -> None:
     found = numbered(given, "x")
-    assert (found.labels.tolist(), found.classes, found.missing) == (labels, classes, missing)
+    assert (found.labels.tolist(), found.classes, list(found.missing)) == (labels, classes, missing)
 
 
 @pytest.mark.parametrize(
