@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from selftrans.data.sources.source import InOrder
 from selftrans.messages import first_line
@@ -12,27 +12,10 @@ from selftrans.messages import first_line
 CHUNK = 4096  #: rows of a column that are read at a time
 
 
-class TableRows(Protocol):
-    """What a source needs of a table."""
-
-    features: Any  #: name -> type of each column
-    in_order: bool  #: whether rows should be read in their order, by one thread
-
-    def __len__(self) -> int: ...
-
-    def column(self, name: str) -> Any:
-        """All values of a column, as a pyarrow column."""
-        ...
-
-    def pictures(self, name: str) -> Callable[[int], dict[str, Any] | None]:
-        """A function that returns the cell of row i, not decoded: its `bytes` or its `path`; None where it is empty."""
-        ...
-
-
 class StoredRows:
-    """Rows on this machine."""
+    """Rows on this machine; `features`: name -> type of each column."""
 
-    in_order = False
+    in_order = False  #: whether rows should be read in their order, by one thread
 
     def __init__(self, rows: Any) -> None:
         self._rows, self.features = rows, rows.features
@@ -41,9 +24,11 @@ class StoredRows:
         return len(self._rows)
 
     def column(self, name: str) -> Any:
+        """All values of a column, as a pyarrow column."""
         return self._rows.select_columns([name]).with_format("arrow")[:][name]
 
     def pictures(self, name: str) -> Callable[[int], dict[str, Any] | None]:
+        """A function that returns the cell of row i, not decoded: its `bytes` or its `path`; None where it is empty."""
         import datasets
 
         rows = self._rows.select_columns([name]).cast_column(name, datasets.Image(decode=False))
@@ -51,7 +36,7 @@ class StoredRows:
 
 
 class StreamedRows:
-    """Rows that are read in their order, from the hub or from local files; only the last one is kept.
+    """As StoredRows, of rows that are read in their order, from the hub or from local files; only the last one is kept.
 
     `load` returns the `datasets.IterableDataset`; where the format allows it (parquet), `columns` limits what is read.
     ValueError for a table whose columns are not known before it is read.
@@ -104,6 +89,9 @@ class StreamedRows:
         rows = self._load().select_columns([name]).cast_column(name, datasets.Image(decode=False))
         read = InOrder(lambda i: (row[name] for row in _read_stream(rows.skip(i) if i else rows, self._where)))
         return read
+
+
+TableRows: TypeAlias = StoredRows | StreamedRows
 
 
 def _read_stream(rows: Any, where: str) -> Iterator[Any]:
