@@ -43,10 +43,10 @@ def tar_entries(tars: list[Path], suffixes: Collection[str], split: str | None =
             if (inside := f"{path.name}/{name}") in members:
                 raise ValueError(f"{path} holds {printable(inside)} twice; make the tar again")
             members[inside] = path, info.offset_data, info.size
-    inside = {name: name.partition("/")[2] for name in members}
-    top = class_root([*inside.values()], split, str(tars[0]))
-    names = sorted(name for name in members if inside[name].startswith(top))
-    heads = [inside[name].removeprefix(top) for name in names]
+    in_tar = {name: name.partition("/")[2] for name in members}
+    top = class_root([*in_tar.values()], split, str(tars[0]))
+    names = sorted(name for name in members if in_tar[name].startswith(top))
+    heads = [in_tar[name].removeprefix(top) for name in names]
 
     def read(i: int) -> BinaryIO:
         path, offset, size = members[names[i]]
