@@ -116,7 +116,7 @@ def encoded(content: bytes, autoencoder: Autoencoder, shape: tuple[int, ...]) ->
     channels = autoencoder.pixel_channels if isinstance(autoencoder, DiffusersAutoencoder) else shape[0]
     try:
         image = open_picture(io.BytesIO(content))
-        check_pixels(image, UPLOAD_PIXELS)
+        check_pixels(image.size, UPLOAD_PIXELS)
         array = to_array(image, resolution_of(height, width), channels)
     except Exception as error:  # decoders raise many types
         raise unreadable("the picture", error) from error

@@ -9,13 +9,12 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from selftrans.data.sources.clips import Clips, MediaOptions, missing
+from selftrans.data.sources.clips import Clips, MediaOptions, importing
 from selftrans.data.sources.decode import none_readable
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Mel, Waveform
@@ -41,10 +40,8 @@ class Header(NamedTuple):
 
 def soundfile() -> Any:
     """The library. Raises ValueError with the command that installs it."""
-    try:
+    with importing("soundfile", "sounds"):
         import soundfile
-    except (ImportError, OSError) as error:  # OSError: a system library is missing
-        raise missing("sounds", "soundfile", error) from error
     return soundfile
 
 
@@ -148,8 +145,8 @@ def _headers(files: Source, where: Path, progress: bool) -> list[Header]:
 
 def _common(headers: list[Header], name: str, unit: str, option: str) -> Any:
     """The value that all headers share. Raises ValueError when they differ."""
-    value: Callable[[Header], float] = lambda header: getattr(header, name)  # noqa: E731
-    low, high = min(map(value, headers)), max(map(value, headers))
+    values = [getattr(header, name) for header in headers]
+    low, high = min(values), max(values)
     if low != high:
         raise ValueError(f"the sounds have {low:.6g} to {high:.6g} {unit}; choose one value with {option}")
     return low

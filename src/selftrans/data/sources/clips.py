@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
@@ -112,12 +113,15 @@ class Clips(Samples):
         return replace(self.media, **numbers)
 
 
-def missing(what: str, module: str, error: Exception) -> ValueError:
-    """The error for a module of the extra `media` that cannot be imported; `what`: the data that it reads."""
-    reason = first_line(error, 100)
-    return ValueError(
-        f"{what} are read by {module}, which cannot be imported ({reason}): pip install 'selftrans[media]'"
-    )
+@contextmanager
+def importing(module: str, what: str) -> Iterator[None]:
+    """For an import of a module of the extra `media`, which reads `what`: ValueError with the command that installs it."""
+    try:
+        yield
+    except (ImportError, OSError) as error:  # OSError: a system library is missing
+        raise ValueError(
+            f"{what} are read by {module}, which cannot be imported ({first_line(error, 100)}): pip install 'selftrans[media]'"
+        ) from error
 
 
 def open_clips(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -68,16 +68,6 @@ def none_readable(count: int, noun: str, where: object = None, why: object = Non
         f"the only {noun}{of} is not readable" if count == 1 else f"none of the {plural(count, noun)}{of} is readable"
     )
     return said if why is None else f"{said}{'' if count == 1 else '; the first'}: {why}"
-
-
-class Sized(Protocol):
-    """A picture, or a stream of video."""
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def height(self) -> int: ...
 
 
 class Reading(NamedTuple):
@@ -175,11 +165,11 @@ def _unknown(head: bytes) -> str:
     return "it begins with zeros, as after an incomplete copy" if not any(head) else "of an unknown format"
 
 
-def check_pixels(image: Sized, most: int) -> None:
-    """Raise ValueError for a picture of more than `most` pixels, by its header."""
-    if image.width * image.height > most:
+def check_pixels(size: tuple[int, int], most: int) -> None:
+    """Raise ValueError for a picture of this width and height, as its header says, if it has more than `most` pixels."""
+    if size[0] * size[1] > most:
         raise ValueError(
-            f"{image.width}x{image.height} is more than the limit of {most:,} pixels; raise it with --max-pixels, if memory "
+            f"{size[0]}x{size[1]} is more than the limit of {most:,} pixels; raise it with --max-pixels, if memory "
             "allows (3 bytes a pixel)"
         )
 

@@ -138,7 +138,7 @@ class Source(Samples):
             raise BadSample(self.names[i], self.faults[i])
         try:
             with self.open(i) as image:
-                check_pixels(image, self.reading.max_pixels)
+                check_pixels(image.size, self.reading.max_pixels)
                 facts, small = facts_of(image), enlarged(image, self.resolution)
                 pixels = to_array(image, self.resolution, self.channels, self.reading.range)
                 facts.several |= animated(image)

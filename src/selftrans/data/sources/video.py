@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from selftrans.data.resolution import Resolution, sides, size_text
-from selftrans.data.sources.clips import GIF, Clips, MediaOptions, missing
+from selftrans.data.sources.clips import GIF, Clips, MediaOptions, importing
 from selftrans.data.sources.decode import MAX_PIXELS, check_pixels, none_readable, open_picture, to_array, unreadable
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Video, rounded
@@ -64,10 +64,8 @@ def open_videos(
 
 def pyav() -> Any:
     """The library. Raises ValueError with the command that installs it."""
-    try:
+    with importing("av", "videos"):
         import av
-    except (ImportError, OSError) as error:  # OSError: a system library is missing
-        raise missing("videos", "av", error) from error
     return av
 
 
@@ -84,7 +82,7 @@ def _gif(stream: BinaryIO, most: int) -> Image.Image:
     """The gif in a stream, which stays open when the picture is closed. Raises ValueError for one that is too large."""
     stream.seek(0)
     image = open_picture(io.BytesIO(stream.read()))
-    check_pixels(image, most)
+    check_pixels(image.size, most)
     return image
 
 
@@ -117,7 +115,7 @@ def _av_frames(name: str, stream: BinaryIO, most: int) -> Generator[Image.Image]
         if not container.streams.video:
             raise ValueError("it holds no video")
         video = container.streams.video[0]
-        check_pixels(video, most)
+        check_pixels((video.width, video.height), most)
         for frame in container.decode(video):
             # degrees counterclockwise, which phones record in the header; older versions of PyAV do not report them
             turn = int(getattr(frame, "rotation", 0)) % 360
