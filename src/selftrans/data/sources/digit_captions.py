@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -124,13 +125,10 @@ def sentence(described: Described, wording: Wording, key: str) -> str:
     """A sentence in a wording; `key` chooses the words and their order. "a thick three, leaning right"."""
     chance = random.Random(key)
 
-    def pick(options: Sequence[str]) -> str:
-        # the values of `random` are the same in every version of Python; those of `choice` are not
-        return options[int(chance.random() * len(options))]
-
+    pick = partial(_pick, chance)
     noun = pick(wording.nouns).format(pick((NAMES[described.digit], str(described.digit))))
     adjectives, phrases = [], []
-    for name in _shuffled(list(described.levels), chance):
+    for name in sorted(described.levels, key=lambda _: chance.random()):
         level = described.levels[name] + 1
         before = wording.adjectives[name][level] if name in wording.adjectives else ()
         if before and chance.random() < 0.6:
@@ -186,13 +184,13 @@ def _some(every: Mapping[str, int], key: str) -> dict[str, int]:
     """Each attribute with probability 1/2, one at least."""
     chance = random.Random(f"{key} mentions")
     kept = {name: level for name, level in every.items() if chance.random() < 0.5}
-    names = list(every)
-    name = names[int(chance.random() * len(names))]
+    name = _pick(chance, list(every))
     return kept or {name: every[name]}
 
 
-def _shuffled(names: list[str], chance: random.Random) -> list[str]:
-    return sorted(names, key=lambda _: chance.random())
+def _pick(chance: random.Random, options: Sequence[str]) -> str:
+    # the values of `random` are the same in every version of Python; those of `choice` are not
+    return options[int(chance.random() * len(options))]
 
 
 def _with_article(noun: str) -> str:
