@@ -7,17 +7,14 @@ a/001.jpg,cat           {"a/001.jpg": "cat", ...}, [["a/001.jpg", "cat"], ...], 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from selftrans.data.sources.labelling import Label, as_label, with_labels
 from selftrans.data.sources.source import MAX_CLASSES, Source
 from selftrans.data.sources.table_file import (
-    MAX_BYTES,
     NAMES,
     JsonObject,
     csv_rows,
@@ -25,9 +22,8 @@ from selftrans.data.sources.table_file import (
     parse_json,
     picture_name,
     read_text,
-    text_of,
 )
-from selftrans.messages import plural, printable
+from selftrans.messages import first_line, plural, printable
 
 NAME = "dataset.json"
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
@@ -44,11 +40,10 @@ def labelled_folder(source: Source, root: Path, prefix: str = "") -> Source | No
     path = root / NAME
     if not path.is_file():
         return None
-    with open(path, "rb") as file:
-        return labelled(source, file.read(MAX_BYTES + 1), str(path), [prefix + name for name in source.names])
+    return labelled(source, lambda: read_text(path), str(path), [prefix + name for name in source.names])
 
 
-def labelled(source: Source, data: bytes, where: str, names: Sequence[str]) -> Source | None:
+def labelled(source: Source, read: Callable[[], str], where: str, names: Sequence[str]) -> Source | None:
     """The source with the labels of a `dataset.json`; `names`: of the pictures, from the folder of this file on.
 
     None for a json of another kind, without `labels`. Pictures without a label become faults of the source. Raises
@@ -57,16 +52,14 @@ def labelled(source: Source, data: bytes, where: str, names: Sequence[str]) -> S
     if not len(source):
         return None
     with _named(where, "repair it, or remove it"):
-        content = parse_json(text_of(data))
+        content = parse_json(read())
         if not isinstance(content, JsonObject) or "labels" not in content:
             return None
         content.check(["labels"])
         entries = content["labels"]
         of = None if entries is None else _unique(_pairs(entries if isinstance(entries, list) else [entries]))
     ignored = dict(Counter(source.ignored) - Counter({"*.json": 1}))
-    if of is None:
-        return replace(source, labels=np.zeros(len(source), np.int64), classes=(), ignored=ignored)
-    return replace(with_labels(source, of, where, names), ignored=ignored)
+    return replace(source if of is None else with_labels(source, of, where, names), ignored=ignored)
 
 
 def given_labels(source: Source, path: str | Path) -> Source:
@@ -91,8 +84,8 @@ def _named(where: str, remedy: str) -> Iterator[None]:
     """Adds the name of the file and what to do to an error in the block."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except Exception as error:  # of a zip the type depends on the damage
+        reason = error if isinstance(error, ValueError) else first_line(getattr(error, "strerror", None) or error)
         raise ValueError(f"{printable(where, None)} cannot be read as labels ({reason}); {remedy}") from error
 
 

@@ -10,6 +10,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -17,7 +18,7 @@ from selftrans.data.sources import label_file
 from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
 from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, classify, parts_inside
 from selftrans.data.sources.splits import class_root
-from selftrans.data.sources.table_file import MAX_BYTES
+from selftrans.data.sources.table_file import MAX_BYTES, text_of
 from selftrans.messages import first_line, printable
 
 
@@ -34,8 +35,8 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
     source = replace(listed.files.pictures(), tables=lambda most: _tables(listed, most))
     for folder in listed.label_folders(split):
         where, names = f"{folder}{label_file.NAME} in {path}", [name.removeprefix(folder) for name in source.names]
-        data = _read(listed.archive, listed.label_files[folder], where)
-        if labelled := label_file.labelled(source, data, where, names):
+        read = partial(_read, listed.archive, listed.label_files[folder])
+        if labelled := label_file.labelled(source, read, where, names):
             return labelled
     if listed.empty and not allow_empty:
         source.ignored["class folders without pictures"] = len(listed.empty)
@@ -111,13 +112,10 @@ def _tables(listed: ZipEntries, most: int) -> Iterator[tuple[str, bytes]]:
             yield PurePosixPath(info.filename).suffix.lower(), file.read(most)
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> bytes:
-    """A file of labels. Raises ValueError for one that cannot be read."""
-    try:
-        with archive.open(info) as file:
-            return file.read(MAX_BYTES + 1)
-    except Exception as error:  # the type depends on the damage
-        raise ValueError(f"{printable(where)} cannot be read ({first_line(error)}); make the zip again") from error
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
+    """The text of a file of labels. Raises ValueError as `text_of`, and what zipfile raises."""
+    with archive.open(info) as file:
+        return text_of(file.read(MAX_BYTES + 1))
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:

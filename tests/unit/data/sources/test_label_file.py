@@ -216,5 +216,7 @@ def test_sounds_with_a_file_of_labels(tmp_path: Path) -> None:
 def test_damaged_entry_of_labels_is_refused(tmp_path: Path) -> None:
     path = made(tmp_path, "zip", {"labels": LABELS})
     path.write_bytes(path.read_bytes().replace(b'"labels"', b'"lebels"'))  # its checksum is wrong
-    with pytest.raises(ValueError, match=r"dataset.json in .*x.zip cannot be read \(.*; make the zip again$"):
+    with pytest.raises(
+        ValueError, match=r"dataset.json in .*x.zip cannot be read as labels \(.*; repair it, or remove it$"
+    ):
         open_source(path)
