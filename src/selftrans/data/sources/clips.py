@@ -21,7 +21,7 @@ from selftrans.data.sources.decode import STANDARD, BadSample, Reading, unreadab
 from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, junk_name
 from selftrans.data.sources.folder import empty_classes, files_like, folder_entries, walk
 from selftrans.data.sources.label_file import given_labels
-from selftrans.data.sources.source import Samples, Source, classify
+from selftrans.data.sources.source import Samples, Source, in_class_folders
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_entries, walk_tar
 from selftrans.data.sources.zip_archive import open_zip, zip_entries
@@ -221,6 +221,6 @@ def open_files(
         return given_labels(source, reading.labels)
     if empty and not reading.allow_empty:
         source.ignored[f"class folders without {kind}"] = len(empty)
-    labels, classes = classify(found.heads, str(path), kind, empty if reading.allow_empty else ())
-    warn_of_splits(found.names, classes, str(path))
-    return replace(source, labels=labels, classes=classes)
+    source = in_class_folders(source, found.heads, str(path), kind, empty if reading.allow_empty else ())
+    warn_of_splits(found.names, source.classes, str(path))
+    return source

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, describe_ignored, file_kind, junk_name
 from selftrans.data.sources.label_file import NAME, SUFFIXES, labelled_folder
 from selftrans.data.sources.part_file import SizedFile
-from selftrans.data.sources.source import Entries, Source, classify
+from selftrans.data.sources.source import Entries, Source, in_class_folders
 from selftrans.messages import printable
 
 LINKS, SPECIAL = "symbolic links to folders", "broken links, pipes and devices"
@@ -38,8 +38,9 @@ def folder(root: Path, *, is_split: bool = False, allow_empty: bool = False) -> 
         labelled = labelled_folder(source, root.parent, f"{root.name}/")
     if labelled:
         return labelled
-    labels, classes = classify(source.names, str(root), also=empty_classes(root, source.names, "pictures", allow_empty))
-    return replace(source, labels=labels, classes=classes)
+    return in_class_folders(
+        source, source.names, str(root), also=empty_classes(root, source.names, "pictures", allow_empty)
+    )
 
 
 def folder_entries(root: Path, suffixes: Collection[str]) -> Entries:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
@@ -167,18 +167,18 @@ def animated(image: Image.Image) -> bool:
         return True
 
 
-def classify(
-    names: Sequence[str], where: str, unit: str = "pictures", also: Collection[str] = ()
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels and classes of sorted names: the first folder of a name is its class; without folders there are no classes.
+def in_class_folders(
+    source: Source, names: Sequence[str], where: str, unit: str = "pictures", also: Collection[str] = ()
+) -> Source:
+    """The source with classes by the `names` of its files: the first folder of a name is its class.
 
-    `also` are classes without files. Raises ValueError when some files are in class folders and some are not; `unit`: what
-    the message calls the files.
+    Without folders there are no classes. `also` are classes without files. Raises ValueError when some files are in class
+    folders and some are not; `unit`: what the message calls the files.
     """
     heads = [name.split("/", 1)[0] if "/" in name else None for name in names]
     loose = heads.count(None)
     if loose == len(names):
-        return np.zeros(len(names), dtype=np.int64), ()
+        return source
     if loose:
         first = names[heads.index(None)]
         raise ValueError(
@@ -187,7 +187,8 @@ def classify(
         )
     classes = sorted({head for head in heads if head is not None} | {*also})
     index = {name: i for i, name in enumerate(classes)}
-    return np.array([index[head] for head in heads if head is not None], dtype=np.int64), tuple(classes)
+    labels = np.array([index[head] for head in heads if head is not None], dtype=np.int64)
+    return replace(source, labels=labels, classes=tuple(classes))
 
 
 def present_classes(labels: np.ndarray, classes: Sequence[str]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
 from selftrans.data.sources.labelling import Label, numbered
-from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, classify, parts_inside
+from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, in_class_folders, parts_inside
 from selftrans.data.sources.splits import class_root
 from selftrans.messages import first_line, printable
 
@@ -136,8 +136,7 @@ def labelled_tars(tars: list[Path], field: str | None = None, split: str | None 
     chosen = found.chosen(pictures)
     source = chosen.pictures()
     if not pictures or not (files or field is not None):
-        labels, classes = classify(chosen.heads, str(tars[0]))
-        return replace(source, labels=labels, classes=classes)
+        return in_class_folders(source, chosen.heads, str(tars[0]))
 
     def content(name: str) -> bytes | None:
         if name not in files:

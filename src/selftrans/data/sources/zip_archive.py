@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 from selftrans.data.sources import label_file
 from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
-from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, classify, parts_inside
+from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, in_class_folders, parts_inside
 from selftrans.data.sources.splits import class_root
 from selftrans.data.sources.table_file import MAX_BYTES, text_of
 from selftrans.messages import first_line, printable
@@ -40,8 +40,7 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
             return labelled
     if listed.empty and not allow_empty:
         source.ignored["class folders without pictures"] = len(listed.empty)
-    labels, classes = classify(listed.files.heads, str(path), also=listed.empty if allow_empty else ())
-    return replace(source, labels=labels, classes=classes)
+    return in_class_folders(source, listed.files.heads, str(path), also=listed.empty if allow_empty else ())
 
 
 class ZipEntries(NamedTuple):
