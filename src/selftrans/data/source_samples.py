@@ -36,7 +36,7 @@ def source_samples(
     ValueError for a source that cannot be opened, and for an option that does not apply to it.
     """
     if identity_kind(autoencoder) == "values":
-        media.refuse("audio rate length bins hop frames grey", "--autoencoder values")
+        media.refuse("--autoencoder values")
         of_pictures = {"resolution": resolution, "flip": flip, "text": text, "range": reading.range}
         if given := next((name for name, value in of_pictures.items() if value), None):
             raise ValueError(f"--{given} is for pictures; leave it out with --autoencoder values")

@@ -68,7 +68,7 @@ def open_sounds(files: Source, where: Path, options: MediaOptions, progress: boo
 
     remarks = _remarks(headers, samples / rate)
     if options.audio != "mel":
-        options.refuse("bins hop", "waveforms (--audio mel makes spectrograms)")
+        options.refuse("waveforms (--audio mel makes spectrograms)", "bins", "hop")
         return Clips.of(files, (1, samples), Waveform(rate), lambda *file: load(*file)[None], remarks)
     hop = max(1, round(HOP * rate)) if options.hop is None else options.hop
     mel = Mel(rate, BINS if options.bins is None else options.bins, hop)

@@ -54,10 +54,10 @@ class MediaOptions:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if value is not None and value is not False}
 
-    def refuse(self, names: str, what: str) -> None:
-        """Raise ValueError when one of these options was set."""
-        for name in names.split():
-            if name in self.given():
+    def refuse(self, what: str, *names: str) -> None:
+        """Raise ValueError when one of these options (none: any) was set; `what`: the data that they do not apply to."""
+        for name in self.given():
+            if name in names or not names:
                 raise ValueError(f"--{name} does not apply to {what}; leave it out")
 
 
@@ -144,15 +144,15 @@ def open_clips(
     root = Path(source)
     kind = kind_of(root, options.frames, archives=archives)
     if kind not in ("sounds", "videos"):
-        options.refuse("audio rate length bins hop frames grey", f"{source}, which holds no sounds or videos")
+        options.refuse(f"{source}, which holds no sounds or videos")
         return None
     files = open_files(root, kind, options.frames, split, reading)
     if kind == "sounds":
-        options.refuse("frames grey", "sounds")
+        options.refuse("sounds", "frames", "grey")
         if resolution is not None:
             raise ValueError("--resolution does not apply to sounds; leave it out")
         return audio.open_sounds(files, root, options, progress)
-    options.refuse("audio rate length bins hop", "videos")
+    options.refuse("videos", "audio", "rate", "length", "bins", "hop")
     return video.open_videos(files, root, options, resolution, reading.max_pixels)
 
 
