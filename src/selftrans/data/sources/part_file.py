@@ -62,29 +62,20 @@ class PartFile(io.RawIOBase):
         self._at = base + offset
         return self._at
 
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        left = left if size is None or size < 0 else min(size, left)
-        out = list[bytes]()
-        while left:
-            k = bisect_right(self._ends, self._at)
-            part, begun = self._parts[k], self._at - (self._ends[k - 1] if k else 0)
-            count = min(left, self._ends[k] - self._at)
-            if isinstance(part, bytes):
-                data = part[begun : begun + count]
-            else:
-                self._file.seek(part[0] + begun)
-                data = self._file.read(count)
-            if not data:  # the file is shorter than it was
-                break
-            out.append(data)
-            self._at, left = self._at + len(data), left - len(data)
-        return b"".join(out)
-
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        data = self.read(len(view))
-        view[: len(data)] = data
+        """At most what is left of one part; 0 at the end, and where the file is shorter than it was."""
+        k = bisect_right(self._ends, self._at)
+        if k == len(self._ends):
+            return 0
+        part, begun = self._parts[k], self._at - (self._ends[k - 1] if k else 0)
+        count = min(len(buffer), self._ends[k] - self._at)
+        if isinstance(part, bytes):
+            data = part[begun : begun + count]
+        else:
+            self._file.seek(part[0] + begun)
+            data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._at += len(data)
         return len(data)
 
     def close(self) -> None:
