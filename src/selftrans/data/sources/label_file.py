@@ -84,6 +84,8 @@ def _named(where: str, remedy: str) -> Iterator[None]:
     """Adds the name of the file and what to do to an error in the block."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # of a zip the type depends on the damage
         reason = error if isinstance(error, ValueError) else first_line(getattr(error, "strerror", None) or error)
         raise ValueError(f"{printable(where, None)} cannot be read as labels ({reason}); {remedy}") from error
