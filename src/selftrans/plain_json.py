@@ -34,7 +34,8 @@ class Rule(NamedTuple):
 
 def within(low: int, high: int = 1 << 48) -> Rule:
     """For `Annotated[int, within(low, high)]`: both bounds are allowed."""
-    return Rule(f"an integer from {low} to {high}", lambda value: low <= value <= high)
+    expected = str(low) if low == high else f"an integer from {low} to {high}"
+    return Rule(expected, lambda value: low <= value <= high)
 
 
 def matching(pattern: str, expected: str) -> Rule:

@@ -197,12 +197,13 @@ class Manifest:
         """Parse and check every field. Raises ValueError naming the field that is wrong."""
         plain = parse_object(text, FILE, REMEDY)
         version = plain.get("version")
-        if isinstance(version, int) and version < VERSION:
+        known = type(version) is int and version > 0  # any other value is refused with the other fields
+        if known and version < VERSION:
             raise ValueError(
                 f"{FILE} has version {version}, whose .bin files this package no longer reads; repeat its "
                 "`selftrans prepare` into a new folder"
             )
-        if isinstance(version, int) and version > VERSION:
+        if known and version > VERSION:
             raise ValueError(
                 f"{FILE} has version {version}, this package reads version {VERSION}; install a newer version of it"
             )

@@ -156,6 +156,14 @@ INVALID: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "has version 1, whose .bin files this package no longer reads; repeat its `selftrans prepare` into a new folder",
     ),
     "version": (lambda m: m.update(version=3), "has version 3, this package reads version 2; install a newer version"),
+    "version true": (
+        lambda m: m.update(version=True),
+        "manifest.json: version should be 2, not True; prepare the data",
+    ),
+    "version negative": (
+        lambda m: m.update(version=-1),
+        "manifest.json: version should be 2, not -1; prepare the data",
+    ),
     "missing": (lambda m: m.pop("latent_space"), "manifest.json: latent_space is missing; prepare the data again"),
     "unknown": (lambda m: m.update(extra=1), "manifest.json: extra is unknown"),
     "shape": (lambda m: m.update(shape=[4, 4, 8]), MOMENTS + r"F16 \(5, 2, 8, 4, 8\)"),
