@@ -80,16 +80,6 @@ class Buckets(Dataset):
         return buckets
 
     @property
-    def parts(self) -> tuple[int, ...]:
-        """Rows of each bucket."""
-        return tuple(len(bucket) for bucket in self.buckets)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """(C, H, W) of the latents of each bucket."""
-        return tuple(bucket.manifest.shape for bucket in self.buckets)
-
-    @property
     def of_one_shape(self) -> tuple[Dataset, ...]:
         """The buckets."""
         return self.buckets

@@ -82,7 +82,7 @@ class Dataset:
             tensors = open_tensors(path / shard.file, manifest.layout, shard.count)
             for name, tensor in tensors.items():
                 stored[name].append(tensor)
-            check_index(path / shard.file, manifest, tensors["labels"], tensors.get(COUNT))
+            check_index(path / shard.file, manifest, tensors)
         labels = np.concatenate([np.zeros(0, dtype=np.int64), *stored.pop("labels")])
         counts = np.concatenate(stored.pop(COUNT)) if manifest.text else None
         dataset = cls(path, manifest, dict(stored), labels, counts)
@@ -106,17 +106,17 @@ class Dataset:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Rows of each part of one shape, in order: a batch is of one part. Here all rows are one part."""
-        return (len(self),)
+        """Rows of each part of one shape, in order: a batch is of one part."""
+        return tuple(len(part) for part in self.of_one_shape)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """(C, *S) of the latents of each part."""
-        return (self.manifest.shape,)
+        return tuple(part.manifest.shape for part in self.of_one_shape)
 
     @property
     def of_one_shape(self) -> tuple[Dataset, ...]:
-        """The parts, each as a data set whose latents have one shape."""
+        """The parts, each as a data set whose latents have one shape. Here all rows are one part."""
         return (self,)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -331,18 +331,15 @@ class Dataset:
         )
 
 
-def check_index(file: object, manifest: Manifest, labels: np.ndarray, counts: np.ndarray | None) -> None:
+def check_index(file: object, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> None:
     """ValueError, naming the file, for a label or a number of captions that the manifest does not allow."""
-    _check_values(file, "label", labels, 0, max(manifest.num_classes, 1) - 1)
-    if manifest.text and counts is not None:
-        _check_values(file, "caption count", counts, 1, manifest.text.captions)
-
-
-def _check_values(path: object, what: str, values: np.ndarray, low: int, high: int) -> None:
-    """Raise ValueError for a value outside low .. high."""
-    wrong = np.flatnonzero((values < low) | (values > high))
-    if len(wrong):
-        raise ValueError(
-            f"shard {path} has {what} {values[wrong[0]]} at row {wrong[0]}, outside {low} .. {high}; "
-            f"delete the file and {REMEDY}"
-        )
+    allowed = [("label", "labels", 0, max(manifest.num_classes, 1) - 1)]
+    if manifest.text:
+        allowed.append(("caption count", COUNT, 1, manifest.text.captions))
+    for what, name, low, high in allowed:
+        wrong = np.flatnonzero((tensors[name] < low) | (tensors[name] > high))
+        if len(wrong):
+            raise ValueError(
+                f"shard {file} has {what} {tensors[name][wrong[0]]} at row {wrong[0]}, outside {low} .. {high}; "
+                f"delete the file and {REMEDY}"
+            )

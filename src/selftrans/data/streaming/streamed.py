@@ -232,5 +232,5 @@ def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, 
 def _checked_index(url: str, store: Store, manifest: Manifest, shard: Shard, names: list[str]) -> dict[str, np.ndarray]:
     """The index of a shard. ValueError where the file is not what the manifest says, or a label is out of range."""
     found = small_tensors(url, store, manifest, shard, names)
-    check_index(f"{url}/{shard.file}", manifest, found["labels"], found.get(COUNT))
+    check_index(f"{url}/{shard.file}", manifest, found)
     return found
