@@ -19,9 +19,10 @@ from torch import Tensor
 
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest, Shard
-from selftrans.data.manifest_text import CAPTION, COUNT, IDS
+from selftrans.data.manifest_text import IDS
 from selftrans.data.shard_file import DTYPES, numpy_dtype
 from selftrans.data.streaming.remote import Store, retried
+from selftrans.data.views import View
 from selftrans.messages import first_line
 from selftrans.types import MASK, TEXT
 
@@ -125,7 +126,7 @@ class RemoteRows:
         return np.frombuffer(content, dtype=numpy_dtype(dtype)).reshape(-1, *shape[isinstance(at, tuple) :])
 
 
-class RandomAccess(Dataset):
+class RandomAccess(View):
     """A data set at a URL whose rows are read one by one, several at the same time, without the cache.
 
     A server without ranges sends each shard once for all rows of a `read`. The cache is not used: while training holds all of
@@ -134,15 +135,13 @@ class RandomAccess(Dataset):
 
     def __init__(self, of: Dataset, store: Store) -> None:
         parts = [RemoteShard(of.origin, store, of.manifest, shard) for shard in of.manifest.shards]
-        names = [name for name in of.names if name in of.manifest.layout and name not in ("labels", COUNT)]
-        names += [CAPTION] if CAPTION in of.manifest.layout else []
-        tensors: Any = {name: [RemoteRows(part, name) for part in parts] for name in names}
-        super().__init__(of.path, of.manifest, tensors, of.labels, of.counts)
-        self.origin, self.text_encoder, self._encoder = of.origin, of.text_encoder, of._encoder
-        self._of, self._store, self._parts = of, store, parts
+        stored = [name for name in of._tensors if name in of.manifest.layout]  # without features
+        tensors: Any = {name: [RemoteRows(part, name) for part in parts] for name in stored}
+        super().__init__(of, of.labels, of.counts)
+        self._tensors, self._store, self._parts = tensors, store, parts
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return attrgetter("random_access"), (self._of,)
+        return attrgetter("random_access"), (self._dataset,)
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1

@@ -22,12 +22,12 @@ from selftrans.data.buckets import Buckets, names_in
 from selftrans.data.dataset import Dataset, check_index
 from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest, Shard
 from selftrans.data.manifest_text import COUNT, NULL
-from selftrans.data.selected_rows import OneShard
 from selftrans.data.shard_file import numpy_dtype, row_bytes
 from selftrans.data.streaming.remote import WANTED, Store, checked, retried, store_of
 from selftrans.data.streaming.remote_rows import AT_A_TIME, HEADER, RandomAccess, small_tensors
 from selftrans.data.streaming.shard_cache import CacheOptions, ShardCache
 from selftrans.data.streaming.shard_reader import ShardReader, StreamedTensor
+from selftrans.data.views import OneShard
 from selftrans.plain_json import MAX_BYTES
 from selftrans.storage import atomic_write, sha256_file, write_text
 

@@ -1,4 +1,4 @@
-"""Some rows of prepared data as a data set of their own: a held-out part, and the rest; or one shard in place of all.
+"""Prepared data read in another way: some rows as a data set of their own (a held-out part, and the rest); one shard for all.
 
 Shape legend: N batch, M moments channels, (C, *S) latent.
 """
@@ -14,15 +14,31 @@ from torch import Tensor
 
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Features
+from selftrans.encoders.text import TextEncoder
 
 
-class SelectedRows(Dataset):
+class View(Dataset):
+    """Another way to read `dataset`: its folder, tensors, features and text encoder, with labels and counts as given."""
+
+    def __init__(self, dataset: Dataset, labels: np.ndarray, counts: np.ndarray | None) -> None:
+        super().__init__(dataset.path, dataset.manifest, dataset._tensors, labels, counts)
+        self.origin, self._dataset = dataset.origin, dataset
+
+    def open_features(self) -> Features:
+        """As `Dataset.open_features`, by the wrapped data, whose files may be at a URL."""
+        return self._dataset.open_features()  # both share the dict of tensors
+
+    def _text_encoder(self, device: torch.device | str) -> TextEncoder:
+        return self._dataset._text_encoder(device)
+
+
+class SelectedRows(View):
     """The moments of the rows `selected[k]` of part k of `dataset`, numbered from 0; captions and features are left out."""
 
     def __init__(self, dataset: Dataset, selected: Sequence[np.ndarray]) -> None:
         self.rows = np.concatenate(selected)  #: their numbers in `dataset`
-        super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels[self.rows])
-        self._dataset, self._parts = dataset, tuple(len(each) for each in selected)
+        super().__init__(dataset, dataset.labels[self.rows], None)
+        self._parts = tuple(len(each) for each in selected)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SelectedRows, (self._dataset, np.split(self.rows, np.cumsum(self._parts)[:-1]))
@@ -54,23 +70,18 @@ class SelectedRows(Dataset):
         return self._dataset.read(self.rows[at], self.names if names is None else names)
 
 
-class OneShard(Dataset):
+class OneShard(View):
     """A data set as long as `dataset` that repeats the rows of its shard k, so that no other shard is read."""
 
     def __init__(self, dataset: Dataset, k: int) -> None:
         begin, count = dataset._starts[k], dataset.manifest.shards[k].count
         self.rows = begin + np.arange(len(dataset)) % count  #: (len,) their numbers in `dataset`
         counts = None if dataset.counts is None else dataset.counts[self.rows]
-        super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels[self.rows], counts)
-        self.origin, self._dataset, self._shard = dataset.origin, dataset, k
-        self.text_encoder, self._encoder = dataset.text_encoder, dataset._encoder
+        super().__init__(dataset, dataset.labels[self.rows], counts)
+        self._shard = k
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OneShard, (self._dataset, self._shard)
-
-    def open_features(self) -> Features:
-        """As `Dataset.open_features`, by the wrapped data, whose files may be at a URL."""
-        return self._dataset.open_features()  # both share the dict of tensors
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         return self._dataset._gather(name, self.rows[rows], which)

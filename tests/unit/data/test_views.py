@@ -8,7 +8,7 @@ import torch
 
 from selftrans.data.buckets import open_data
 from selftrans.data.prepare import prepare
-from selftrans.data.selected_rows import OneShard, SelectedRows, split
+from selftrans.data.views import OneShard, SelectedRows, split
 from selftrans.train.batches import Stream
 from tests.support import captioned, ratios, toy
 
