@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ class FsspecStore:
     def read(self, name: str, start: int, end: int) -> bytes:
         path = f"{self.root}/{name}"
         # more than one range: the size of the file gives the time limit
-        if self.system.async_impl and end - start > RANGE:
+        if end - start > RANGE:
             end = min(end, self._size(path))
         if end <= start:
             return b""
@@ -66,23 +66,13 @@ class FsspecStore:
         return [self.read(name, start, end) for start, end in spans]
 
     def download(self, name: str, to: Path) -> None:
+        size = self._size(f"{self.root}/{name}")
         with open(to, "r+b") as file:
-            file.writelines(self._pieces(name))
-
-    def _pieces(self, name: str) -> Iterator[bytes]:
-        """The content of a file. ConnectionError where it has become shorter."""
-        path = f"{self.root}/{name}"
-        if not self.system.async_impl:
-            with self.system.open(path, "rb", block_size=RANGE) as source:
-                while piece := source.read(PIECE):
-                    yield piece
-            return
-        size = self._size(path)
-        for start in range(0, size, RANGE):
-            piece = self.read(name, start, min(start + RANGE, size))
-            if len(piece) < min(RANGE, size - start):
-                raise ConnectionError(f"{size - start - len(piece)} bytes are missing at its end")
-            yield piece
+            for start in range(0, size, RANGE):
+                piece = self.read(name, start, min(start + RANGE, size))
+                if len(piece) < min(RANGE, size - start):
+                    raise ConnectionError(f"{size - start - len(piece)} bytes are missing at its end")
+                file.write(piece)
 
     def _size(self, path: str) -> int:
         """Bytes of a file."""
