@@ -49,7 +49,14 @@ class Buckets(Dataset):
     `resolution` are the base's. Opened by `open_data`. Raises ValueError when the buckets do not belong together.
     """
 
-    def __init__(self, path: Path, buckets: Sequence[Dataset]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        buckets: Sequence[Dataset],
+        *,
+        origin: str | None = None,
+        cache: CacheOptions = CacheOptions(),  # noqa: B008 - a tuple
+    ) -> None:
         self.buckets = tuple(buckets)
         self.base = min(buckets, key=lambda each: abs(np.log(_aspect(each.manifest))))
         for bucket in buckets:
@@ -62,7 +69,8 @@ class Buckets(Dataset):
         counts = [bucket.counts for bucket in buckets if bucket.counts is not None]
         super().__init__(path, manifest, self.base._tensors, labels, np.concatenate(counts) if counts else None)
         self._begins = np.cumsum([0, *self.parts])[:-1]
-        self.cache = CacheOptions()  #: where the shards of data at a URL are fetched to
+        self.origin = origin or str(path)
+        self.cache = cache  #: where the shards of data at a URL are fetched to
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(open_data, text_encoder=self.text_encoder, cache=self.cache), (self.origin,)
@@ -75,8 +83,9 @@ class Buckets(Dataset):
     def dry_run_data(self) -> Dataset:
         """As `Dataset.dry_run_data`, of every bucket."""
         # `open_streamed` has checked that all of them fit into the cache
-        buckets = Buckets(self.path, [bucket.dry_run_data() for bucket in self.buckets])
-        buckets.origin, buckets.text_encoder, buckets.cache = self.origin, self.text_encoder, self.cache
+        of_each = [bucket.dry_run_data() for bucket in self.buckets]
+        buckets = Buckets(self.path, of_each, origin=self.origin, cache=self.cache)
+        buckets.text_encoder = self.text_encoder
         return buckets
 
     @property

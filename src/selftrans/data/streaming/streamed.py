@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from selftrans.data.buckets import Buckets, names_in
 from selftrans.data.dataset import Dataset, check_index
-from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest, Shard
+from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest
 from selftrans.data.manifest_text import COUNT, NULL
 from selftrans.data.shard_file import numpy_dtype, row_bytes
 from selftrans.data.streaming.remote import WANTED, Store, checked, retried, store_of
@@ -101,42 +101,47 @@ class Streamed(Dataset):
 def open_streamed(url: str, *, verify: bool, text_encoder: str | None, cache: CacheOptions) -> Dataset:
     """Open prepared data at a URL, also buckets. ValueError, in one line, as `Dataset.open`, and where it cannot be read."""
     url = checked(url)
-    store, opened = store_of(url), cache.open()
-    content, names = _described(url, store)
-    if names is None:
-        return _open_one(url, store, opened, content, verify, text_encoder, cache)
+    store = store_of(url)
+    dataset: Dataset
+    if (text := _text(url, store, FILE)) is not None:
+        dataset = _open_one(url, store, text, cache)
+    elif (text := _text(url, store, BUCKETS)) is not None:
+        dataset = _open_buckets(url, text, cache)
+    else:
+        raise _no_manifest(url)
+    dataset.text_encoder = text_encoder
+    if verify:
+        dataset.verify()
+    return dataset
+
+
+def _open_buckets(url: str, text: str, cache: CacheOptions) -> Buckets:
+    """Open the buckets that `text`, a buckets.json, names. ValueError as `open_streamed`."""
+    try:
+        names = names_in(text)
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from error
     parts = []
-    for name in names:
-        part = f"{url}/{name}"
-        of_part, _ = _described(part, within := store_of(part))
-        parts.append(_open_one(part, within, cache.open(), of_part, verify, None, cache))
-    buckets = Buckets(_folder(opened, url), parts)
-    buckets.origin, buckets.text_encoder, buckets.cache = url, text_encoder, cache
-    total = sum(sum(part.reader.bytes) for part in parts)
+    for each in (f"{url}/{name}" for name in names):
+        store = store_of(each)
+        if (manifest := _text(each, store, FILE)) is None:
+            raise _no_manifest(each)
+        parts.append(_open_one(each, store, manifest, cache))
+    opened, total = parts[0].reader.cache, sum(sum(part.reader.bytes) for part in parts)
     if total > opened.limit:
         raise ValueError(
             f"{url} holds buckets, which are streamed only if all of them, {total / 1e9:.1f} GB, fit into the cache, "
             f"{opened.limit / 1e9:g} GB; raise --data.cache-gb"
         )
-    return buckets
+    return Buckets(_folder(opened, url), parts, origin=url, cache=cache)
 
 
-def _described(url: str, store: Store) -> tuple[str, tuple[str, ...] | None]:
-    """The text of the manifest; or that of buckets.json, and the names in it."""
-    for file in (FILE, BUCKETS):
-        try:
-            text = _text(url, store, file)
-        except FileNotFoundError:
-            continue
-        try:
-            return text, (names_in(text) if file == BUCKETS else None)
-        except ValueError as error:
-            raise ValueError(f"{url}: {error}") from error
-    raise ValueError(f"no {FILE} at {url}: not prepared or not complete; {WANTED}")
+def _no_manifest(url: str) -> ValueError:
+    return ValueError(f"no {FILE} at {url}: not prepared or not complete; {WANTED}")
 
 
-def _text(url: str, store: Store, file: str) -> str:
-    """A small text file. FileNotFoundError where there is none."""
+def _text(url: str, store: Store, file: str) -> str | None:
+    """A small text file; None where there is none."""
 
     def read() -> bytes | None:
         try:
@@ -146,7 +151,7 @@ def _text(url: str, store: Store, file: str) -> str:
 
     found = retried(read, f"{url}/{file}")
     if found is None:
-        raise FileNotFoundError(file)
+        return None
     if len(found) > MAX_BYTES:
         raise ValueError(f"{url}/{file} is larger than {MAX_BYTES} bytes")
     try:
@@ -155,9 +160,7 @@ def _text(url: str, store: Store, file: str) -> str:
         raise ValueError(f"{url}/{file} is not text; {WANTED}") from error
 
 
-def _open_one(
-    url: str, store: Store, cache: ShardCache, text: str, verify: bool, text_encoder: str | None, options: CacheOptions
-) -> Streamed:
+def _open_one(url: str, store: Store, text: str, options: CacheOptions) -> Streamed:
     """Open data of one shape, whose manifest is `text`. ValueError as `open_streamed`."""
     try:
         manifest = Manifest.from_json(text)
@@ -165,6 +168,7 @@ def _open_one(
             raise ValueError(f"{FILE}: field 'count' is 0")
     except ValueError as error:
         raise ValueError(f"{url}: {error}") from error
+    cache = options.open()
     folder = _folder(cache, url)
     write_text(folder / FILE, text)
     index_file = folder / f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
@@ -173,11 +177,7 @@ def _open_one(
         size = row_bytes(manifest.text.null_layout(manifest.conditions)) + HEADER
         _fetch_null(url, store, folder, manifest.text.null, size)
     reader = ShardReader(url, store, cache, manifest, index, index_file)
-    dataset = Streamed(url, folder, reader, index["labels"], index.get(COUNT), options)
-    dataset.text_encoder = text_encoder
-    if verify:
-        dataset.verify()
-    return dataset
+    return Streamed(url, folder, reader, index["labels"], index.get(COUNT), options)
 
 
 def _folder(cache: ShardCache, url: str) -> Path:
@@ -196,7 +196,10 @@ def _fetch_null(url: str, store: Store, folder: Path, sha256: str, size: int) ->
 
 
 def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, np.ndarray]:
-    """Labels (N,) and numbers of captions (N,) of all rows: from the file `path`, or else from the start of every shard."""
+    """Labels (N,) and numbers of captions (N,) of all rows: from the file `path`, or else from the start of every shard.
+
+    ValueError where a shard is not what the manifest says, or a label is out of range.
+    """
     names = [name for name in INDEX if name in manifest.layout]
     if path.is_file() and not path.is_symlink():
         try:
@@ -210,27 +213,14 @@ def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, 
     filled = [shard for shard in manifest.shards if shard.count]
     hidden = os.environ.get("RANK", "0") != "0"
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        parts = list(
-            tqdm(
-                pool.map(lambda shard: _checked_index(url, store, manifest, shard, names), filled),
-                desc="reading labels",
-                total=len(filled),
-                unit="shard",
-                delay=2,
-                disable=hidden,
-            )
-        )
+        each = pool.map(lambda shard: small_tensors(url, store, manifest, shard, names), filled)
+        parts = list(tqdm(each, "reading labels", len(filled), unit="shard", delay=2, disable=hidden))
+    for shard, part in zip(filled, parts, strict=True):
+        check_index(f"{url}/{shard.file}", manifest, part)
     found = {name: np.concatenate([part[name] for part in parts]) for name in names}
     with atomic_write(path) as file:
         file.write(save(found))
     for other in path.parent.glob("index-*.safetensors"):  # of an earlier manifest
         if other != path:
             other.unlink(missing_ok=True)
-    return found
-
-
-def _checked_index(url: str, store: Store, manifest: Manifest, shard: Shard, names: list[str]) -> dict[str, np.ndarray]:
-    """The index of a shard. ValueError where the file is not what the manifest says, or a label is out of range."""
-    found = small_tensors(url, store, manifest, shard, names)
-    check_index(f"{url}/{shard.file}", manifest, found)
     return found
