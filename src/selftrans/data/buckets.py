@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.data.dataset import Dataset
+from selftrans.data.dataset import Dataset, by_part
 from selftrans.data.manifest import BUCKETS, FILE, REMEDY, Manifest
 from selftrans.data.resolution import sides, size_text
 from selftrans.data.streaming.remote import is_url
@@ -98,10 +98,13 @@ class Buckets(Dataset):
     ) -> dict[str, Tensor]:
         """As `Dataset.read`. Raises ValueError for moments of rows of several buckets, which have different shapes."""
         rows, read = np.asarray(rows, dtype=np.int64).reshape(-1), dict[str, Tensor]()
-        for bucket, at, local in self._by_bucket(rows):
+        self._check_range(rows)
+        for k, at, local in by_part(self._begins, rows):
             if len(at) < len(rows) and "moments" in (self.names if names is None else names):
                 raise ValueError(f"the rows are of several buckets of {self.path}; read moments of one at a time")
-            for name, tensor in bucket.read(local, names, None if which is None else np.asarray(which)[at]).items():
+            for name, tensor in (
+                self.buckets[k].read(local, names, None if which is None else np.asarray(which)[at]).items()
+            ):
                 if name not in read:
                     read[name] = tensor.new_empty((len(rows), *tensor.shape[1:]))
                 read[name][torch.from_numpy(at)] = tensor
@@ -111,8 +114,9 @@ class Buckets(Dataset):
         """As `Dataset.captions`."""
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
         found: list[list[str]] = [[] for _ in rows]
-        for bucket, at, local in self._by_bucket(rows):
-            for i, captions in zip(at, bucket.captions(local), strict=True):
+        self._check_range(rows)
+        for k, at, local in by_part(self._begins, rows):
+            for i, captions in zip(at, self.buckets[k].captions(local), strict=True):
                 found[i] = captions
         return found
 
@@ -139,14 +143,6 @@ class Buckets(Dataset):
         sizes = ", ".join(f"{Path(bucket.origin).name} ({len(bucket):,})" for bucket in self.buckets)
         left_out = f"\n{len(skipped):,} left out, listed in their {FILE}" if (skipped := self.manifest.skipped) else ""
         return f"{plural(len(self), 'picture')} in {plural(len(self.buckets), 'bucket')}: {sizes}{left_out}"
-
-    def _by_bucket(self, rows: np.ndarray) -> Iterator[tuple[Dataset, np.ndarray, np.ndarray]]:
-        """Each bucket with some of these rows, the positions of those in `rows`, and their numbers in the bucket."""
-        self._check_range(rows)
-        bucket_of = np.searchsorted(self._begins, rows, side="right") - 1
-        for k in np.unique(bucket_of):
-            at = np.flatnonzero(bucket_of == k)
-            yield self.buckets[k], at, rows[at] - self._begins[k]
 
 
 def open_data(

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.data.dataset import NUMBERS, Dataset
-from selftrans.data.shard_file import row_bytes
+from selftrans.data.dataset import Dataset
+from selftrans.data.shard_file import NUMBERS, row_bytes
 from selftrans.data.views import View
 
 CHUNK = 1024  #: rows copied at a time

@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from selftrans.data.dataset import Dataset
+from selftrans.data.dataset import Dataset, by_part
 from selftrans.data.manifest import Manifest, Shard
-from selftrans.data.manifest_text import IDS
 from selftrans.data.shard_file import DTYPES, numpy_dtype
 from selftrans.data.streaming.remote import Store, retried
 from selftrans.data.views import View
 from selftrans.messages import first_line
-from selftrans.types import MASK, TEXT
 
 AT_A_TIME = 16  #: requests at the same time
 HEADER = 1 << 16  #: bytes that are read at the start of a shard; its header is shorter
@@ -144,16 +142,12 @@ class RandomAccess(View):
         return attrgetter("random_access"), (self._dataset,)
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        shards, tensors = np.unique(shard_of).tolist(), self._tensors[name]
+        tensors, by_shard = self._tensors[name], list(by_part(self._starts, rows))
         with ThreadPoolExecutor(AT_A_TIME) as pool:
-            list(pool.map(lambda k: self._parts[k].spans, shards))  # their headers
+            list(pool.map(lambda k: self._parts[k].spans, [k for k, *_ in by_shard]))  # their headers
             jobs: list[tuple[int, list[tuple[int, int]]]] = []
-            for k in shards:
-                at = np.flatnonzero(shard_of == k)
-                local = rows[at] - self._starts[k]
-                entries = which is not None and name in (TEXT, IDS, MASK)
-                spans = tensors[k].spans((local, which[at]) if entries else local)  # type: ignore[index]
+            for k, at, local in by_shard:
+                spans = tensors[k].spans(local if which is None else (local, which[at]))
                 jobs += [(k, [span]) for span in set(spans)] if self._store.ranges else [(k, spans)]
             list(pool.map(lambda job: self._parts[job[0]].fetch(job[1]), jobs))
         return super()._gather(name, rows, which)
