@@ -33,15 +33,16 @@ class View(Dataset):
 
 
 class SelectedRows(View):
-    """The moments of the rows `selected[k]` of part k of `dataset`, numbered from 0; captions and features are left out."""
+    """The rows `selected[k]` of part k of `dataset`, numbered from 0, of the tensors `names` (None: all)."""
 
-    def __init__(self, dataset: Dataset, selected: Sequence[np.ndarray]) -> None:
+    def __init__(self, dataset: Dataset, selected: Sequence[np.ndarray], names: tuple[str, ...] | None = None) -> None:
         self.rows = np.concatenate(selected)  #: their numbers in `dataset`
-        super().__init__(dataset, dataset.labels[self.rows], None)
-        self._parts = tuple(len(each) for each in selected)
+        counts = None if dataset.counts is None else dataset.counts[self.rows]
+        super().__init__(dataset, dataset.labels[self.rows], counts)
+        self._parts, self._names = tuple(len(each) for each in selected), names
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SelectedRows, (self._dataset, np.split(self.rows, np.cumsum(self._parts)[:-1]))
+        return SelectedRows, (self._dataset, np.split(self.rows, np.cumsum(self._parts)[:-1]), self._names)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,37 +59,34 @@ class SelectedRows(View):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Moments alone."""
-        return ("moments",)
+        """As `Dataset.names`, or those that were given."""
+        return self._names or self._dataset.names
 
     def read(
         self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None
     ) -> dict[str, Tensor]:
-        """As `Dataset.read`: moments (N, copies, M, *S)."""
+        """As `Dataset.read`."""
+        return self._dataset.read(self._of_dataset(rows), self.names if names is None else names, which)
+
+    def captions(self, rows: np.ndarray | Tensor) -> list[list[str]]:
+        """As `Dataset.captions`."""
+        return self._dataset.captions(self._of_dataset(rows))
+
+    def _of_dataset(self, rows: np.ndarray | Tensor) -> np.ndarray:
+        """Numbers in `dataset` of rows (N,)."""
         at = torch.as_tensor(rows).cpu().numpy().reshape(-1)
         self._check_range(at)
-        return self._dataset.read(self.rows[at], self.names if names is None else names)
+        return self.rows[at]
 
 
-class OneShard(View):
-    """A data set as long as `dataset` that repeats the rows of its shard k, so that no other shard is read."""
-
-    def __init__(self, dataset: Dataset, k: int) -> None:
-        begin, count = dataset._starts[k], dataset.manifest.shards[k].count
-        self.rows = begin + np.arange(len(dataset)) % count  #: (len,) their numbers in `dataset`
-        counts = None if dataset.counts is None else dataset.counts[self.rows]
-        super().__init__(dataset, dataset.labels[self.rows], counts)
-        self._shard = k
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OneShard, (self._dataset, self._shard)
-
-    def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
-        return self._dataset._gather(name, self.rows[rows], which)
+def one_shard(dataset: Dataset, k: int) -> SelectedRows:
+    """A data set as long as `dataset`, of one part, that repeats the rows of its shard k: no other shard is read."""
+    begin, count = dataset._starts[k], dataset.manifest.shards[k].count
+    return SelectedRows(dataset, [begin + np.arange(len(dataset)) % count])
 
 
 def split(dataset: Dataset, held_out: int, seed: int) -> tuple[SelectedRows, SelectedRows]:
-    """(rows to train on, about `held_out` rows to measure on), drawn by the seed; from each part in proportion to its size.
+    """(rows to train on, about `held_out` rows to measure on), moments alone, drawn by the seed; from each part its share.
 
     At least one row is held out, and at most a tenth of the rows when there are ten or more; a part of several rows keeps one
     to train on. Raises ValueError for data of less than two rows.
@@ -105,4 +103,4 @@ def split(dataset: Dataset, held_out: int, seed: int) -> tuple[SelectedRows, Sel
         held.append(np.sort(order[:count]))
         kept.append(np.sort(order[count:]))
         begin += size
-    return SelectedRows(dataset, kept), SelectedRows(dataset, held)
+    return SelectedRows(dataset, kept, ("moments",)), SelectedRows(dataset, held, ("moments",))

@@ -27,7 +27,7 @@ from selftrans.data.streaming.remote import WANTED, Store, checked, retried, sto
 from selftrans.data.streaming.remote_rows import AT_A_TIME, HEADER, RandomAccess, small_tensors
 from selftrans.data.streaming.shard_cache import CacheOptions, ShardCache
 from selftrans.data.streaming.shard_reader import ShardReader, StreamedTensor
-from selftrans.data.views import OneShard
+from selftrans.data.views import one_shard
 from selftrans.plain_json import MAX_BYTES
 from selftrans.storage import atomic_write, sha256_file, write_text
 
@@ -73,7 +73,7 @@ class Streamed(Dataset):
             return self
         shard = min(missing, key=missing.__getitem__)
         reader.fetch([shard], progress=True)
-        return OneShard(self, shard)
+        return one_shard(self, shard)
 
     @cached_property
     def random_access(self) -> Dataset:
