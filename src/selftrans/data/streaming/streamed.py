@@ -24,7 +24,7 @@ from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest
 from selftrans.data.manifest_text import COUNT, NULL
 from selftrans.data.shard_file import numpy_dtype, row_bytes
 from selftrans.data.streaming.remote import WANTED, Store, checked, retried, store_of
-from selftrans.data.streaming.remote_rows import AT_A_TIME, HEADER, RandomAccess, small_tensors
+from selftrans.data.streaming.remote_rows import AT_A_TIME, HEADER, RandomAccess, RemoteShard
 from selftrans.data.streaming.shard_cache import CacheOptions, ShardCache
 from selftrans.data.streaming.shard_reader import ShardReader, StreamedTensor
 from selftrans.data.views import one_shard
@@ -213,7 +213,7 @@ def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, 
     filled = [shard for shard in manifest.shards if shard.count]
     hidden = os.environ.get("RANK", "0") != "0"
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        each = pool.map(lambda shard: small_tensors(url, store, manifest, shard, names), filled)
+        each = pool.map(lambda shard: RemoteShard(url, store, manifest, shard).small_tensors(names), filled)
         parts = list(tqdm(each, "reading labels", len(filled), unit="shard", delay=2, disable=hidden))
     for shard, part in zip(filled, parts, strict=True):
         check_index(f"{url}/{shard.file}", manifest, part)
