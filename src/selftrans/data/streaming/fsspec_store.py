@@ -32,7 +32,7 @@ class FsspecStore:
     def __init__(self, url: str) -> None:
         import fsspec
 
-        protocol = url.partition("://")[0]
+        self.url, protocol = url, url.partition("://")[0]
         # without a handler Python shows warnings on stderr; those of an application still get them
         for name in LOGGERS:
             if not logging.getLogger(name).handlers:

@@ -118,6 +118,7 @@ class Lasting(Exception):
 class Store(Protocol):
     """A folder at a URL. Errors of the transport pass through; FileNotFoundError where there is no such file."""
 
+    url: str  #: of the folder
     ranges: bool  #: False once a file was sent whole although a part was asked for
 
     def read(self, name: str, start: int, end: int) -> bytes:

@@ -31,8 +31,8 @@ HEADER = 1 << 16  #: bytes that are read at the start of a shard; its header is 
 class RemoteShard:
     """A shard of which parts are read: small tensors whole, and single rows, which are kept in memory."""
 
-    def __init__(self, url: str, store: Store, manifest: Manifest, shard: Shard) -> None:
-        self.url, self.store, self.manifest, self.shard = f"{url}/{shard.file}", store, manifest, shard
+    def __init__(self, store: Store, manifest: Manifest, shard: Shard) -> None:
+        self.store, self.manifest, self.shard, self.url = store, manifest, shard, f"{store.url}/{shard.file}"
         self._kept: dict[tuple[int, int], bytes] = {}  #: first byte and the one after the last -> content
 
     def small_tensors(self, names: Collection[str]) -> dict[str, np.ndarray]:
@@ -114,7 +114,7 @@ class RandomAccess(View):
     """
 
     def __init__(self, of: Dataset, store: Store) -> None:
-        parts = [RemoteShard(of.origin, store, of.manifest, shard) for shard in of.manifest.shards]
+        parts = [RemoteShard(store, of.manifest, shard) for shard in of.manifest.shards]
         stored = [name for name in of._tensors if name in of.manifest.layout]  # without features
         tensors: Any = {name: [RemoteRows(part, name) for part in parts] for name in stored}
         super().__init__(of, of.labels, of.counts)

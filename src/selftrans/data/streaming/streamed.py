@@ -23,7 +23,7 @@ from selftrans.data.dataset import Dataset, check_index
 from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest
 from selftrans.data.manifest_text import COUNT, NULL
 from selftrans.data.shard_file import numpy_dtype, row_bytes
-from selftrans.data.streaming.remote import WANTED, Store, checked, retried, store_of
+from selftrans.data.streaming.remote import WANTED, Store, retried, store_of
 from selftrans.data.streaming.remote_rows import AT_A_TIME, HEADER, RandomAccess, RemoteShard
 from selftrans.data.streaming.shard_cache import CacheOptions, ShardCache
 from selftrans.data.streaming.shard_reader import ShardReader, StreamedTensor
@@ -39,7 +39,6 @@ class Streamed(Dataset):
 
     def __init__(
         self,
-        url: str,
         folder: Path,
         reader: ShardReader,
         labels: np.ndarray,
@@ -48,7 +47,7 @@ class Streamed(Dataset):
     ) -> None:
         tensors = {name: StreamedTensor(reader, name) for name in reader.manifest.layout if name not in INDEX}
         super().__init__(folder, reader.manifest, dict(tensors), labels, counts)
-        self.origin, self.reader, self._cache = url, reader, cache
+        self.origin, self.reader, self._cache = reader.store.url, reader, cache
         self._whole = False  #: whether all shards have been fetched
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -100,15 +99,14 @@ class Streamed(Dataset):
 
 def open_streamed(url: str, *, verify: bool, text_encoder: str | None, cache: CacheOptions) -> Dataset:
     """Open prepared data at a URL, also buckets. ValueError, in one line, as `Dataset.open`, and where it cannot be read."""
-    url = checked(url)
     store = store_of(url)
     dataset: Dataset
-    if (text := _text(url, store, FILE)) is not None:
-        dataset = _open_one(url, store, text, cache)
-    elif (text := _text(url, store, BUCKETS)) is not None:
-        dataset = _open_buckets(url, text, cache)
+    if (text := _text(store, FILE)) is not None:
+        dataset = _open_one(store, text, cache)
+    elif (text := _text(store, BUCKETS)) is not None:
+        dataset = _open_buckets(store.url, text, cache)
     else:
-        raise _no_manifest(url)
+        raise _no_manifest(store.url)
     dataset.text_encoder = text_encoder
     if verify:
         dataset.verify()
@@ -122,11 +120,11 @@ def _open_buckets(url: str, text: str, cache: CacheOptions) -> Buckets:
     except ValueError as error:
         raise ValueError(f"{url}: {error}") from error
     parts = []
-    for each in (f"{url}/{name}" for name in names):
-        store = store_of(each)
-        if (manifest := _text(each, store, FILE)) is None:
-            raise _no_manifest(each)
-        parts.append(_open_one(each, store, manifest, cache))
+    for name in names:
+        store = store_of(f"{url}/{name}")
+        if (manifest := _text(store, FILE)) is None:
+            raise _no_manifest(store.url)
+        parts.append(_open_one(store, manifest, cache))
     opened, total = parts[0].reader.cache, sum(sum(part.reader.bytes) for part in parts)
     if total > opened.limit:
         raise ValueError(
@@ -140,7 +138,7 @@ def _no_manifest(url: str) -> ValueError:
     return ValueError(f"no {FILE} at {url}: not prepared or not complete; {WANTED}")
 
 
-def _text(url: str, store: Store, file: str) -> str | None:
+def _text(store: Store, file: str) -> str | None:
     """A small text file; None where there is none."""
 
     def read() -> bytes | None:
@@ -149,53 +147,53 @@ def _text(url: str, store: Store, file: str) -> str | None:
         except FileNotFoundError:
             return None
 
-    found = retried(read, f"{url}/{file}")
+    found = retried(read, f"{store.url}/{file}")
     if found is None:
         return None
     if len(found) > MAX_BYTES:
-        raise ValueError(f"{url}/{file} is larger than {MAX_BYTES} bytes")
+        raise ValueError(f"{store.url}/{file} is larger than {MAX_BYTES} bytes")
     try:
         return found.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{url}/{file} is not text; {WANTED}") from error
+        raise ValueError(f"{store.url}/{file} is not text; {WANTED}") from error
 
 
-def _open_one(url: str, store: Store, text: str, options: CacheOptions) -> Streamed:
+def _open_one(store: Store, text: str, options: CacheOptions) -> Streamed:
     """Open data of one shape, whose manifest is `text`. ValueError as `open_streamed`."""
     try:
         manifest = Manifest.from_json(text)
         if not manifest.count:
             raise ValueError(f"{FILE}: field 'count' is 0")
     except ValueError as error:
-        raise ValueError(f"{url}: {error}") from error
+        raise ValueError(f"{store.url}: {error}") from error
     cache = options.open()
-    folder = _folder(cache, url)
+    folder = _folder(cache, store.url)
     write_text(folder / FILE, text)
     index_file = folder / f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-    index = _index(url, store, manifest, index_file)
+    index = _index(store, manifest, index_file)
     if manifest.text:
         size = row_bytes(manifest.text.null_layout(manifest.conditions)) + HEADER
-        _fetch_null(url, store, folder, manifest.text.null, size)
-    reader = ShardReader(url, store, cache, manifest, index, index_file)
-    return Streamed(url, folder, reader, index["labels"], index.get(COUNT), options)
+        _fetch_null(store, folder, manifest.text.null, size)
+    reader = ShardReader(store, cache, manifest, index, index_file)
+    return Streamed(folder, reader, index["labels"], index.get(COUNT), options)
 
 
 def _folder(cache: ShardCache, url: str) -> Path:
     return cache.folder / "sets" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def _fetch_null(url: str, store: Store, folder: Path, sha256: str, size: int) -> None:
+def _fetch_null(store: Store, folder: Path, sha256: str, size: int) -> None:
     path = folder / NULL
     if path.is_file() and sha256_file(path) == sha256:
         return
-    content = retried(lambda: store.read(NULL, 0, size), f"{url}/{NULL}")
+    content = retried(lambda: store.read(NULL, 0, size), f"{store.url}/{NULL}")
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{url}/{NULL} fails its sha256; copy the folder there again")
+        raise ValueError(f"{store.url}/{NULL} fails its sha256; copy the folder there again")
     with atomic_write(path) as file:
         file.write(content)
 
 
-def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, np.ndarray]:
+def _index(store: Store, manifest: Manifest, path: Path) -> dict[str, np.ndarray]:
     """Labels (N,) and numbers of captions (N,) of all rows: from the file `path`, or else from the start of every shard.
 
     ValueError where a shard is not what the manifest says, or a label is out of range.
@@ -213,10 +211,10 @@ def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, 
     filled = [shard for shard in manifest.shards if shard.count]
     hidden = os.environ.get("RANK", "0") != "0"
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        each = pool.map(lambda shard: RemoteShard(url, store, manifest, shard).small_tensors(names), filled)
+        each = pool.map(lambda shard: RemoteShard(store, manifest, shard).small_tensors(names), filled)
         parts = list(tqdm(each, "reading labels", len(filled), unit="shard", delay=2, disable=hidden))
     for shard, part in zip(filled, parts, strict=True):
-        check_index(f"{url}/{shard.file}", manifest, part)
+        check_index(f"{store.url}/{shard.file}", manifest, part)
     found = {name: np.concatenate([part[name] for part in parts]) for name in names}
     with atomic_write(path) as file:
         file.write(save(found))
