@@ -113,7 +113,7 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
             return None
         # the type that the error is about comes first: of a list, the one with entries
         kinds = [k for k in inner if k is not type(None)]
-        likeliest, *others = sorted(kinds, key=lambda k: isinstance(raw, list) != _is_list(k))
+        likeliest, *others = sorted(kinds, key=lambda k: isinstance(raw, list) != (typing.get_origin(k) is tuple))
         for other in others:
             with contextlib.suppress(ValueError):
                 return from_plain(other, raw, where)
@@ -130,7 +130,7 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
     if origin is Literal and any(type(raw) is type(choice) and raw == choice for choice in inner):
         return raw
     if origin is dict and isinstance(raw, dict):
-        return {name: from_plain(inner[1], value, f"{where}.{_shown(name)}") for name, value in raw.items()}
+        return {name: from_plain(inner[1], value, f"{where}.{printable(name, 60)}") for name, value in raw.items()}
     if origin is tuple and isinstance(raw, list):
         kinds = [inner[0]] * len(raw) if inner[-1] is Ellipsis else list(inner)
         if len(kinds) == len(raw):
@@ -144,11 +144,6 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
         if isinstance(raw, kind) and not (kind is int and not integer):
             return raw
     raise ValueError(f"{where} should be {_expected(kind)}, not {raw!r:.60}")
-
-
-def _is_list(kind: Any) -> bool:
-    """Whether a type is a list in json."""
-    return typing.get_origin(kind) is tuple
 
 
 def _expected(kind: Any) -> str:
@@ -167,7 +162,7 @@ def _dataclass(kind: Any, raw: Any, where: str) -> Any:
         raise ValueError(f"{where} should be an object, not {raw!r:.60}")
     for name in raw:
         if name not in hints:
-            raise ValueError(f"{at}{_shown(name)} is unknown{nearest(name, hints)}")
+            raise ValueError(f"{at}{printable(name, 60)} is unknown{nearest(name, hints)}")
     unset = dataclasses.MISSING
     for f in known:
         if f.default is unset and f.default_factory is unset and f.name not in raw:
@@ -180,7 +175,3 @@ def _hints(kind: Any) -> dict[str, Any]:
     """Type of each field of a dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
-
-
-def _shown(name: str) -> str:
-    return ascii(name)[1:-1][:60]
