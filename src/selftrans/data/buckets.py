@@ -229,13 +229,9 @@ def _check_alike(bucket: Dataset, base: Dataset) -> None:
     own, other = bucket.manifest, base.manifest
     if own.resolution is None or size_text(own.resolution) != Path(bucket.origin).name:
         raise ValueError(f"{bucket.origin} does not hold pictures of {Path(bucket.origin).name}; {REMEDY}")
-    differ = [name for name in SHARED if getattr(own, name) != getattr(other, name)]
-    if (
-        not differ
-        and own.text
-        and other.text
-        and (own.text.stored, own.text.dtype) != (other.text.stored, other.text.dtype)
-    ):
-        differ = ["text"]
-    if differ or own.shape[0] != other.shape[0] or len(own.shape) != 3:
-        raise ValueError(f"{bucket.origin} and {base.origin} differ in '{(differ or ['shape'])[0]}'; {REMEDY}")
+    alike = {name: getattr(own, name) == getattr(other, name) for name in SHARED}
+    own_text, other_text = ((text.stored, text.dtype) if text else None for text in (own.text, other.text))
+    alike |= {"text": own_text == other_text, "shape": own.shape[0] == other.shape[0] and len(own.shape) == 3}
+    for name, same in alike.items():
+        if not same:
+            raise ValueError(f"{bucket.origin} and {base.origin} differ in '{name}'; {REMEDY}")
