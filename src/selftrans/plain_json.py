@@ -112,7 +112,7 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
         if raw is None and type(None) in inner:
             return None
         # the type that the error is about comes first: of a list, the one with entries
-        kinds = [k for k in inner if k is not type(None)]
+        kinds: list[Any] = [k for k in inner if k is not type(None)]
         likeliest, *others = sorted(kinds, key=lambda k: isinstance(raw, list) != (typing.get_origin(k) is tuple))
         for other in others:
             with contextlib.suppress(ValueError):
