@@ -69,19 +69,16 @@ class Buckets(Dataset):
         counts = [bucket.counts for bucket in buckets if bucket.counts is not None]
         super().__init__(path, manifest, self.base._tensors, labels, np.concatenate(counts) if counts else None)
         self._begins = np.cumsum([0, *self.parts])[:-1]
-        self.origin = origin or str(path)
-        self.cache = cache  #: where the shards of data at a URL are fetched to
+        self.origin, self.cache = origin or str(path), cache
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(open_data, text_encoder=self.text_encoder, cache=self.cache), (self.origin,)
 
     def fetch(self, *, progress: bool = True) -> None:
-        """As `Dataset.fetch`, of every bucket."""
         for bucket in self.buckets:
             bucket.fetch(progress=progress)
 
     def dry_run_data(self) -> Dataset:
-        """As `Dataset.dry_run_data`, of every bucket."""
         # `open_streamed` has checked that all of them fit into the cache
         of_each = [bucket.dry_run_data() for bucket in self.buckets]
         buckets = Buckets(self.path, of_each, origin=self.origin, cache=self.cache)
@@ -90,7 +87,6 @@ class Buckets(Dataset):
 
     @property
     def of_one_shape(self) -> tuple[Dataset, ...]:
-        """The buckets."""
         return self.buckets
 
     def read(
@@ -111,7 +107,6 @@ class Buckets(Dataset):
         return read if len(rows) else self.base.read(rows, names, which)
 
     def captions(self, rows: np.ndarray | Tensor) -> list[list[str]]:
-        """As `Dataset.captions`."""
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
         found: list[list[str]] = [[] for _ in rows]
         self._check_range(rows)
@@ -121,7 +116,6 @@ class Buckets(Dataset):
         return found
 
     def null(self) -> Any:
-        """As `Dataset.null`."""
         return self.base.null()
 
     def open_features(self) -> NoReturn:
@@ -129,7 +123,6 @@ class Buckets(Dataset):
         raise ValueError(f"{self.path} holds buckets, for which no features are stored; give data of one --resolution")
 
     def verify(self) -> None:
-        """As `Dataset.verify`, of every bucket."""
         for bucket in self.buckets:
             bucket.verify()
 

@@ -43,6 +43,7 @@ class Dataset:
     ) -> None:
         self.path, self.manifest, self.labels = path, manifest, labels  #: labels (len,) int64
         self.origin = str(path)  #: where the data came from: the folder, or a URL
+        self.cache = CacheOptions()  #: where the shards of data at a URL are fetched to
         self.counts = counts  #: (len,) captions of each row; None for data without captions
         self._tensors = tensors  # name -> one array (count, *row shape) per shard
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
@@ -114,7 +115,8 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process opens the files itself: the mapped arrays must not be pickled
-        return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,), "features" in self._tensors
+        opened = partial(Dataset.open, text_encoder=self.text_encoder, cache=self.cache)
+        return opened, (self.origin,), "features" in self._tensors
 
     def __setstate__(self, with_features: bool) -> None:
         if with_features:
@@ -325,10 +327,7 @@ class Dataset:
 
 
 def by_part(starts: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(number of a part, positions in `rows` of those that are in it, their numbers in it) of each part with some of them.
-
-    starts: number of the first row of each part.
-    """
+    """Of each part with some of these rows: its number, their positions in `rows`, their numbers in it. starts: first rows."""
     part_of = np.searchsorted(starts, rows, side="right") - 1
     for k in np.unique(part_of).tolist():
         at = np.flatnonzero(part_of == k)

@@ -49,27 +49,22 @@ class SelectedRows(View):
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Selected rows of each part."""
         return self._parts
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """(C, *S) of the latents of each part."""
         return self._dataset.shapes
 
     @property
     def names(self) -> tuple[str, ...]:
-        """As `Dataset.names`, or those that were given."""
         return self._names or self._dataset.names
 
     def read(
         self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None
     ) -> dict[str, Tensor]:
-        """As `Dataset.read`."""
         return self._dataset.read(self._of_dataset(rows), self.names if names is None else names, which)
 
     def captions(self, rows: np.ndarray | Tensor) -> list[list[str]]:
-        """As `Dataset.captions`."""
         return self._dataset.captions(self._of_dataset(rows))
 
     def _of_dataset(self, rows: np.ndarray | Tensor) -> np.ndarray:

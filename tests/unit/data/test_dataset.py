@@ -72,7 +72,7 @@ def test_pickled_dataset_holds_the_path_not_the_data(tmp_path: Path) -> None:
     moments, _ = make(tmp_path)
     dataset = Dataset.open(tmp_path)
     rebuild, arguments, with_features = dataset.__reduce__()
-    assert arguments == (tmp_path,) and not with_features
+    assert arguments == (str(tmp_path),) and not with_features
     assert np.array_equal(rebuild(*arguments).read(np.array([7]))["moments"].numpy(), moments[[7]])
     assert np.array_equal(copy.deepcopy(dataset).labels, dataset.labels)  # copied through pickle's protocol
 

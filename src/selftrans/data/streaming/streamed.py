@@ -10,9 +10,8 @@ import hashlib
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save
@@ -47,15 +46,10 @@ class Streamed(Dataset):
     ) -> None:
         tensors = {name: StreamedTensor(reader, name) for name in reader.manifest.layout if name not in INDEX}
         super().__init__(folder, reader.manifest, dict(tensors), labels, counts)
-        self.origin, self.reader, self._cache = reader.store.url, reader, cache
+        self.origin, self.reader, self.cache = reader.store.url, reader, cache
         self._whole = False  #: whether all shards have been fetched
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        reopened = partial(Dataset.open, text_encoder=self.text_encoder, cache=self._cache)
-        return reopened, (self.origin,), "features" in self._tensors
-
     def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
-        """Hold and fetch these shards; see `ShardReader.prefetch`."""
         self.reader.prefetch(now, then)
 
     def fetch(self, *, progress: bool = True) -> None:
@@ -76,7 +70,7 @@ class Streamed(Dataset):
 
     @cached_property
     def random_access(self) -> Dataset:
-        """As `Dataset.random_access`: where the cache does not hold all shards, each row is read alone."""
+        """Where the cache does not hold all shards, each row is read alone."""
         if self.reader.fits:
             return self
         return RandomAccess(self, self.reader.store)
