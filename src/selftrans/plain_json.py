@@ -112,8 +112,8 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
         if raw is None and type(None) in inner:
             return None
         # the type that the error is about comes first: of a list, the one with entries
-        kinds: list[Any] = [k for k in inner if k is not type(None)]
-        likeliest, *others = sorted(kinds, key=lambda k: isinstance(raw, list) != (typing.get_origin(k) is tuple))
+        kinds = [k for k in inner if k is not type(None)]
+        likeliest, *others = sorted(kinds, key=lambda k: isinstance(raw, list) != _is_list(k))
         for other in others:
             with contextlib.suppress(ValueError):
                 return from_plain(other, raw, where)
@@ -144,6 +144,11 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
         if isinstance(raw, kind) and not (kind is int and not integer):
             return raw
     raise ValueError(f"{where} should be {_expected(kind)}, not {raw!r:.60}")
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a type is a list in json."""
+    return typing.get_origin(kind) is tuple
 
 
 def _expected(kind: Any) -> str:
