@@ -6,11 +6,10 @@ of time: every request here has one.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from selftrans.data.streaming.remote import PIECE, TIMEOUT, WANTED, cleaned, http_status
 from selftrans.messages import first_line
@@ -21,7 +20,6 @@ RANGE = 8 * PIECE  #: bytes of one request
 SLOWEST = 20e3  #: bytes per second of a link that is waited for
 #: loggers of the clients: they write tracebacks and warnings for each request that fails, also where another attempt succeeds
 LOGGERS = ("fsspec", "s3fs", "aiobotocore", "botocore", "gcsfs", "google", "aiohttp")
-T = TypeVar("T")
 
 
 class FsspecStore:
@@ -83,16 +81,10 @@ class FsspecStore:
         if not self.system.async_impl:
             return getattr(self.system, name)(*args, **options)
         from fsspec.asyn import sync
+        from fsspec.exceptions import FSTimeoutError
 
-        method = getattr(self.system, f"_{name}")
-        return sync(self.system.loop, _in_time, lambda: method(*args, **options), seconds)
-
-
-async def _in_time(work: Callable[[], Awaitable[T]], seconds: float) -> T:
-    limit = asyncio.timeout(seconds)
-    try:
-        async with limit:
-            return await work()
-    except TimeoutError as error:  # fsspec replaces it by one without a message
-        reason = f"not done within {seconds:g} seconds" if limit.expired() else first_line(error)
-        raise ConnectionError(reason) from error
+        try:
+            return sync(self.system.loop, getattr(self.system, f"_{name}"), *args, timeout=seconds, **options)
+        except FSTimeoutError as error:  # it has no message; its cause has one where the client gave up before
+            reason = str(error.__cause__ or "").strip() or f"not done within {seconds:g} seconds"
+            raise ConnectionError(first_line(reason)) from error
