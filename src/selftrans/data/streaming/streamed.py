@@ -10,18 +10,19 @@ import hashlib
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from selftrans.data.buckets import Buckets, names_in
 from selftrans.data.dataset import Dataset, check_index
 from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest
 from selftrans.data.manifest_text import COUNT, NULL
-from selftrans.data.shard_file import numpy_dtype, row_bytes
+from selftrans.data.shard_file import open_tensors, row_bytes
 from selftrans.data.streaming.remote import WANTED, Store, retried, store_of
 from selftrans.data.streaming.remote_rows import AT_A_TIME, HEADER, RandomAccess, RemoteShard
 from selftrans.data.streaming.shard_cache import CacheOptions, ShardCache
@@ -192,24 +193,18 @@ def _index(store: Store, manifest: Manifest, path: Path) -> dict[str, np.ndarray
 
     ValueError where a shard is not what the manifest says, or a label is out of range.
     """
-    names = [name for name in INDEX if name in manifest.layout]
-    if path.is_file() and not path.is_symlink():
-        try:
-            kept = load_file(path)
-            if {name: (x.shape, x.dtype) for name, x in kept.items()} == {
-                name: ((manifest.count,), numpy_dtype(manifest.layout[name][0])) for name in names
-            }:
-                return kept
-        except Exception:  # damaged: safetensors raises its own types
-            path.unlink(missing_ok=True)
+    layout = {name: manifest.layout[name] for name in INDEX if name in manifest.layout}
+    if not path.is_symlink():
+        with suppress(ValueError):  # it is missing or damaged
+            return {name: kept.copy() for name, kept in open_tensors(path, layout, manifest.count).items()}
     filled = [shard for shard in manifest.shards if shard.count]
     hidden = os.environ.get("RANK", "0") != "0"
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        each = pool.map(lambda shard: RemoteShard(store, manifest, shard).small_tensors(names), filled)
+        each = pool.map(lambda shard: RemoteShard(store, manifest, shard).small_tensors(layout), filled)
         parts = list(tqdm(each, "reading labels", len(filled), unit="shard", delay=2, disable=hidden))
     for shard, part in zip(filled, parts, strict=True):
         check_index(f"{store.url}/{shard.file}", manifest, part)
-    found = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    found = {name: np.concatenate([part[name] for part in parts]) for name in layout}
     with atomic_write(path) as file:
         file.write(save(found))
     for other in path.parent.glob("index-*.safetensors"):  # of an earlier manifest
