@@ -98,9 +98,8 @@ class Buckets(Dataset):
         for k, at, local in by_part(self._begins, rows):
             if len(at) < len(rows) and "moments" in (self.names if names is None else names):
                 raise ValueError(f"the rows are of several buckets of {self.path}; read moments of one at a time")
-            for name, tensor in (
-                self.buckets[k].read(local, names, None if which is None else np.asarray(which)[at]).items()
-            ):
+            chosen = None if which is None else np.asarray(which)[at]
+            for name, tensor in self.buckets[k].read(local, names, chosen).items():
                 if name not in read:
                     read[name] = tensor.new_empty((len(rows), *tensor.shape[1:]))
                 read[name][torch.from_numpy(at)] = tensor
