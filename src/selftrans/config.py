@@ -257,13 +257,11 @@ def settings_of(config: RunConfig) -> Iterator[tuple[str, Any, Resume]]:
     """(dotted name, value, what may happen to it when a run continues) of every setting, such as `train.lr`, `method`."""
     yield "recipe", config.recipe, "fixed"
     yield "method", config.method, "fixed"
-    for key, section in config.sections.items():
+    for key, section in {**config.sections, **{key: getattr(config, key) for key in RUN_SECTIONS}}.items():
         if isinstance(section, Section):
             yield from ((f"{key}.{name}", value, rule) for name, value, rule, _ in fields_of(section))
         else:  # of a method that is not known here
             yield key, section, "fixed"
-    for section in (config.data, config.model, config.init, config.lora, config.train, config.sample, config.log):
-        yield from ((f"{section.key}.{name}", value, rule) for name, value, rule, _ in fields_of(section))
 
 
 def to_object(config: RunConfig) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class Rule(NamedTuple):
 
 def within(low: int, high: int = 1 << 48) -> Rule:
     """For `Annotated[int, within(low, high)]`: both bounds are allowed."""
-    return Rule(f"an integer from {low} to {high}", lambda value: low <= value <= high)
+    expected = str(low) if low == high else f"an integer from {low} to {high}"
+    return Rule(expected, lambda value: low <= value <= high)
 
 
 def matching(pattern: str, expected: str) -> Rule:
@@ -129,7 +130,7 @@ def from_plain(kind: Any, raw: Any, where: str) -> Any:
     if origin is Literal and any(type(raw) is type(choice) and raw == choice for choice in inner):
         return raw
     if origin is dict and isinstance(raw, dict):
-        return {name: from_plain(inner[1], value, f"{where}.{_shown(name)}") for name, value in raw.items()}
+        return {name: from_plain(inner[1], value, f"{where}.{printable(name, 60)}") for name, value in raw.items()}
     if origin is tuple and isinstance(raw, list):
         kinds = [inner[0]] * len(raw) if inner[-1] is Ellipsis else list(inner)
         if len(kinds) == len(raw):
@@ -166,7 +167,7 @@ def _dataclass(kind: Any, raw: Any, where: str) -> Any:
         raise ValueError(f"{where} should be an object, not {raw!r:.60}")
     for name in raw:
         if name not in hints:
-            raise ValueError(f"{at}{_shown(name)} is unknown{nearest(name, hints)}")
+            raise ValueError(f"{at}{printable(name, 60)} is unknown{nearest(name, hints)}")
     unset = dataclasses.MISSING
     for f in known:
         if f.default is unset and f.default_factory is unset and f.name not in raw:
@@ -179,7 +180,3 @@ def _hints(kind: Any) -> dict[str, Any]:
     """Type of each field of a dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
-
-
-def _shown(name: str) -> str:
-    return ascii(name)[1:-1][:60]

@@ -200,7 +200,10 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
         raise ValueError(f"{path} cannot be opened ({error.strerror}); remove it, or choose another --out") from error
     with file:
         try:
-            _flock(file, shared=shared, wait=wait)
+            flock(file.fileno(), shared=shared, wait=wait)
+            # its owner may have removed the file (`removed_if_refused`), and a third process may hold the lock of a new one
+            if not _is_at(file.fileno(), path):
+                raise BlockingIOError
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read(20).strip()
@@ -220,17 +223,20 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
         yield
 
 
-def _flock(file: Any, *, shared: bool, wait: bool) -> None:
+def flock(descriptor: int, *, shared: bool = False, wait: bool = False, release: bool = False) -> None:
+    """Lock an open file, or release it. BlockingIOError where another holds the lock, unless `wait`; ImportError on Windows."""
     import fcntl  # not on Windows, where the package can still be imported
 
-    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    # its owner may have removed the file (`removed_if_refused`), and a third process may hold the lock of a new one
+    kind = fcntl.LOCK_UN if release else fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    fcntl.flock(descriptor, kind | (0 if wait or release else fcntl.LOCK_NB))
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at `path`."""
     try:
-        current = os.path.samestat(os.fstat(file.fileno()), os.lstat(file.name))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
-        current = False
-    if not current:
-        raise BlockingIOError
+        return False
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from selftrans.messages import plural
+from selftrans.messages import first_line, plural
 from selftrans.plain_json import Count, matching, within
 
 #: A condition: a label tensor (N,), or named tensors that all start with N (text tokens, mask, pooled vector).
@@ -288,8 +288,7 @@ def check_takes(backbone: Backbone, shape: tuple[int, ...]) -> None:
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the model does not take latents of {tuple(shape)}: {reason}") from error
+        raise ValueError(f"the model does not take latents of {tuple(shape)}: {first_line(error)}") from error
     if v is None or v.shape != x.shape:
         raise ValueError(f"the model takes latents of {tuple(backbone.shape)} only, not of {tuple(shape)}")
 

@@ -387,15 +387,20 @@ def test_refused_command_leaves_what_was_there(tmp_path: Path) -> None:
     assert {".lock", "config.json", "data"} == {path.name for path in (tmp_path / "begun").iterdir()}
 
 
-def test_lock_that_its_owner_removes_is_not_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_lock_that_its_owner_removes_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_anew: bool
+) -> None:
     lock = tmp_path / ".lock"
-    with open(lock, "a+") as file:
+
+    def removed_meanwhile(descriptor: int, operation: int) -> None:
         lock.unlink()
-        with pytest.raises(BlockingIOError):
-            storage._flock(file, shared=False, wait=False)
-        lock.touch()  # a third process has made a new one, whose lock is another
-        with pytest.raises(BlockingIOError):
-            storage._flock(file, shared=False, wait=False)
+        if made_anew:  # by a third process, whose lock is another
+            lock.touch()
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with pytest.raises(InUse), lock_file(lock):
+        pass
 
 
 def test_path_that_cannot_be_written_is_refused_before_the_work(tmp_path):

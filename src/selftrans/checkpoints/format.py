@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selftrans.messages import first_line
+from selftrans.plain_json import from_plain
 from selftrans.storage import (
     FREE_SPACE,
+    UNREADABLE,
     atomic_directory,
     atomic_write,
     recorded,
@@ -110,13 +112,13 @@ def read_state(path: Path) -> dict[str, Any]:
     ValueError where it is missing or damaged."""
     try:
         state = json.loads((path / STATE).read_text())
-        hashes = state["sha256"]
-        assert isinstance(state["step"], int) and isinstance(hashes, dict)
+        hashes = from_plain(dict[str, str], state["sha256"], "sha256")
+        from_plain(int, state["step"], "step")
         if hashes.pop(STATE, None) != _state_sha256(state):
             raise ValueError("its sha256 is not the recorded one")
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
-    return dict(state)
+    return state | {"sha256": hashes}
 
 
 def read(path: Path) -> Checkpoint:

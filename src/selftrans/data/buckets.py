@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.data.dataset import Dataset
+from selftrans.data.dataset import Dataset, by_part
 from selftrans.data.manifest import BUCKETS, FILE, REMEDY, Manifest
 from selftrans.data.resolution import sides, size_text
 from selftrans.data.streaming.remote import is_url
@@ -49,7 +49,14 @@ class Buckets(Dataset):
     `resolution` are the base's. Opened by `open_data`. Raises ValueError when the buckets do not belong together.
     """
 
-    def __init__(self, path: Path, buckets: Sequence[Dataset]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        buckets: Sequence[Dataset],
+        *,
+        origin: str | None = None,
+        cache: CacheOptions = CacheOptions(),  # noqa: B008 - a tuple
+    ) -> None:
         self.buckets = tuple(buckets)
         self.base = min(buckets, key=lambda each: abs(np.log(_aspect(each.manifest))))
         for bucket in buckets:
@@ -62,36 +69,24 @@ class Buckets(Dataset):
         counts = [bucket.counts for bucket in buckets if bucket.counts is not None]
         super().__init__(path, manifest, self.base._tensors, labels, np.concatenate(counts) if counts else None)
         self._begins = np.cumsum([0, *self.parts])[:-1]
-        self.cache = CacheOptions()  #: where the shards of data at a URL are fetched to
+        self.origin, self.cache = origin or str(path), cache
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(open_data, text_encoder=self.text_encoder, cache=self.cache), (self.origin,)
 
     def fetch(self, *, progress: bool = True) -> None:
-        """As `Dataset.fetch`, of every bucket."""
         for bucket in self.buckets:
             bucket.fetch(progress=progress)
 
     def dry_run_data(self) -> Dataset:
-        """As `Dataset.dry_run_data`, of every bucket."""
         # `open_streamed` has checked that all of them fit into the cache
-        buckets = Buckets(self.path, [bucket.dry_run_data() for bucket in self.buckets])
-        buckets.origin, buckets.text_encoder, buckets.cache = self.origin, self.text_encoder, self.cache
+        of_each = [bucket.dry_run_data() for bucket in self.buckets]
+        buckets = Buckets(self.path, of_each, origin=self.origin, cache=self.cache)
+        buckets.text_encoder = self.text_encoder
         return buckets
 
     @property
-    def parts(self) -> tuple[int, ...]:
-        """Rows of each bucket."""
-        return tuple(len(bucket) for bucket in self.buckets)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """(C, H, W) of the latents of each bucket."""
-        return tuple(bucket.manifest.shape for bucket in self.buckets)
-
-    @property
     def of_one_shape(self) -> tuple[Dataset, ...]:
-        """The buckets."""
         return self.buckets
 
     def read(
@@ -99,26 +94,27 @@ class Buckets(Dataset):
     ) -> dict[str, Tensor]:
         """As `Dataset.read`. Raises ValueError for moments of rows of several buckets, which have different shapes."""
         rows, read = np.asarray(rows, dtype=np.int64).reshape(-1), dict[str, Tensor]()
-        for bucket, at, local in self._by_bucket(rows):
+        self._check_range(rows)
+        for k, at, local in by_part(self._begins, rows):
             if len(at) < len(rows) and "moments" in (self.names if names is None else names):
                 raise ValueError(f"the rows are of several buckets of {self.path}; read moments of one at a time")
-            for name, tensor in bucket.read(local, names, None if which is None else np.asarray(which)[at]).items():
+            chosen = None if which is None else np.asarray(which)[at]
+            for name, tensor in self.buckets[k].read(local, names, chosen).items():
                 if name not in read:
                     read[name] = tensor.new_empty((len(rows), *tensor.shape[1:]))
                 read[name][torch.from_numpy(at)] = tensor
         return read if len(rows) else self.base.read(rows, names, which)
 
     def captions(self, rows: np.ndarray | Tensor) -> list[list[str]]:
-        """As `Dataset.captions`."""
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
         found: list[list[str]] = [[] for _ in rows]
-        for bucket, at, local in self._by_bucket(rows):
-            for i, captions in zip(at, bucket.captions(local), strict=True):
+        self._check_range(rows)
+        for k, at, local in by_part(self._begins, rows):
+            for i, captions in zip(at, self.buckets[k].captions(local), strict=True):
                 found[i] = captions
         return found
 
     def null(self) -> Any:
-        """As `Dataset.null`."""
         return self.base.null()
 
     def open_features(self) -> NoReturn:
@@ -126,7 +122,6 @@ class Buckets(Dataset):
         raise ValueError(f"{self.path} holds buckets, for which no features are stored; give data of one --resolution")
 
     def verify(self) -> None:
-        """As `Dataset.verify`, of every bucket."""
         for bucket in self.buckets:
             bucket.verify()
 
@@ -140,14 +135,6 @@ class Buckets(Dataset):
         sizes = ", ".join(f"{Path(bucket.origin).name} ({len(bucket):,})" for bucket in self.buckets)
         left_out = f"\n{len(skipped):,} left out, listed in their {FILE}" if (skipped := self.manifest.skipped) else ""
         return f"{plural(len(self), 'picture')} in {plural(len(self.buckets), 'bucket')}: {sizes}{left_out}"
-
-    def _by_bucket(self, rows: np.ndarray) -> Iterator[tuple[Dataset, np.ndarray, np.ndarray]]:
-        """Each bucket with some of these rows, the positions of those in `rows`, and their numbers in the bucket."""
-        self._check_range(rows)
-        bucket_of = np.searchsorted(self._begins, rows, side="right") - 1
-        for k in np.unique(bucket_of):
-            at = np.flatnonzero(bucket_of == k)
-            yield self.buckets[k], at, rows[at] - self._begins[k]
 
 
 def open_data(
@@ -234,13 +221,9 @@ def _check_alike(bucket: Dataset, base: Dataset) -> None:
     own, other = bucket.manifest, base.manifest
     if own.resolution is None or size_text(own.resolution) != Path(bucket.origin).name:
         raise ValueError(f"{bucket.origin} does not hold pictures of {Path(bucket.origin).name}; {REMEDY}")
-    differ = [name for name in SHARED if getattr(own, name) != getattr(other, name)]
-    if (
-        not differ
-        and own.text
-        and other.text
-        and (own.text.stored, own.text.dtype) != (other.text.stored, other.text.dtype)
-    ):
-        differ = ["text"]
-    if differ or own.shape[0] != other.shape[0] or len(own.shape) != 3:
-        raise ValueError(f"{bucket.origin} and {base.origin} differ in '{(differ or ['shape'])[0]}'; {REMEDY}")
+    alike = {name: getattr(own, name) == getattr(other, name) for name in SHARED}
+    own_text, other_text = ((text.stored, text.dtype) if text else None for text in (own.text, other.text))
+    alike |= {"text": own_text == other_text, "shape": own.shape[0] == other.shape[0] and len(own.shape) == 3}
+    for name, same in alike.items():
+        if not same:
+            raise ValueError(f"{bucket.origin} and {base.origin} differ in '{name}'; {REMEDY}")

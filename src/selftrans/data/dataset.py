@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.data.manifest import Features, Manifest, Shard
+from selftrans.data.manifest import Features, Manifest
 from selftrans.data.manifest_text import CAPTION, COUNT, IDS, NULL
-from selftrans.data.shard_file import REMEDY, numpy_dtype, open_tensors
+from selftrans.data.shard_file import NUMBERS, REMEDY, numpy_dtype, open_tensors
 from selftrans.data.sources.source import present_classes
 from selftrans.data.streaming.remote import is_url
 from selftrans.data.streaming.shard_cache import CacheOptions
@@ -26,15 +26,8 @@ from selftrans.encoders.text import TextEncoder, encoder_of
 from selftrans.storage import sha256_file
 from selftrans.types import MASK, TEXT, Cond
 
-__all__ = ["Dataset", "Manifest", "Shard"]
-
+OF_CAPTION = (TEXT, IDS, MASK)  #: tensors with an entry for each caption of a row
 PROMPTS = 64  #: how many captions `Dataset.prompts` has
-#: torch dtype, integer type of the same size, and bit pattern of infinity: NaN is above it, finite numbers below (IEEE 754)
-NUMBERS = {
-    "float16": (torch.float16, "<u2", 0x7C00),
-    "bfloat16": (torch.bfloat16, "<u2", 0x7F80),
-    "float32": (torch.float32, "<u4", 0x7F800000),
-}
 
 
 class Dataset:
@@ -50,6 +43,7 @@ class Dataset:
     ) -> None:
         self.path, self.manifest, self.labels = path, manifest, labels  #: labels (len,) int64
         self.origin = str(path)  #: where the data came from: the folder, or a URL
+        self.cache = CacheOptions()  #: where the shards of data at a URL are fetched to
         self.counts = counts  #: (len,) captions of each row; None for data without captions
         self._tensors = tensors  # name -> one array (count, *row shape) per shard
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])[:-1]
@@ -82,7 +76,7 @@ class Dataset:
             tensors = open_tensors(path / shard.file, manifest.layout, shard.count)
             for name, tensor in tensors.items():
                 stored[name].append(tensor)
-            check_index(path / shard.file, manifest, tensors["labels"], tensors.get(COUNT))
+            check_index(path / shard.file, manifest, tensors)
         labels = np.concatenate([np.zeros(0, dtype=np.int64), *stored.pop("labels")])
         counts = np.concatenate(stored.pop(COUNT)) if manifest.text else None
         dataset = cls(path, manifest, dict(stored), labels, counts)
@@ -106,22 +100,23 @@ class Dataset:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Rows of each part of one shape, in order: a batch is of one part. Here all rows are one part."""
-        return (len(self),)
+        """Rows of each part of one shape, in order: a batch is of one part."""
+        return tuple(len(part) for part in self.of_one_shape)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """(C, *S) of the latents of each part."""
-        return (self.manifest.shape,)
+        return tuple(part.manifest.shape for part in self.of_one_shape)
 
     @property
     def of_one_shape(self) -> tuple[Dataset, ...]:
-        """The parts, each as a data set whose latents have one shape."""
+        """The parts, each as a data set whose latents have one shape. Here all rows are one part."""
         return (self,)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process opens the files itself: the mapped arrays must not be pickled
-        return partial(Dataset.open, text_encoder=self.text_encoder), (self.path,), "features" in self._tensors
+        opened = partial(Dataset.open, text_encoder=self.text_encoder, cache=self.cache)
+        return opened, (self.origin,), "features" in self._tensors
 
     def __setstate__(self, with_features: bool) -> None:
         if with_features:
@@ -175,8 +170,11 @@ class Dataset:
             which = np.zeros_like(rows) if which is None else np.asarray(which, dtype=np.int64).reshape(-1)
             if which.shape != rows.shape or ((which < 0) | (which >= self.counts[rows])).any():
                 raise ValueError(f"a number in `which`, from 0, is none of the captions of its picture in {self.path}")
+        chosen = dict.fromkeys(OF_CAPTION, which)
         return {
-            name: torch.from_numpy(self.labels[rows]) if name == "labels" else self._gather(name, rows, which)
+            name: torch.from_numpy(self.labels[rows])
+            if name == "labels"
+            else self._gather(name, rows, chosen.get(name))
             for name in wanted
         }
 
@@ -199,7 +197,7 @@ class Dataset:
         self._check_range(rows)
         if self.counts is None:
             return [[] for _ in rows]
-        pairs = zip(self._gather(CAPTION, rows, None).numpy(), self.counts[rows], strict=True)  # (N, K, B)
+        pairs = zip(self._gather(CAPTION, rows).numpy(), self.counts[rows], strict=True)  # (N, K, B)
         return [[bytes(x).rstrip(b"\0").decode("utf-8", "replace") for x in each[:count]] for each, count in pairs]
 
     def text(self, rows: np.ndarray | Tensor, which: np.ndarray | None = None) -> Cond:
@@ -299,17 +297,13 @@ class Dataset:
             )
 
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
-        """Rows (N,) of one tensor, or of its captions `which`. Raises ValueError for values that are not finite."""
+        """Rows (N,) of one tensor, or of one in OF_CAPTION the captions `which` (N,). ValueError for values not finite."""
         shards, described = self._tensors[name], self.manifest.features if name == "features" else None
         stored, shape = (described.layout(self.manifest) if described else self.manifest.layout)[name]
-        of_caption = name in (TEXT, IDS, MASK)
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        out = np.empty((len(rows), *shape[1 if of_caption else 0 :]), dtype=numpy_dtype(stored))
+        out = np.empty((len(rows), *(shape if which is None else shape[1:])), dtype=numpy_dtype(stored))
         # numpy gathers in this thread only, which leaves the other cores to the training step
-        for k in np.unique(shard_of):
-            at = np.flatnonzero(shard_of == k)
-            local = rows[at] - self._starts[k]
-            out[at] = shards[k][local, which[at]] if of_caption and which is not None else shards[k][local]
+        for k, at, local in by_part(self._starts, rows):
+            out[at] = shards[k][local] if which is None else shards[k][local, which[at]]
         if name in (IDS, CAPTION, MASK):
             return torch.from_numpy(out != 0 if name == MASK else out)
         dtype, bits, infinity = NUMBERS[stored]
@@ -318,31 +312,37 @@ class Dataset:
         magnitude = out.view(bits) & ~sign
         if magnitude.max(initial=0) >= infinity:
             index = int(np.argmax(magnitude.reshape(len(rows), -1).max(axis=1) >= infinity))
-            self._refuse(name, int(rows[index]), int(shard_of[index]))
+            self._refuse(name, int(rows[index]))
         return torch.from_numpy(out).view(dtype)
 
-    def _refuse(self, name: str, row: int, k: int) -> None:
-        """Raise ValueError for values that are not finite at `row`, which is in shard k."""
-        shard, manifest = self.manifest.shards[k], self.manifest
-        file = manifest.features.files[k].name if manifest.features and name == "features" else shard.file
+    def _refuse(self, name: str, row: int) -> None:
+        """Raise ValueError for values that are not finite at `row`."""
+        k = int(np.searchsorted(self._starts, row, side="right")) - 1
+        features = self.manifest.features if name == "features" else None
+        file = features.files[k].name if features else self.manifest.shards[k].file
         raise ValueError(
-            f"shard {self.origin}/{file} holds NaN or infinite {name} for {manifest.noun} {row} "
+            f"shard {self.origin}/{file} holds NaN or infinite {name} for {self.manifest.noun} {row} "
             f"(row {row - self._starts[k]} of the shard); delete the file and {REMEDY}"
         )
 
 
-def check_index(file: object, manifest: Manifest, labels: np.ndarray, counts: np.ndarray | None) -> None:
+def by_part(starts: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Of each part with some of these rows: its number, their positions in `rows`, their numbers in it. starts: first rows."""
+    part_of = np.searchsorted(starts, rows, side="right") - 1
+    for k in np.unique(part_of).tolist():
+        at = np.flatnonzero(part_of == k)
+        yield k, at, rows[at] - starts[k]
+
+
+def check_index(file: object, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> None:
     """ValueError, naming the file, for a label or a number of captions that the manifest does not allow."""
-    _check_values(file, "label", labels, 0, max(manifest.num_classes, 1) - 1)
-    if manifest.text and counts is not None:
-        _check_values(file, "caption count", counts, 1, manifest.text.captions)
-
-
-def _check_values(path: object, what: str, values: np.ndarray, low: int, high: int) -> None:
-    """Raise ValueError for a value outside low .. high."""
-    wrong = np.flatnonzero((values < low) | (values > high))
-    if len(wrong):
-        raise ValueError(
-            f"shard {path} has {what} {values[wrong[0]]} at row {wrong[0]}, outside {low} .. {high}; "
-            f"delete the file and {REMEDY}"
-        )
+    allowed = [("label", "labels", 0, max(manifest.num_classes, 1) - 1)]
+    if manifest.text:
+        allowed.append(("caption count", COUNT, 1, manifest.text.captions))
+    for what, name, low, high in allowed:
+        wrong = np.flatnonzero((tensors[name] < low) | (tensors[name] > high))
+        if len(wrong):
+            raise ValueError(
+                f"shard {file} has {what} {tensors[name][wrong[0]]} at row {wrong[0]}, outside {low} .. {high}; "
+                f"delete the file and {REMEDY}"
+            )

@@ -197,12 +197,14 @@ class Manifest:
         """Parse and check every field. Raises ValueError naming the field that is wrong."""
         plain = parse_object(text, FILE, REMEDY)
         version = plain.get("version")
-        if isinstance(version, int) and version < VERSION:
+        if type(version) is not int or version <= 0:
+            version = VERSION  # what it is instead is said with the other fields
+        if version < VERSION:
             raise ValueError(
                 f"{FILE} has version {version}, whose .bin files this package no longer reads; repeat its "
                 "`selftrans prepare` into a new folder"
             )
-        if isinstance(version, int) and version > VERSION:
+        if version > VERSION:
             raise ValueError(
                 f"{FILE} has version {version}, this package reads version {VERSION}; install a newer version of it"
             )

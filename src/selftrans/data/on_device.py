@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.data.dataset import NUMBERS, Dataset
-from selftrans.data.manifest import Features
-from selftrans.data.shard_file import row_bytes
+from selftrans.data.dataset import Dataset
+from selftrans.data.shard_file import NUMBERS, row_bytes
+from selftrans.data.views import View
 
 CHUNK = 1024  #: rows copied at a time
 
 
-class OnDevice(Dataset):
+class OnDevice(View):
     """The same data as `dataset`, with moments and labels on `device`; text and features stay on disk.
 
     Every value is checked once, here; `Dataset` checks it at each read. Raises ValueError for
@@ -28,10 +28,8 @@ class OnDevice(Dataset):
     """
 
     def __init__(self, dataset: Dataset, device: torch.device | str) -> None:
-        super().__init__(dataset.path, dataset.manifest, dataset._tensors, dataset.labels, dataset.counts)
+        super().__init__(dataset, dataset.labels, dataset.counts)
         self.device, manifest = torch.device(device), dataset.manifest
-        self.origin, self._dataset = dataset.origin, dataset
-        self.text_encoder, self._encoder = dataset.text_encoder, dataset._encoder
         try:
             dtype = NUMBERS[manifest.dtype][0]
             moments = torch.empty((len(dataset), *manifest.moments_shape), dtype=dtype, device=device)
@@ -50,18 +48,10 @@ class OnDevice(Dataset):
         # a worker process reads from disk: the device holds the moments once
         return self._dataset.__reduce__()
 
-    def some_rows(self, most: int) -> np.ndarray:
-        """As `Dataset.some_rows`, of the wrapped data."""
-        return self._dataset.some_rows(most)
-
     @property
     def random_access(self) -> Dataset:
         """As that of the wrapped data: captions are not on the device."""
         return self._dataset.random_access
-
-    def open_features(self) -> Features:
-        """As `Dataset.open_features`, by the wrapped data, whose files may be at a URL."""
-        return self._dataset.open_features()  # both share the dict of tensors
 
     def read(
         self, rows: np.ndarray | Tensor, names: Collection[str] | None = None, which: np.ndarray | None = None

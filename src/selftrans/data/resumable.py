@@ -129,23 +129,16 @@ def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterato
     """
     new = not out.exists()
     with ExitStack() as locks:
+        other = f"writing to {out}; wait for it, or choose another --out"
         try:
             locks.enter_context(lock_file(out / LOCK, shared=part != ALONE))
-        except InUse as error:
-            raise ValueError(
-                f"another `selftrans prepare` is writing to {out}; wait for it, or choose another --out"
-            ) from error
-        if part == ALONE:
-            remove_stale_temporaries(out)
-        else:
-            try:
+            if part != ALONE:
+                other = f"making part {part[0]}/{part[1]} in {out}; wait for it"
                 locks.enter_context(lock_file(out / f"{LOCK}-{part[0]}-of-{part[1]}"))
-            except InUse as error:
-                raise ValueError(
-                    f"another `selftrans prepare` is making part {part[0]}/{part[1]} in {out}; wait for it"
-                ) from error
-            for shard in shards:
-                remove_stale_temporaries(out, f"*-{shard:05d}.*")
+        except InUse as error:
+            raise ValueError(f"another `selftrans prepare` is {other}") from error
+        for written in ["*"] if part == ALONE else [f"*-{shard:05d}.*" for shard in shards]:
+            remove_stale_temporaries(out, written)
         try:
             yield
         except BaseException:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
+import torch
+from safetensors import safe_open
 
 from selftrans.messages import first_line
 from selftrans.storage import atomic_write
@@ -27,6 +29,12 @@ Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 #: name -> safetensors name
 DTYPES = {"float16": "F16", "float32": "F32", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
 VIEWS = {"bfloat16": "int16"}  #: dtype that numpy lacks -> the dtype of arrays that hold its bits
+#: torch dtype, integer type of the same size, and bit pattern of infinity: NaN is above it, finite numbers below (IEEE 754)
+NUMBERS = {
+    "float16": (torch.float16, "<u2", 0x7C00),
+    "bfloat16": (torch.bfloat16, "<u2", 0x7F80),
+    "float32": (torch.float32, "<u4", 0x7F800000),
+}
 PAGE = 4096  #: bytes
 CHUNK = 1 << 24  #: bytes copied at a time
 REMEDY = "repeat the `selftrans prepare` that made the folder to restore it"
@@ -48,9 +56,6 @@ def open_tensors(path: Path, layout: Layout, count: int) -> dict[str, np.ndarray
 
     Raises ValueError, with the remedy, when the file is missing or is not a safetensors file of exactly these tensors.
     """
-    import torch
-    from safetensors import safe_open
-
     if not path.is_file():
         raise ValueError(f"shard {path} is missing; {REMEDY}")
     tensors: dict[str, np.ndarray] = {}

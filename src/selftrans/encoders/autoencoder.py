@@ -9,7 +9,6 @@ stochastic, else C).
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -171,10 +170,9 @@ def load_autoencoder(
         return parse_media(name)
     folder, subfolder = _locate(name)
     kind, _ = _class_and_config(name, folder, subfolder)
-    where = {"subfolder": subfolder} if subfolder else {}
     try:
         model, info = kind.from_pretrained(
-            folder, use_safetensors=True, torch_dtype=dtype, output_loading_info=True, **where
+            folder, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
         )
     except Exception as error:  # diffusers raises many types; all mean unusable files
         raise ValueError(
@@ -233,7 +231,7 @@ def stored_files(name: str) -> list[Path]:
         if not Path(folder).is_dir():
             from huggingface_hub import try_to_load_from_cache
 
-            config = try_to_load_from_cache(folder, f"{subfolder}/config.json".lstrip("/"))
+            config = try_to_load_from_cache(folder, f"{subfolder}/config.json" if subfolder else "config.json")
     except ValueError:  # a folder that is gone, or no name of a repository
         return []
     weights = sorted(Path(config).parent.glob("*.safetensors")) if isinstance(config, str | Path) else []
@@ -254,43 +252,30 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
-def _locate(name: str) -> tuple[str, str]:
-    """(folder or hub repository, subfolder in it)."""
+def _locate(name: str) -> tuple[str, str | None]:
+    """(folder or hub repository, subfolder in it or None)."""
     path = Path(name)
     if path.is_dir():
-        return str(path), ""
+        return str(path), None
     parts = name.split("/")
     if path.exists() or path.is_absolute() or name.startswith(".") or len(parts) < 2 or not all(parts):
         raise ValueError(
             f"no autoencoder {name!r}: neither 'pixel', nor 'values', nor a folder, nor a hub id such as owner/name"
         )
-    return "/".join(parts[:2]), "/".join(parts[2:])
+    return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
-def _class_and_config(name: str, folder: str, subfolder: str) -> tuple[Any, dict[str, Any]]:
+def _class_and_config(name: str, folder: str, subfolder: str | None) -> tuple[Any, dict[str, Any]]:
     """The class of diffusers that an autoencoder is of, and its config.json. ValueError for any other class."""
-    config = _read_config(name, folder, subfolder)
-    kind = config.get("_class_name")
+    import diffusers
+
+    try:
+        config = diffusers.AutoencoderKL.load_config(folder, subfolder=subfolder)
+        kind = config.get("_class_name")
+    except Exception as error:  # missing, offline, gated, not json, no object: the same to the user
+        raise ValueError(f"no autoencoder {name!r}: its config.json cannot be read ({first_line(error)})") from error
     if kind not in DIFFUSERS_CLASSES:
         raise ValueError(
             f"autoencoder {name!r} is of class {kind!r}; supported: pixel, values, {', '.join(DIFFUSERS_CLASSES)}"
         )
-    import diffusers
-
     return getattr(diffusers, kind), config
-
-
-def _read_config(name: str, folder: str, subfolder: str) -> dict[str, Any]:
-    """The config.json of an autoencoder, read as data."""
-    path = Path(folder, subfolder, "config.json")
-    try:
-        if not Path(folder).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(folder, "config.json", subfolder=subfolder or None))
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except Exception as error:  # missing, offline, gated, not json: the same to the user
-        raise ValueError(f"no autoencoder {name!r}: its config.json cannot be read ({first_line(error)})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"no autoencoder {name!r}: its config.json is not an object")
-    return config

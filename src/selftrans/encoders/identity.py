@@ -7,9 +7,9 @@ Shape legend: N batch, (C, *S) values, (C, H, W) pixels.
 
 from __future__ import annotations
 
-import math
 import re
 
+import torch
 from torch import Tensor
 
 from selftrans.encoders.latent_space import UNSCALED, LatentSpace, Moments
@@ -74,15 +74,14 @@ def scales_differ(one: str, other: str, tolerance: float = 0.05) -> bool:
     """
     if identity_kind(one) is None or identity_kind(one) != identity_kind(other):
         return False
-    (shift1, scale1), (shift2, scale2) = (_numbers(identity(name).latent_space) for name in (one, other))
-    if len({len(shift1), len(shift2)} - {1}) > 1:
+    spaces = [identity(name).latent_space for name in (one, other)]
+    # (2, C), or (2, 1) where one number is for all channels
+    first, second = (torch.tensor([space.shift, space.scale], dtype=torch.float64).view(2, -1) for space in spaces)
+    if len({first.shape[1], second.shape[1]} - {1}) > 1:
         return False
-    count = max(len(shift1), len(shift2))
-    columns = (values * (count // len(values)) for values in (shift1, scale1, shift2, scale2))
-    return any(
-        abs(b1 - b2) * s1 > tolerance or abs(math.log(s1 / s2)) > tolerance
-        for b1, s1, b2, s2 in zip(*columns, strict=True)
-    )
+    (shift1, scale1), (shift2, scale2) = first, second
+    far = ((shift1 - shift2) * scale1).abs() > tolerance
+    return bool((far | ((scale1 / scale2).log().abs() > tolerance)).any())
 
 
 def check_scale(what: str, trained: str, data: str) -> None:
@@ -99,12 +98,6 @@ def same_latents(one: str, other: str) -> bool:
     """Whether latents of two autoencoders are the same: by their names, or pixels (or values) of about the same scale."""
     alike = identity_kind(one) is not None and identity_kind(one) == identity_kind(other)
     return one == other or (alike and not scales_differ(one, other))
-
-
-def _numbers(space: LatentSpace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shift and scale, each with one number per channel, or one for all."""
-    one, other = ((each,) if isinstance(each, float) else each for each in (space.shift, space.scale))
-    return one, other
 
 
 def _text(value: float | tuple[float, ...]) -> str:

@@ -39,10 +39,7 @@ def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, 
                 folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # missing, offline, gated, pickled, of an unknown class: all unusable
-        raise ValueError(
-            f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give {what} of transformers, by hub id or "
-            "folder, with safetensors weights"
-        ) from error
+        raise unusable(name, what, error) from error
     assert isinstance(model, nn.Module)
     absent = set(info["missing_keys"])
     # transformers only warns about these, and initialises them randomly
@@ -50,6 +47,14 @@ def load_model(load: Any, folder: str, name: str, what: str, unused: tuple[str, 
     if gaps:
         raise ValueError(f"encoder {name!r}: its checkpoint lacks {len(gaps)} weights, such as {gaps[0]}")
     return model.float(), absent
+
+
+def unusable(name: str, what: str, error: Exception) -> ValueError:
+    """The error for an encoder that cannot be loaded; `what` as for `load_model`."""
+    return ValueError(
+        f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give {what} of transformers, by hub id or "
+        "folder, with safetensors weights"
+    )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of
+from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of, unusable
 from selftrans.messages import first_line, printable
 from selftrans.types import MASK, TEXT, Cond, Conditions
 
@@ -23,6 +23,7 @@ DEFAULT_TOKENS = 256  #: L unless it is given, for encoders that take more, or a
 MAX_TOKENS = 4096  #: the largest L
 REMEDY = "give the one that prepared the data with --text-encoder PATH (`selftrans train`: --data.text-encoder PATH)"
 CHUNK = 64  #: texts that are encoded at a time
+WHAT = "a text encoder"  #: as messages name it
 UNUSED = ("pooler", "position_ids")  #: weights that the last hidden state does not depend on
 #: type of a configuration -> class that loads the text encoder alone; others are loaded as a whole
 CLASSES = {
@@ -116,9 +117,7 @@ def load_text_encoder(
 
     folder = _built_in() if name == BUILT_IN else name
     kind, own = _configuration(folder, name)
-    model, absent = load_model(
-        getattr(transformers, CLASSES.get(kind, "AutoModel")), folder, name, "a text encoder", UNUSED
-    )
+    model, absent = load_model(getattr(transformers, CLASSES.get(kind, "AutoModel")), folder, name, WHAT, UNUSED)
     tokenizer, files = _tokenizer(str(tokenizer_folder(Path(folder))), name)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) < 2 or max(tokenizer.get_vocab().values()) >= embeddings:
@@ -187,10 +186,7 @@ def _configuration(folder: str, name: str) -> tuple[str, int]:
         config = whole.get_text_config() if whole.model_type in CLASSES else whole
         own = getattr(config, "max_position_embeddings", None) or MAX_TOKENS
     except Exception as error:  # as when the model is loaded
-        raise ValueError(
-            f"encoder {name!r} cannot be loaded ({first_line(error, 200)}); give a text encoder of transformers, by hub id or "
-            "folder, with safetensors weights"
-        ) from error
+        raise unusable(name, WHAT, error) from error
     if whole.is_encoder_decoder and whole.model_type not in CLASSES:
         raise ValueError(f"encoder {name!r} is a {whole.model_type} with a decoder; give a text encoder")
     return str(whole.model_type), int(own)

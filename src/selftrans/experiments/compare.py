@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from selftrans.config import RunConfig, to_object
-from selftrans.data.dataset import Dataset, Manifest
+from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
+from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import MAX_VALUES, extract, load_extractor

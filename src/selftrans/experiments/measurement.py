@@ -18,8 +18,9 @@ import torch
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT, load_model
 from selftrans.config import RunConfig, SampleConfig
-from selftrans.data.dataset import Dataset, Manifest
+from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
+from selftrans.data.manifest import Manifest
 from selftrans.data.resolution import sides
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind

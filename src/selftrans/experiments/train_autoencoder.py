@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from selftrans.data.buckets import is_prepared, open_data
 from selftrans.data.dataset import Dataset
-from selftrans.data.selected_rows import split
+from selftrans.data.views import split
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.classifier import SmallClassifier, weights_sha256

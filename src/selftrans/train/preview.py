@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from selftrans.config import RunConfig
-from selftrans.data.dataset import Dataset, Manifest
+from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import Manifest
 from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
 from selftrans.evaluate.fonts import class_names
 from selftrans.evaluate.plots import sample_sheet, save_png

@@ -79,7 +79,7 @@ def test_commands_for_one_shape_name_the_remedy():
         (b"[" * 100_000, "not valid JSON"),
         (b"[]", "buckets.json holds no object; prepare the data again"),
         (b'{"version": 1}', "buckets.json: buckets is missing; prepare the data again"),
-        (b'{"version": 2, "buckets": ["8x8"]}', "version should be an integer from 1 to 1"),
+        (b'{"version": 2, "buckets": ["8x8"]}', "version should be 1, not 2"),
         (b'{"version": 1, "buckets": ["8x8"], "x": 1}', "x is unknown"),
         (b'{"version": 1, "buckets": "8x8"}', "should be a list"),
         (b'{"version": 1, "buckets": []}', "1 to 1024 different folders"),

@@ -72,7 +72,7 @@ def test_pickled_dataset_holds_the_path_not_the_data(tmp_path: Path) -> None:
     moments, _ = make(tmp_path)
     dataset = Dataset.open(tmp_path)
     rebuild, arguments, with_features = dataset.__reduce__()
-    assert arguments == (tmp_path,) and not with_features
+    assert arguments == (str(tmp_path),) and not with_features
     assert np.array_equal(rebuild(*arguments).read(np.array([7]))["moments"].numpy(), moments[[7]])
     assert np.array_equal(copy.deepcopy(dataset).labels, dataset.labels)  # copied through pickle's protocol
 
@@ -156,6 +156,14 @@ INVALID: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "has version 1, whose .bin files this package no longer reads; repeat its `selftrans prepare` into a new folder",
     ),
     "version": (lambda m: m.update(version=3), "has version 3, this package reads version 2; install a newer version"),
+    "version true": (
+        lambda m: m.update(version=True),
+        "manifest.json: version should be 2, not True; prepare the data",
+    ),
+    "version negative": (
+        lambda m: m.update(version=-1),
+        "manifest.json: version should be 2, not -1; prepare the data",
+    ),
     "missing": (lambda m: m.pop("latent_space"), "manifest.json: latent_space is missing; prepare the data again"),
     "unknown": (lambda m: m.update(extra=1), "manifest.json: extra is unknown"),
     "shape": (lambda m: m.update(shape=[4, 4, 8]), MOMENTS + r"F16 \(5, 2, 8, 4, 8\)"),

@@ -14,7 +14,7 @@ from selftrans.cli.main import main
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
-from selftrans.data.selected_rows import split
+from selftrans.data.views import split
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.experiments import train_autoencoder as module

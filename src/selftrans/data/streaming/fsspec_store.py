@@ -6,11 +6,10 @@ of time: every request here has one.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from selftrans.data.streaming.remote import PIECE, TIMEOUT, WANTED, cleaned, http_status
 from selftrans.messages import first_line
@@ -21,7 +20,6 @@ RANGE = 8 * PIECE  #: bytes of one request
 SLOWEST = 20e3  #: bytes per second of a link that is waited for
 #: loggers of the clients: they write tracebacks and warnings for each request that fails, also where another attempt succeeds
 LOGGERS = ("fsspec", "s3fs", "aiobotocore", "botocore", "gcsfs", "google", "aiohttp")
-T = TypeVar("T")
 
 
 class FsspecStore:
@@ -32,7 +30,7 @@ class FsspecStore:
     def __init__(self, url: str) -> None:
         import fsspec
 
-        protocol = url.partition("://")[0]
+        self.url, protocol = url, url.partition("://")[0]
         # without a handler Python shows warnings on stderr; those of an application still get them
         for name in LOGGERS:
             if not logging.getLogger(name).handlers:
@@ -49,7 +47,7 @@ class FsspecStore:
     def read(self, name: str, start: int, end: int) -> bytes:
         path = f"{self.root}/{name}"
         # more than one range: the size of the file gives the time limit
-        if self.system.async_impl and end - start > RANGE:
+        if end - start > RANGE:
             end = min(end, self._size(path))
         if end <= start:
             return b""
@@ -66,23 +64,13 @@ class FsspecStore:
         return [self.read(name, start, end) for start, end in spans]
 
     def download(self, name: str, to: Path) -> None:
+        size = self._size(f"{self.root}/{name}")
         with open(to, "r+b") as file:
-            file.writelines(self._pieces(name))
-
-    def _pieces(self, name: str) -> Iterator[bytes]:
-        """The content of a file. ConnectionError where it has become shorter."""
-        path = f"{self.root}/{name}"
-        if not self.system.async_impl:
-            with self.system.open(path, "rb", block_size=RANGE) as source:
-                while piece := source.read(PIECE):
-                    yield piece
-            return
-        size = self._size(path)
-        for start in range(0, size, RANGE):
-            piece = self.read(name, start, min(start + RANGE, size))
-            if len(piece) < min(RANGE, size - start):
-                raise ConnectionError(f"{size - start - len(piece)} bytes are missing at its end")
-            yield piece
+            for start in range(0, size, RANGE):
+                piece = self.read(name, start, min(start + RANGE, size))
+                if len(piece) < min(RANGE, size - start):
+                    raise ConnectionError(f"{size - start - len(piece)} bytes are missing at its end")
+                file.write(piece)
 
     def _size(self, path: str) -> int:
         """Bytes of a file."""
@@ -93,16 +81,10 @@ class FsspecStore:
         if not self.system.async_impl:
             return getattr(self.system, name)(*args, **options)
         from fsspec.asyn import sync
+        from fsspec.exceptions import FSTimeoutError
 
-        method = getattr(self.system, f"_{name}")
-        return sync(self.system.loop, _in_time, lambda: method(*args, **options), seconds)
-
-
-async def _in_time(work: Callable[[], Awaitable[T]], seconds: float) -> T:
-    limit = asyncio.timeout(seconds)
-    try:
-        async with limit:
-            return await work()
-    except TimeoutError as error:  # fsspec replaces it by one without a message
-        reason = f"not done within {seconds:g} seconds" if limit.expired() else first_line(error)
-        raise ConnectionError(reason) from error
+        try:
+            return sync(self.system.loop, getattr(self.system, f"_{name}"), *args, timeout=seconds, **options)
+        except FSTimeoutError as error:  # it has no message; its cause has one where the client gave up before
+            reason = str(error.__cause__ or "").strip() or f"not done within {seconds:g} seconds"
+            raise ConnectionError(first_line(reason)) from error

@@ -118,6 +118,7 @@ class Lasting(Exception):
 class Store(Protocol):
     """A folder at a URL. Errors of the transport pass through; FileNotFoundError where there is no such file."""
 
+    url: str  #: of the folder
     ranges: bool  #: False once a file was sent whole although a part was asked for
 
     def read(self, name: str, start: int, end: int) -> bytes:
@@ -204,23 +205,27 @@ def retried(work: Callable[[], T], what: str) -> T:
     What cannot succeed later is not repeated: a missing file, a refused permission, missing credentials, wrong settings.
     `what`: the URL of the file.
     """
-    for attempt in range(ATTEMPTS):
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             return work()
         except Exception as error:  # every store has its own types
-            final, shown = _final(error), cleaned(what)
-            if final or attempt == ATTEMPTS - 1:
-                tried = "" if final else f", {attempt + 1} attempts"
-                local = getattr(error, "filename", None)
-                if isinstance(local, str | Path) and os.path.isabs(local) and not shown.startswith(("file:", "local:")):
-                    raise ValueError(
-                        f"{printable(local)} cannot be used ({_strerror(error)}) for {shown}; make it writable, or choose "
-                        "another --data.cache-dir"
-                    ) from None
-                remedy = _remedy(error, shown.partition("://")[0])
-                raise ValueError(f"{shown} cannot be read ({_reason(error)}{tried}){remedy}") from None
-            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25))
+            if _final(error) or attempt == ATTEMPTS:
+                raise _failure(error, cleaned(what), attempt) from None
+            time.sleep(FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
     raise AssertionError("the last attempt returns or raises")
+
+
+def _failure(error: Exception, url: str, attempts: int) -> ValueError:
+    """What was wrong, and what to do, in one line without secrets."""
+    local = getattr(error, "filename", None)
+    if isinstance(local, str | Path) and os.path.isabs(local) and not url.startswith(("file:", "local:")):
+        return ValueError(
+            f"{printable(local)} cannot be used ({_strerror(error)}) for {url}; make it writable, or choose another "
+            "--data.cache-dir"
+        )
+    reason = "it does not exist" if isinstance(error, FileNotFoundError) else _strerror(error)
+    tried = "" if _final(error) else f", {attempts} attempts"
+    return ValueError(f"{url} cannot be read ({reason}{tried}){_remedy(error, url.partition('://')[0])}")
 
 
 def http_status(error: BaseException) -> int | None:
@@ -279,12 +284,8 @@ def _remedy(error: Exception, protocol: str) -> str:
     return "" if _final(error) else "; the same command tries again"
 
 
-def _reason(error: Exception) -> str:
-    """What was wrong, in one line without secrets."""
-    return "it does not exist" if isinstance(error, FileNotFoundError) else _strerror(error)
-
-
 def _strerror(error: Exception) -> str:
+    """What was wrong, in one line without secrets."""
     reason = getattr(error, "reason", None)
     chosen: object = reason if isinstance(reason, Exception) else error
     if not str(chosen).strip() and error.__cause__ is not None:

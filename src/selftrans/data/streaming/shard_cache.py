@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from selftrans.storage import atomic_write, no_symlink
+from selftrans.storage import atomic_write, flock, no_symlink
 
 #: environment variables, for commands without the options
 DIRECTORY, GIGABYTES = "SELFTRANS_CACHE_DIR", "SELFTRANS_CACHE_GB"
@@ -72,7 +72,7 @@ class ShardCache:
             folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 self._lease = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-                _lock(self._lease, wait=False)
+                flock(self._lease)
                 self._remove_stale(self._others())
         except (OSError, ImportError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -250,35 +250,21 @@ class ShardCache:
         """Exclude every other thread and process that uses the folder."""
         descriptor = no_symlink(str(self.folder / ".lock"), os.O_RDWR | os.O_CREAT)
         try:
-            _lock(descriptor, wait=True)
+            flock(descriptor, wait=True)
             try:
                 yield
             finally:
-                _unlock(descriptor)
+                flock(
+                    descriptor, release=True
+                )  # closing alone leaves it to a process that was forked while it was held
         finally:
             os.close(descriptor)
 
 
-def _lock(descriptor: int, *, wait: bool) -> None:
-    import fcntl  # not on Windows
-
-    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
-def _unlock(descriptor: int) -> None:
-    """Closing alone leaves the lock to a process that was forked while it was held."""
-    import fcntl
-
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
 def _is_locked(descriptor: int) -> bool:
     """Whether another holds an exclusive lock on a file that is open for reading."""
-    import fcntl
-
     try:
-        # shared: over NFS an exclusive lock needs a file that is open for writing
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        flock(descriptor, shared=True)  # over NFS an exclusive lock needs a file that is open for writing
     except OSError:
         return True
     return False

@@ -49,14 +49,13 @@ class ShardReader:
 
     def __init__(
         self,
-        url: str,
         store: Store,
         cache: ShardCache,
         manifest: Manifest,
         index: Mapping[str, np.ndarray],
         index_file: Path,
     ) -> None:
-        self.url, self.store, self.cache, self.manifest = url, store, cache, manifest
+        self.store, self.cache, self.manifest = store, cache, manifest
         ends = np.cumsum([shard.count for shard in manifest.shards])[:-1]
         #: labels and caption counts, which were read without a hash
         self._index = {name: np.split(values, ends) for name, values in index.items()}
@@ -152,7 +151,7 @@ class ShardReader:
             except ValueError as error:
                 self.cache.discard(file.cached)
                 if attempt:
-                    raise ValueError(f"{self.url}/{file.name}: {error}") from error
+                    raise ValueError(f"{self.store.url}/{file.name}: {error}") from error
                 self._obtain(file)
         for name, parts in self._index.items():
             if name in found and not np.array_equal(found[name], parts[k]):
@@ -160,7 +159,7 @@ class ShardReader:
                 self.cache.discard(file.cached)
                 what = "labels" if name == "labels" else "numbers of captions"
                 raise ValueError(
-                    f"{self.url}/{file.name} has other {what} than when the data were opened; repeat the command"
+                    f"{self.store.url}/{file.name} has other {what} than when the data were opened; repeat the command"
                 )
         return found
 
@@ -180,7 +179,7 @@ class ShardReader:
                 differed = True
                 raise kind("its sha256 is not the manifest's, fetched twice")
 
-        retried(once, f"{self.url}/{file.name}")
+        retried(once, f"{self.store.url}/{file.name}")
 
     def _hold_recent(self, k: int) -> None:
         """Decide which shards to hold now that shard k is opened, unless `prefetch` has said which."""

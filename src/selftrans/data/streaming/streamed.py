@@ -10,24 +10,24 @@ import hashlib
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from selftrans.data.buckets import Buckets, names_in
 from selftrans.data.dataset import Dataset, check_index
-from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest, Shard
+from selftrans.data.manifest import BUCKETS, FILE, Features, Manifest
 from selftrans.data.manifest_text import COUNT, NULL
-from selftrans.data.selected_rows import OneShard
-from selftrans.data.shard_file import numpy_dtype, row_bytes
-from selftrans.data.streaming.remote import WANTED, Store, checked, retried, store_of
-from selftrans.data.streaming.remote_rows import AT_A_TIME, HEADER, RandomAccess, small_tensors
+from selftrans.data.shard_file import open_tensors, row_bytes
+from selftrans.data.streaming.remote import WANTED, Store, retried, store_of
+from selftrans.data.streaming.remote_rows import AT_A_TIME, HEADER, RandomAccess, RemoteShard
 from selftrans.data.streaming.shard_cache import CacheOptions, ShardCache
 from selftrans.data.streaming.shard_reader import ShardReader, StreamedTensor
+from selftrans.data.views import one_shard
 from selftrans.plain_json import MAX_BYTES
 from selftrans.storage import atomic_write, sha256_file, write_text
 
@@ -39,7 +39,6 @@ class Streamed(Dataset):
 
     def __init__(
         self,
-        url: str,
         folder: Path,
         reader: ShardReader,
         labels: np.ndarray,
@@ -48,15 +47,10 @@ class Streamed(Dataset):
     ) -> None:
         tensors = {name: StreamedTensor(reader, name) for name in reader.manifest.layout if name not in INDEX}
         super().__init__(folder, reader.manifest, dict(tensors), labels, counts)
-        self.origin, self.reader, self._cache = url, reader, cache
+        self.origin, self.reader, self.cache = reader.store.url, reader, cache
         self._whole = False  #: whether all shards have been fetched
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        reopened = partial(Dataset.open, text_encoder=self.text_encoder, cache=self._cache)
-        return reopened, (self.origin,), "features" in self._tensors
-
     def prefetch(self, now: Collection[int], then: Collection[int]) -> None:
-        """Hold and fetch these shards; see `ShardReader.prefetch`."""
         self.reader.prefetch(now, then)
 
     def fetch(self, *, progress: bool = True) -> None:
@@ -73,11 +67,11 @@ class Streamed(Dataset):
             return self
         shard = min(missing, key=missing.__getitem__)
         reader.fetch([shard], progress=True)
-        return OneShard(self, shard)
+        return one_shard(self, shard)
 
     @cached_property
     def random_access(self) -> Dataset:
-        """As `Dataset.random_access`: where the cache does not hold all shards, each row is read alone."""
+        """Where the cache does not hold all shards, each row is read alone."""
         if self.reader.fits:
             return self
         return RandomAccess(self, self.reader.store)
@@ -100,43 +94,47 @@ class Streamed(Dataset):
 
 def open_streamed(url: str, *, verify: bool, text_encoder: str | None, cache: CacheOptions) -> Dataset:
     """Open prepared data at a URL, also buckets. ValueError, in one line, as `Dataset.open`, and where it cannot be read."""
-    url = checked(url)
-    store, opened = store_of(url), cache.open()
-    content, names = _described(url, store)
-    if names is None:
-        return _open_one(url, store, opened, content, verify, text_encoder, cache)
+    store = store_of(url)
+    dataset: Dataset
+    if (text := _text(store, FILE)) is not None:
+        dataset = _open_one(store, text, cache)
+    elif (text := _text(store, BUCKETS)) is not None:
+        dataset = _open_buckets(store.url, text, cache)
+    else:
+        raise _no_manifest(store.url)
+    dataset.text_encoder = text_encoder
+    if verify:
+        dataset.verify()
+    return dataset
+
+
+def _open_buckets(url: str, text: str, cache: CacheOptions) -> Buckets:
+    """Open the buckets that `text`, a buckets.json, names. ValueError as `open_streamed`."""
+    try:
+        names = names_in(text)
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from error
     parts = []
     for name in names:
-        part = f"{url}/{name}"
-        of_part, _ = _described(part, within := store_of(part))
-        parts.append(_open_one(part, within, cache.open(), of_part, verify, None, cache))
-    buckets = Buckets(_folder(opened, url), parts)
-    buckets.origin, buckets.text_encoder, buckets.cache = url, text_encoder, cache
-    total = sum(sum(part.reader.bytes) for part in parts)
+        store = store_of(f"{url}/{name}")
+        if (manifest := _text(store, FILE)) is None:
+            raise _no_manifest(store.url)
+        parts.append(_open_one(store, manifest, cache))
+    opened, total = parts[0].reader.cache, sum(sum(part.reader.bytes) for part in parts)
     if total > opened.limit:
         raise ValueError(
             f"{url} holds buckets, which are streamed only if all of them, {total / 1e9:.1f} GB, fit into the cache, "
             f"{opened.limit / 1e9:g} GB; raise --data.cache-gb"
         )
-    return buckets
+    return Buckets(_folder(opened, url), parts, origin=url, cache=cache)
 
 
-def _described(url: str, store: Store) -> tuple[str, tuple[str, ...] | None]:
-    """The text of the manifest; or that of buckets.json, and the names in it."""
-    for file in (FILE, BUCKETS):
-        try:
-            text = _text(url, store, file)
-        except FileNotFoundError:
-            continue
-        try:
-            return text, (names_in(text) if file == BUCKETS else None)
-        except ValueError as error:
-            raise ValueError(f"{url}: {error}") from error
-    raise ValueError(f"no {FILE} at {url}: not prepared or not complete; {WANTED}")
+def _no_manifest(url: str) -> ValueError:
+    return ValueError(f"no {FILE} at {url}: not prepared or not complete; {WANTED}")
 
 
-def _text(url: str, store: Store, file: str) -> str:
-    """A small text file. FileNotFoundError where there is none."""
+def _text(store: Store, file: str) -> str | None:
+    """A small text file; None where there is none."""
 
     def read() -> bytes | None:
         try:
@@ -144,93 +142,72 @@ def _text(url: str, store: Store, file: str) -> str:
         except FileNotFoundError:
             return None
 
-    found = retried(read, f"{url}/{file}")
+    found = retried(read, f"{store.url}/{file}")
     if found is None:
-        raise FileNotFoundError(file)
+        return None
     if len(found) > MAX_BYTES:
-        raise ValueError(f"{url}/{file} is larger than {MAX_BYTES} bytes")
+        raise ValueError(f"{store.url}/{file} is larger than {MAX_BYTES} bytes")
     try:
         return found.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{url}/{file} is not text; {WANTED}") from error
+        raise ValueError(f"{store.url}/{file} is not text; {WANTED}") from error
 
 
-def _open_one(
-    url: str, store: Store, cache: ShardCache, text: str, verify: bool, text_encoder: str | None, options: CacheOptions
-) -> Streamed:
+def _open_one(store: Store, text: str, options: CacheOptions) -> Streamed:
     """Open data of one shape, whose manifest is `text`. ValueError as `open_streamed`."""
     try:
         manifest = Manifest.from_json(text)
         if not manifest.count:
             raise ValueError(f"{FILE}: field 'count' is 0")
     except ValueError as error:
-        raise ValueError(f"{url}: {error}") from error
-    folder = _folder(cache, url)
+        raise ValueError(f"{store.url}: {error}") from error
+    cache = options.open()
+    folder = _folder(cache, store.url)
     write_text(folder / FILE, text)
     index_file = folder / f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-    index = _index(url, store, manifest, index_file)
+    index = _index(store, manifest, index_file)
     if manifest.text:
         size = row_bytes(manifest.text.null_layout(manifest.conditions)) + HEADER
-        _fetch_null(url, store, folder, manifest.text.null, size)
-    reader = ShardReader(url, store, cache, manifest, index, index_file)
-    dataset = Streamed(url, folder, reader, index["labels"], index.get(COUNT), options)
-    dataset.text_encoder = text_encoder
-    if verify:
-        dataset.verify()
-    return dataset
+        _fetch_null(store, folder, manifest.text.null, size)
+    reader = ShardReader(store, cache, manifest, index, index_file)
+    return Streamed(folder, reader, index["labels"], index.get(COUNT), options)
 
 
 def _folder(cache: ShardCache, url: str) -> Path:
     return cache.folder / "sets" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def _fetch_null(url: str, store: Store, folder: Path, sha256: str, size: int) -> None:
+def _fetch_null(store: Store, folder: Path, sha256: str, size: int) -> None:
     path = folder / NULL
     if path.is_file() and sha256_file(path) == sha256:
         return
-    content = retried(lambda: store.read(NULL, 0, size), f"{url}/{NULL}")
+    content = retried(lambda: store.read(NULL, 0, size), f"{store.url}/{NULL}")
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{url}/{NULL} fails its sha256; copy the folder there again")
+        raise ValueError(f"{store.url}/{NULL} fails its sha256; copy the folder there again")
     with atomic_write(path) as file:
         file.write(content)
 
 
-def _index(url: str, store: Store, manifest: Manifest, path: Path) -> dict[str, np.ndarray]:
-    """Labels (N,) and numbers of captions (N,) of all rows: from the file `path`, or else from the start of every shard."""
-    names = [name for name in INDEX if name in manifest.layout]
-    if path.is_file() and not path.is_symlink():
-        try:
-            kept = load_file(path)
-            if {name: (x.shape, x.dtype) for name, x in kept.items()} == {
-                name: ((manifest.count,), numpy_dtype(manifest.layout[name][0])) for name in names
-            }:
-                return kept
-        except Exception:  # damaged: safetensors raises its own types
-            path.unlink(missing_ok=True)
+def _index(store: Store, manifest: Manifest, path: Path) -> dict[str, np.ndarray]:
+    """Labels (N,) and numbers of captions (N,) of all rows: from the file `path`, or else from the start of every shard.
+
+    ValueError where a shard is not what the manifest says, or a label is out of range.
+    """
+    layout = {name: manifest.layout[name] for name in INDEX if name in manifest.layout}
+    if not path.is_symlink():
+        with suppress(ValueError):  # it is missing or damaged
+            return {name: kept.copy() for name, kept in open_tensors(path, layout, manifest.count).items()}
     filled = [shard for shard in manifest.shards if shard.count]
     hidden = os.environ.get("RANK", "0") != "0"
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        parts = list(
-            tqdm(
-                pool.map(lambda shard: _checked_index(url, store, manifest, shard, names), filled),
-                desc="reading labels",
-                total=len(filled),
-                unit="shard",
-                delay=2,
-                disable=hidden,
-            )
-        )
-    found = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        each = pool.map(lambda shard: RemoteShard(store, manifest, shard).small_tensors(layout), filled)
+        parts = list(tqdm(each, "reading labels", len(filled), unit="shard", delay=2, disable=hidden))
+    for shard, part in zip(filled, parts, strict=True):
+        check_index(f"{store.url}/{shard.file}", manifest, part)
+    found = {name: np.concatenate([part[name] for part in parts]) for name in layout}
     with atomic_write(path) as file:
         file.write(save(found))
     for other in path.parent.glob("index-*.safetensors"):  # of an earlier manifest
         if other != path:
             other.unlink(missing_ok=True)
-    return found
-
-
-def _checked_index(url: str, store: Store, manifest: Manifest, shard: Shard, names: list[str]) -> dict[str, np.ndarray]:
-    """The index of a shard. ValueError where the file is not what the manifest says, or a label is out of range."""
-    found = small_tensors(url, store, manifest, shard, names)
-    check_index(f"{url}/{shard.file}", manifest, found["labels"], found.get(COUNT))
     return found

@@ -7,6 +7,7 @@ import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -92,7 +93,7 @@ def test_client_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_limit_of_time_grows_with_the_bytes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
-    monkeypatch.setattr("fsspec.asyn.sync", lambda loop, function, work, seconds: limits.append(seconds) or b"")
+    monkeypatch.setattr("fsspec.asyn.sync", lambda *_, timeout, **__: limits.append(timeout) or b"")
     monkeypatch.setattr(fsspec_store, "RANGE", 8 << 20)
     of = store(Client())
     for size in (20_000, 8_000_000):
@@ -107,7 +108,12 @@ def test_limit_of_time_for_as_much_as_there_is_is_that_of_its_size(
     """A file whose size is not known, such as a manifest, is read with one request, after one for its size."""
     limits: list[float] = []
     client, whole = Client(content := bytes(length)), fsspec.asyn.sync
-    monkeypatch.setattr("fsspec.asyn.sync", lambda *given: limits.append(given[-1]) or whole(*given))
+
+    def timed(*given: Any, timeout: float, **options: Any) -> Any:
+        limits.append(timeout)
+        return whole(*given, timeout=timeout, **options)
+
+    monkeypatch.setattr("fsspec.asyn.sync", timed)
     assert store(client).read("a", 0, 1 << 28) == content
     assert limits == pytest.approx([60, seconds], abs=1e-3) and client.asked == 1
 

@@ -57,7 +57,7 @@ def test_rows_and_entries_are_those_of_the_file_and_are_read_once() -> None:
     stored = open_tensors(folder / manifest.shards[0].file, manifest.layout, manifest.count)
     rows, entries = np.array([9, 0, 9]), np.array([0, 2, 1])
     with serving(folder) as server:
-        shard = RemoteShard(server.url, store_of(server.url), manifest, manifest.shards[0])
+        shard = RemoteShard(store_of(server.url), manifest, manifest.shards[0])
         for name, tensor in stored.items():
             assert np.array_equal(RemoteRows(shard, name)[rows], tensor[rows])
         assert np.array_equal(RemoteRows(shard, "text")[rows, entries], stored["text"][rows, entries])

@@ -8,7 +8,7 @@ import torch
 
 from selftrans.data.buckets import open_data
 from selftrans.data.prepare import prepare
-from selftrans.data.selected_rows import OneShard, SelectedRows, split
+from selftrans.data.views import SelectedRows, one_shard, split
 from selftrans.train.batches import Stream
 from tests.support import captioned, ratios, toy
 
@@ -54,7 +54,7 @@ def test_pickled_parts_have_the_same_rows(tmp_path):
         copied = pickle.loads(pickle.dumps(part))
         assert (len(copied), copied.parts, copied.names) == (len(part), part.parts, part.names)
         assert copied.rows.tolist() == part.rows.tolist() and copied.labels.tolist() == part.labels.tolist()
-    one = OneShard(open_data(captioned.prepared(tmp_path, count=8, shard_size=3)), 1)
+    one = one_shard(open_data(captioned.prepared(tmp_path, count=8, shard_size=3)), 1)
     copied, rows = pickle.loads(pickle.dumps(one)), np.array([0, 1, 5, 7])
     assert copied.captions(rows) == one.captions(rows) and len(copied) == len(one)
 
@@ -76,7 +76,7 @@ def test_a_single_picture_is_refused(tmp_path):
 def test_one_shard_in_place_of_all(tmp_path):
     """Of shards of three rows: row i is row i % 3 of shard 1, with its label, captions and number of them."""
     data = open_data(captioned.prepared(tmp_path, count=8, shard_size=3))
-    one, rows = OneShard(data, 1), np.array([0, 1, 5, 7])
+    one, rows = one_shard(data, 1), np.array([0, 1, 5, 7])
     of_data = np.array([3, 4, 5, 4])
     assert len(one) == 8 and one.shapes == data.shapes and one.names == data.names and one.dry_run_data() is one
     assert one.captions(rows) == data.captions(of_data) and one.counts.tolist() == [1, 3, 1, 1, 3, 1, 1, 3]
