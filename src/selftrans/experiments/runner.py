@@ -59,7 +59,8 @@ Results: TypeAlias = dict[Job, Result]
 #: what one run fails with, while others can go on: training that diverges, samples that are not finite, no memory to train or
 #: to measure it
 FAILURES = (FloatingPointError, NotFinite, MemoryError, torch.OutOfMemoryError)
-STARTED = time.monotonic()  #: about when the command began
+#: processes of others that ran on average in the minute before the command began
+LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 class StepBar:
@@ -96,7 +97,7 @@ def train_and_measure(
     have ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
-    if workers > 1 or busy():  # threads that wait by spinning are faster, unless they have to share the cores
+    if workers > 1 or LOAD > 0.5:  # threads that wait by spinning are faster, unless they have to share the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     finished = finished_runs(comparison) if finished is None else finished
     shown = {"total": comparison.total, "disable": all_measured(comparison, finished), "unit": "step"}
@@ -126,13 +127,6 @@ def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
     workers = min(len(jobs), workers or (1 if torch.cuda.is_available() else cores))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return workers, max(1, min(cores // workers, int(asked) if asked.isdecimal() else cores))
-
-
-def busy() -> bool:
-    """Whether other programs use more than half a core: the load average of the last minute, without what this process and the
-    workers that it has ended have added to it."""
-    own = sum(os.times()[:4]) / max(60.0, time.monotonic() - STARTED)  # at most this, at a steady use of the cores
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] - own > 0.5
 
 
 def check_workers(workers: int | None) -> None:
