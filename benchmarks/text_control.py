@@ -28,8 +28,7 @@ from selftrans.encoders.text import encoder_of
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import save
 from selftrans.experiments.compare import check_measuring, for_method, override, shared_settings
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.measurement import checkpoints_of
+from selftrans.experiments.comparison import Comparison, checkpoints_of
 from selftrans.experiments.runner import train_one
 from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import PromptConditioning

@@ -14,7 +14,7 @@ import numpy as np
 from selftrans.evaluate import plots
 from selftrans.experiments import html_report
 from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.measurement import MEASURED, due_checkpoints, samples_of, stored_conditions, stored_points
+from selftrans.experiments.measurement import MEASURED, samples_of, stored_conditions, stored_points
 from selftrans.experiments.summary import as_csv
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import recorded, sha256_file, write_json, write_text
@@ -33,7 +33,7 @@ def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
     for name in chosen.variants:
         job = name, chosen.seeds[0]
         if job not in failed:
-            last = due_checkpoints(chosen.run(job), chosen.every, chosen.dense)[-1]
+            last = chosen.due(job)[-1]
             with contextlib.suppress(NotFinite):  # those that were measured have other noise, and are finite
                 grids[name] = samples_of(last, chosen.shared.sample, SHOWN, conditioning)
     captions, figure = conditioning.texts(np.arange(SHOWN)), html_report.convergence(summary)

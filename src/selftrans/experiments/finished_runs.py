@@ -21,7 +21,6 @@ from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.measurement import (
     MEASURED,
     Point,
-    due_checkpoints,
     identity_of,
     image_shape,
     measured_before,
@@ -116,7 +115,7 @@ def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[
     if differences(before, config) or done != [(stage.name, stage.steps) for stage in plan]:
         return None
     known = all(report[key] is None or isinstance(report[key], int | float) for key in COSTS)
-    due = due_checkpoints(run, comparison.every, comparison.dense)
+    due = comparison.due(job)
     last = checkpoint.path_of_step(run / plan[-1].name / "checkpoints", plan[-1].steps)
     if not known or report["student_steps"] != plan[-1].steps or due[-1:] != [last]:
         return None

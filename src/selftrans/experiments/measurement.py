@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import FILES, REPORT, load_model
+from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
 from selftrans.data.dataset import Dataset, Manifest
 from selftrans.data.decoded import data_latents
@@ -31,7 +31,6 @@ from selftrans.experiments.reference import decoder_sha256, training_statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
 from selftrans.sampling.images import NotFinite, SampledBatch, Sampler, applicable_settings, decoder_dtype
-from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.sampling.sized_sampler import SizedSampler
 from selftrans.storage import recorded, write_json
 from selftrans.train.data_window import data_of
@@ -39,7 +38,6 @@ from selftrans.train.data_window import data_of
 MEASURED = "measured.json"  #: of a run: its points, oldest first
 DECODED_BY = "autoencoder_sha256"  #: entry of a point: a hash of the files of the autoencoder that decoded its samples
 SHARED = ("sampler", "images", "extractor_sha256", "block")  #: entries that all points of a table have in common
-POINTS = 5  #: measurements along a run
 BATCH = {"cpu": 125, "other": 500}  #: images sampled at a time; larger batches leave the caches of a core
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
 PROBED_BLOCK = 2  #: where a method guides no block; the first guided one in every published setting
@@ -149,39 +147,6 @@ def check_sizes(extractor: Extractor, dataset: Dataset) -> None:
                 f"{dataset.path} holds buckets of several sizes, and {error}; of the built-in features, inception takes any "
                 "size of colour pictures"
             ) from error
-
-
-def measuring_cost(config: RunConfig, images: int) -> int:
-    """What measuring one checkpoint costs, in training steps (a step is three forward passes of its batch)."""
-    passes = config.sample.steps * EVALUATIONS[config.sample.sampler] * images / config.train.batch_size
-    return max(1, round(passes / 3))
-
-
-def interval(steps: int) -> int:
-    """Steps between two measurements."""
-    return max(1, steps // POINTS)
-
-
-def measured_steps(steps: int, every: int | None = None, dense: int | None = None) -> list[int]:
-    """Steps at which a run of `steps` is measured: every interval up to `dense` (None: all of the run), and the end."""
-    every = every or interval(steps)
-    return sorted({*range(every, min(steps, dense or steps) + 1, every), steps})
-
-
-def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
-    """(step, checkpoint) of the last stage of a finished run, oldest first."""
-    stage = json.loads((run / REPORT).read_text())["stages"][-1]["stage"]
-    return checkpoint.steps(run / stage / "checkpoints")
-
-
-def due_checkpoints(run: Path, every: int | None = None, dense: int | None = None) -> list[Path]:
-    """The checkpoints of a run's last stage that are points of its curve, oldest first: those at the `measured_steps`.
-
-    Checkpoints that an interruption left at other steps are not.
-    """
-    held = checkpoints_of(run)
-    wanted = measured_steps(held[-1][0], every, dense)
-    return [folder for step, folder in held if step in wanted]
 
 
 def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:

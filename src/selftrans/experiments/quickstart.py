@@ -27,8 +27,8 @@ from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments.compare import for_method
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.measurement import PROBE_T, checkpoints_of, interval, samples_of
+from selftrans.experiments.comparison import Comparison, checkpoints_of, interval
+from selftrans.experiments.measurement import PROBE_T, samples_of
 from selftrans.experiments.quickstart_report import compared, cut, duration, overview, page, sentence, text
 from selftrans.experiments.runner import Results, check_workers, seconds_trained, train_and_measure
 from selftrans.experiments.summary import as_csv, mean_curve, rows

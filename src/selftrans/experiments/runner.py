@@ -34,9 +34,7 @@ from selftrans.experiments.measurement import (
     PointsFile,
     Progress,
     check_alike,
-    due_checkpoints,
     measure_point,
-    measuring_cost,
 )
 from selftrans.experiments.schedule import Job, Schedule, Task
 from selftrans.experiments.stopping import (
@@ -178,7 +176,7 @@ class Work:
         if isinstance(found, Failed):
             self._fail(task, found.reason)
         elif isinstance(found, Spent):
-            due = due_checkpoints(self.comparison.run(job), self.comparison.every, self.comparison.dense)
+            due = self.comparison.due(job)
             self.spent[job], self.measured[job] = found, PointsFile(self.comparison.run(job), due)
             self.schedule.trained(job, due)
         elif folder is not None:
@@ -214,7 +212,7 @@ def _in_workers(
     for job, run in finished.items():
         work.measured[job] = PointsFile(comparison.run(job), run.due, run.points)
         schedule.trained(job, [folder for folder in run.due if folder not in run.points])
-        bar.update(comparison.steps(job) + len(run.points) * measuring_cost(comparison.shared, comparison.images))
+        bar.update(comparison.steps(job) + len(run.points) * comparison.measuring_cost)
     if schedule:
         _run_tasks(work, workers, threads, bar)
     check_alike((point for held in work.measured.values() for point in held.points), comparison.features)
@@ -330,7 +328,7 @@ def _trained(job: Job) -> Spent:
 def _measured(job: Job, folder: Path) -> tuple[Point, float]:
     comparison, started = _worker["comparison"], time.perf_counter()
     point = measure_point(comparison.run(job), folder, _measurement())
-    _worker["progress"](measuring_cost(comparison.shared, comparison.images))
+    _worker["progress"](comparison.measuring_cost)
     return point, time.perf_counter() - started
 
 

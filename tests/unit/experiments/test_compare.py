@@ -27,15 +27,12 @@ from selftrans.cli.main import main
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.experiments import compare, html_report, reference, runner
 from selftrans.experiments.compare import compare_methods, for_method, shared_settings
-from selftrans.experiments.comparison import Comparison
+from selftrans.experiments.comparison import Comparison, interval
 from selftrans.experiments.measurement import (
     Measurement,
     PointsFile,
-    due_checkpoints,
-    interval,
     measure_point,
     measured_before,
-    measured_steps,
 )
 from selftrans.experiments.runner import StepBar, train_one
 from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
@@ -183,13 +180,15 @@ def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
     assert chosen.teacher(("structure", 3)) is None
     given = config.override({"stage2.teacher": "elsewhere"})
     assert Comparison(config, variants | {"same": given}, (3,), tmp_path, 10, "digits").teacher(("same", 3)) is None
-    assert measured_steps(1000) == [200, 400, 600, 800, 1000] and len(measured_steps(1001)) == 6
-    assert measured_steps(1513, 200, 1000) == [200, 400, 600, 800, 1000, 1513]
-    assert measured_steps(1513, 200) == [200, 400, 600, 800, 1000, 1200, 1400, 1513] and measured_steps(3, 1, 5) == [
-        1,
-        2,
-        3,
-    ]
+
+
+def test_steps_at_which_runs_are_measured(tmp_path):
+    config = recipe("digits").override({"train.steps": 1000})
+    chosen = Comparison(config, {}, (), tmp_path, 10, "digits")
+    assert chosen.measured_steps(1000) == [200, 400, 600, 800, 1000] and len(chosen.measured_steps(1001)) == 6
+    longer = dataclasses.replace(chosen, every=200)
+    assert longer.measured_steps(1513) == [200, 400, 600, 800, 1000, 1513]
+    assert dataclasses.replace(chosen, every=1).measured_steps(3) == [1, 2, 3]
 
 
 def test_points_measured_before_stay_in_the_file_until_all_are_there(tmp_path):
@@ -516,7 +515,7 @@ def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path
     expected = {}
     for job in plain.jobs:
         run = train_one(plain, job, lambda steps: None)
-        expected[job] = [measure_point(run, folder, measurement) for folder in due_checkpoints(run)]
+        expected[job] = [measure_point(run, folder, measurement) for folder in plain.due(job)]
     comparison = dataclasses.replace(plain, out=tmp_path / "interrupted")
     comparison.out.mkdir()
     monkeypatch.setattr(runner, "_init_worker", watched_worker)
@@ -588,9 +587,7 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     assert reported == [step, *[1] * (20 - step)], "the run continues"
 
 
-@pytest.mark.parametrize(
-    ("workers", "load", "policy"), [(1, 0.1, None), (1, 1.2, "PASSIVE"), (2, 0.1, "PASSIVE")]
-)
+@pytest.mark.parametrize(("workers", "load", "policy"), [(1, 0.1, None), (1, 1.2, "PASSIVE"), (2, 0.1, "PASSIVE")])
 def test_threads_wait_without_spinning_where_others_use_the_cores(tmp_path, monkeypatch, workers, load, policy):
     """What this process itself has added to the load average since it began does not count."""
     monkeypatch.setattr(runner, "LOAD", load)
