@@ -10,6 +10,7 @@ import numpy as np
 
 from selftrans.evaluate.plots import INK, blank_figure, figure_to_data_uri, pca_grid, sample_sheet
 from selftrans.experiments.html_report import (
+    AXIS_LABELS,
     Curve,
     aligned,
     document,
@@ -145,11 +146,11 @@ def overview(both: Mapping[str, Mapping[str, Curve]], grids: Mapping[str, np.nda
     mosaic: dict[Any, Any] = figure.subplot_mosaic(
         [["step", "tflops", str(i)] for i in range(len(grids))], width_ratios=[1, 1, 0.95]
     )
-    draw_curves(mosaic["step"], both["step"], "student steps", metric)
-    draw_curves(mosaic["tflops"], both["tflops"], "TFLOPs in all, the teacher's training included", "")
-    limits = [limit for axes in ("step", "tflops") for limit in mosaic[axes].get_ylim()]
-    for axes in ("step", "tflops"):
-        mosaic[axes].set_ylim(min(limits), max(limits))
+    for axis, label in AXIS_LABELS.items():
+        draw_curves(mosaic[axis], both[axis], label, metric if axis == "step" else "")
+    limits = [limit for axis in AXIS_LABELS for limit in mosaic[axis].get_ylim()]
+    for axis in AXIS_LABELS:
+        mosaic[axis].set_ylim(min(limits), max(limits))
     mosaic["step"].legend(frameon=False)
     for i, (name, images) in enumerate(grids.items()):
         picture = sample_sheet(images, columns=-(-len(images) // 3), upscale=6, gap=6)
