@@ -26,8 +26,8 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
-from selftrans.experiments.compare import for_method
 from selftrans.experiments.comparison import Comparison, checkpoints_of, interval
+from selftrans.experiments.comparison_settings import for_method
 from selftrans.experiments.measurement import PROBE_T, samples_of
 from selftrans.experiments.quickstart_report import compared, cut, duration, overview, page, sentence, text
 from selftrans.experiments.runner import Results, check_workers, seconds_trained, train_and_measure

@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.evaluate.classifier import SmallClassifier
-from selftrans.experiments import compare, html_report, reference, runner
-from selftrans.experiments.compare import compare_methods, for_method, shared_settings
+from selftrans.experiments import comparison_settings, html_report, reference, runner
+from selftrans.experiments.compare import compare_methods
 from selftrans.experiments.comparison import Comparison, interval
+from selftrans.experiments.comparison_settings import for_method, shared_settings
 from selftrans.experiments.measurement import (
     Measurement,
     PointsFile,
@@ -281,8 +282,8 @@ class Tags(HTMLParser):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_compare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    out, prepare, prepared = tmp_path / "compared", compare.prepare_builtin, []
-    monkeypatch.setattr(compare, "prepare_builtin", lambda *args: prepared.append(args) or prepare(*args))
+    out, prepare, prepared = tmp_path / "compared", comparison_settings.prepare_builtin, []
+    monkeypatch.setattr(comparison_settings, "prepare_builtin", lambda *args: prepared.append(args) or prepare(*args))
     overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
     overrides += [
         "--stage1.head-width",
