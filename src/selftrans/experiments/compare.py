@@ -25,7 +25,7 @@ from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.comparison_settings import check_measuring, for_method, shared_settings
 from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
 from selftrans.experiments.measurement import MEASURED, PROBED_BLOCK, samples_of, stored_conditions, stored_points
-from selftrans.experiments.runner import Results, check_workers, processes, train_and_measure
+from selftrans.experiments.runner import Results, check_counts, processes, train_and_measure
 from selftrans.experiments.schedule import Job
 from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
 from selftrans.methods.registry import METHODS, find, meta_objective, stages
@@ -66,8 +66,11 @@ def compare_methods(
     """
     if methods is None:
         methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
-    _check_options(methods, seeds, images)
-    check_workers(workers)
+    if not methods or len(set(methods)) < len(methods):
+        raise ValueError("give one method at least, and each of them once")
+    for name in methods:
+        find(name)
+    check_counts(seeds, images, workers)
     made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
     new = [path for path in (*made, out) if not path.exists()]
     with lock_file(out / ".lock"):
@@ -132,15 +135,6 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
             if stage.encoder or (stage.teacher and stage.teacher.given):
                 given = teacher_of(config, stage, "", dataset, torch.device("cpu"))
             meta_objective(config, stage, dataset.manifest.shape, dataset.manifest.conditions, given)
-
-
-def _check_options(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
-    if not methods or len(set(methods)) < len(methods):
-        raise ValueError("give one method at least, and each of them once")
-    for name in methods:
-        find(name)
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or images < 2:
-        raise ValueError("a comparison needs seeds that differ from each other, from 0 on, and at least two images")
 
 
 def summarise(chosen: Comparison, results: Results, failed: Mapping[Job, str] | None = None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import Any
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.data.dataset import Dataset
-from selftrans.device import default_device
 from selftrans.evaluate.extractors import extractor_sha256
 from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.measurement import (
@@ -24,11 +23,8 @@ from selftrans.experiments.measurement import (
     identity_of,
     image_shape,
     measured_before,
-    stored_conditions,
 )
-from selftrans.experiments.reference import decoder_sha256
 from selftrans.experiments.schedule import Job
-from selftrans.sampling.images import decoder_dtype
 from selftrans.storage import UNREADABLE
 from selftrans.train.data_window import data_of, with_window
 from selftrans.train.initial_weights import resolve_init
@@ -57,30 +53,22 @@ def finished_runs(comparison: Comparison) -> dict[Job, FinishedRun]:
 
     A run that cannot be read, or differs, is left out: training or measuring it then names what is wrong.
     """
-    data = comparison.shared.data
     found, identity = dict[Job, FinishedRun](), None
     for job in comparison.jobs:
         try:
             if not (comparison.run(job) / REPORT).is_file():
                 continue
             if identity is None:
-                dataset = data_of(data)
-                identity = identity_of_points(comparison, dataset)
+                dataset = data_of(comparison.shared.data)
+                shape = image_shape(dataset.manifest)
+                sha256 = extractor_sha256(comparison.features, weights=comparison.weights, shape=shape)
+                sample = dataclasses.replace(comparison.shared.sample, num=comparison.images)
+                identity = identity_of(sample, dataset, sha256, comparison.block)
             if held := _trained(comparison, job, dataset, identity):
                 found[job] = held
         except UNREADABLE:
             continue
     return found
-
-
-def identity_of_points(comparison: Comparison, dataset: Dataset) -> dict[str, Any]:
-    """`Measurement.identity` of a comparison, without what only measuring needs: no autoencoder is loaded, and no image
-    decoded. ValueError where the extractor cannot be used."""
-    config, manifest = comparison.shared, dataset.manifest
-    sha256 = extractor_sha256(comparison.features, weights=comparison.weights, shape=image_shape(manifest))
-    sample = dataclasses.replace(config.sample, num=comparison.images)
-    dtype, decoded_by = decoder_dtype(default_device(), config.sample.precision), decoder_sha256(manifest.autoencoder)
-    return identity_of(sample, stored_conditions(dataset, sample), sha256, comparison.block, dtype, decoded_by)
 
 
 def all_measured(comparison: Comparison, finished: Mapping[Job, FinishedRun]) -> bool:

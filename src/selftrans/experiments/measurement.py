@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -59,7 +59,7 @@ class Measurement:
     conditioning: Conditioning  #: the conditions of the images: labels, or captions stored with the data
     total: int | None = None  #: images that the process samples in all, from which compilation may save time
     decoder: torch.dtype = torch.float32  #: of the autoencoder's network, for samples and reference alike
-    decoded_by: str = ""  #: a hash of the autoencoder's files; empty where it has none, or none on this machine
+    identity: dict[str, Any] = field(default_factory=dict)  #: see `identity_of`
 
     @classmethod
     def of(
@@ -80,43 +80,31 @@ class Measurement:
             images: samples for each distance. block: the one that is probed (1-based). total: see the field.
             kept: the folder that keeps the statistics of the training data; None: they are computed anew.
         """
-        assert config.data.path is not None
-        dataset = data_of(config.data)
-        device = default_device()
+        dataset, device = data_of(config.data), default_device()
         extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
         dtype = decoder_dtype(device, config.sample.precision)
         reference = training_statistics(dataset, extractor, dtype=dtype, folder=kept)
         most = BATCH["cpu" if device.type == "cpu" else "other"]
         sample = dataclasses.replace(config.sample, num=images, batch_size=min(most, images))
-        decoded_by = decoder_sha256(dataset.manifest.autoencoder)
+        identity = identity_of(sample, dataset, extractor.sha256, block)
         conditioning = stored_conditions(dataset, sample)
-        return cls(extractor, reference, dataset, sample, block, conditioning, total, dtype, decoded_by)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What two measured points must share to be comparable, as json has it."""
-        return identity_of(
-            self.sample, self.conditioning, self.extractor.sha256, self.block, self.decoder, self.decoded_by
-        )
+        return cls(extractor, reference, dataset, sample, block, conditioning, total, dtype, identity)
 
 
-def identity_of(
-    sample: SampleConfig,
-    conditioning: Conditioning,
-    extractor_sha256: str,
-    block: int,
-    decoder: torch.dtype = torch.float32,
-    decoded_by: str = "",
-) -> dict[str, Any]:
-    """What two measured points must share to be comparable, as json has it; see `Measurement` for the parts."""
-    described = {
-        "sampler": json.loads(json.dumps(sample.settings() | conditioning.described)),
+def identity_of(sample: SampleConfig, dataset: Dataset, extractor_sha256: str, block: int) -> dict[str, Any]:
+    """What two measured points must share to be comparable, as json has it; see `Measurement` for the parts.
+
+    No autoencoder is loaded for it, and no image decoded.
+    """
+    found = {
+        "sampler": json.loads(json.dumps(sample.settings() | stored_conditions(dataset, sample).described)),
         "images": sample.num,
         "extractor_sha256": extractor_sha256,
         "block": block,
     }
-    described |= {} if decoder == torch.float32 else {"decoder": "bf16"}
-    return described | ({DECODED_BY: decoded_by} if decoded_by else {})
+    found |= {} if decoder_dtype(default_device(), sample.precision) == torch.float32 else {"decoder": "bf16"}
+    decoded_by = decoder_sha256(dataset.manifest.autoencoder)
+    return found | ({DECODED_BY: decoded_by} if decoded_by else {})
 
 
 def stored_conditions(dataset: Dataset, sample: SampleConfig) -> Conditioning:

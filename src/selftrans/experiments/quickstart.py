@@ -30,7 +30,7 @@ from selftrans.experiments.comparison import Comparison, checkpoints_of, interva
 from selftrans.experiments.comparison_settings import for_method
 from selftrans.experiments.measurement import PROBE_T, samples_of
 from selftrans.experiments.quickstart_report import compared, cut, duration, overview, page, sentence, text
-from selftrans.experiments.runner import Results, check_workers, seconds_trained, train_and_measure
+from selftrans.experiments.runner import Results, check_counts, seconds_trained, train_and_measure
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.messages import first_line, printable
@@ -65,9 +65,7 @@ def quickstart(
     Repeating the call continues it; for a finished directory it only writes the report again. Returns the content of
     table.json.
     """
-    if not seeds or len(set(seeds)) < len(seeds) or images < 2:
-        raise ValueError("the quickstart needs seeds that differ from each other, and at least two images")
-    check_workers(workers)
+    check_counts(seeds, images, workers)
     started = time.perf_counter()
     config = digits().override({"train.steps": STEPS if steps is None else steps}).check()
     every = interval(config.train.steps)
@@ -86,9 +84,8 @@ def quickstart(
         begun = any(seconds_trained(chosen.run(job)) for job in chosen.jobs)
         results = train_and_measure(chosen, workers=workers)
         summary = summarise(chosen, results)
-        before = _recorded(out, summary, "seconds")
+        before, summary["continued"] = _before(out, summary, (0.0, begun))
         summary["seconds"] = round(seconds_in_all(before, time.perf_counter() - started, results), 1)
-        summary["continued"] = bool(_recorded(out, summary, "continued") if before else begun)
         print(f"All is trained and measured; drawing {out / 'report.html'}", flush=True)
         write(out, summary, dataset, config, seeds[0])
     print(text(summary, METHODS))
@@ -134,10 +131,13 @@ def seconds_in_all(before: float, now: float, results: Results) -> float:
     return before + now if worked or not before else before
 
 
-def _recorded(out: Path, summary: dict[str, Any], key: str) -> float:
-    """What the table of an earlier call for the same comparison says under `key`; 0 if there is none."""
-    same = lambda before: float(before[key]) if before["table"] == summary["table"] else 0.0  # noqa: E731
-    return recorded(out / "table.json", same, 0.0)
+def _before(out: Path, summary: dict[str, Any], otherwise: tuple[float, bool]) -> tuple[float, bool]:
+    """(seconds, continued) in the table of an earlier call for the same comparison."""
+
+    def of(held: dict[str, Any]) -> tuple[float, bool]:
+        return (float(held["seconds"]), bool(held["continued"])) if held["table"] == summary["table"] else otherwise
+
+    return recorded(out / "table.json", of, otherwise)
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:

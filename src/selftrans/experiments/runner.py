@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -127,8 +127,10 @@ def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
     return workers, max(1, min(cores // workers, int(asked) if asked.isdecimal() else cores))
 
 
-def check_workers(workers: int | None) -> None:
-    """ValueError for a number of processes below one; None stands for the default."""
+def check_counts(seeds: Sequence[int], images: int, workers: int | None) -> None:
+    """ValueError for no seeds, or such as cannot be used, fewer than two images, and less than one process (None: default)."""
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or images < 2:
+        raise ValueError("give seeds that differ from each other, from 0 on, and at least two images")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} should be 1 or more; leave it out for one process per core")
 

@@ -14,7 +14,6 @@ from collections import Counter
 from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,14 +23,16 @@ from safetensors.torch import save_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
+from selftrans.data.dataset import Dataset
 from selftrans.evaluate.classifier import SmallClassifier
-from selftrans.experiments import comparison_settings, html_report, reference, runner
+from selftrans.experiments import comparison_settings, html_report, measurement, reference, runner
 from selftrans.experiments.compare import compare_methods
 from selftrans.experiments.comparison import Comparison, interval
 from selftrans.experiments.comparison_settings import for_method, shared_settings
 from selftrans.experiments.measurement import (
     Measurement,
     PointsFile,
+    identity_of,
     measure_point,
     measured_before,
 )
@@ -41,11 +42,9 @@ from selftrans.methods.registry import titles
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
-from selftrans.sampling.conditioning import LabelConditioning
 from selftrans.storage import write_json
 from selftrans.train.capture_rules import ENDED, NotCaptured
 from selftrans.train.trainer import Trainer
-from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.pictures import class_folders
 from tests.support.pools import forked_workers, one_process  # noqa: F401 - fixtures
@@ -207,11 +206,10 @@ def test_points_measured_before_stay_in_the_file_until_all_are_there(tmp_path):
     assert (stored(), points.points) == ("ab", old[:2])
 
 
-def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
-    extractor, sample = SimpleNamespace(sha256="e"), dataclasses.replace(recipe("digits").sample, num=3)
-    conditioning = LabelConditioning(Conditions("labels", 10), sample.labels)
-    measurement, path = Measurement(extractor, None, None, sample, 2, conditioning), tmp_path / "measured.json"
-    assert measured_before(path, measurement.identity) == {}
+def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path, monkeypatch):
+    sample, dataset = dataclasses.replace(recipe("digits").sample, num=3), Dataset.open(toy.plain_digits())
+    identity, path = identity_of(sample, dataset, "e", 2), tmp_path / "measured.json"
+    assert measured_before(path, identity) == {}
     numbers = {
         "step": 2,
         "seconds": 0.5,
@@ -221,18 +219,17 @@ def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
         "accuracy": None,
         "probe": 0.5,
     }
-    sound = {"sha256": "w"} | numbers | json.loads(json.dumps(measurement.identity))
+    sound = {"sha256": "w"} | numbers | json.loads(json.dumps(identity))
     assert (sound["images"], sound["extractor_sha256"], sound["block"]) == (3, "e", 2)
     others = {"images": 4, "block": 1, "extractor_sha256": "f", "sampler": sound["sampler"] | {"guidance_scale": 9.0}}
     path.write_text(json.dumps([sound, *(sound | {"sha256": key, key: value} for key, value in others.items())]))
-    assert measured_before(path, measurement.identity) == {"w": sound}
-    reduced = dataclasses.replace(measurement, decoder=torch.bfloat16)
-    assert (
-        reduced.identity == measurement.identity | {"decoder": "bf16"} and measured_before(path, reduced.identity) == {}
-    )
+    assert measured_before(path, identity) == {"w": sound}
+    monkeypatch.setattr(measurement, "decoder_dtype", lambda *_: torch.bfloat16)
+    reduced = identity_of(sample, dataset, "e", 2)
+    assert reduced == identity | {"decoder": "bf16"} and measured_before(path, reduced) == {}
     path.write_text(json.dumps([sound, sound | {"sha256": "r", "decoder": "bf16"}]))
-    assert measured_before(path, measurement.identity) == {"w": sound}, "not one whose samples were decoded in bfloat16"
-    assert list(measured_before(path, reduced.identity)) == ["r"]
+    assert measured_before(path, identity) == {"w": sound}, "not one whose samples were decoded in bfloat16"
+    assert list(measured_before(path, reduced)) == ["r"]
     for content in (
         "",
         "[{",
@@ -244,7 +241,7 @@ def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
         '[{"images": 3, "extractor_sha256": "e"}]',
     ):
         path.write_text(content)
-        assert measured_before(path, measurement.identity) == {}
+        assert measured_before(path, identity) == {}
 
 
 def test_settings_of_a_run_do_not_depend_on_the_other_methods():
@@ -446,6 +443,7 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
         (["compare", "digits", "--out", "x", "--seeds", "1", "1"], "seeds that differ"),
         (["compare", "digits", "--out", "x", "--workers", "0"], "--workers 0 should be 1 or more"),
         (["quickstart", "--out", "x", "--workers", "-1"], "--workers -1 should be 1 or more"),
+        (["quickstart", "--out", "x", "--seeds", "-1"], "seeds that differ from each other, from 0 on"),
         (["compare", "digits", "--out", "x", "--train.stepz", "3"], "did you mean --train.steps"),
         (["compare", "digits", "--methods", "vanilla"], "--out"),
         (["compare", "cifar10", "--out", "x"], "needs --data DIR"),
@@ -512,11 +510,11 @@ def watched_worker(comparison: Comparison, *shared: Any) -> None:
 def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path, monkeypatch):
     config = toy.toy({"method": "vanilla", "train.steps": 10, "sample.steps": 1})
     plain = Comparison(config, {"vanilla": config}, (0, 1), tmp_path / "plain", 24, "values")
-    measurement = Measurement.of(config, "values", weights=None, images=24, block=plain.block)
+    measuring = Measurement.of(config, "values", weights=None, images=24, block=plain.block)
     expected = {}
     for job in plain.jobs:
         run = train_one(plain, job, lambda steps: None)
-        expected[job] = [measure_point(run, folder, measurement) for folder in plain.due(job)]
+        expected[job] = [measure_point(run, folder, measuring) for folder in plain.due(job)]
     comparison = dataclasses.replace(plain, out=tmp_path / "interrupted")
     comparison.out.mkdir()
     monkeypatch.setattr(runner, "_init_worker", watched_worker)
