@@ -296,6 +296,7 @@ class Bench(Command):
     """directory for bench.json"""
 
     def run(self) -> None:
-        from selftrans.experiments.bench import bench, published, table
+        from selftrans.experiments.bench import bench, published
+        from selftrans.experiments.bench.text_table import table
 
         print(table(bench(published(self.models, self.device, quick=self.quick), **self.options("models"))))

@@ -24,12 +24,13 @@ from selftrans.cli.commands import COMMANDS, Sample
 from selftrans.cli.main import main
 from selftrans.cli.parse import blank, parse
 from selftrans.config import SampleConfig, settings_of
-from selftrans.experiments.bench import ROWS, bench, published, settings, table
+from selftrans.experiments.bench import ROWS, bench, published, settings
 from selftrans.experiments.bench import rounds as bench_rounds
 from selftrans.experiments.bench.loading_sampling import passes, random_dataset
 from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
 from selftrans.experiments.bench.plain_step import PlainStep, plain_losses, update_ema
 from selftrans.experiments.bench.rounds import PARTS, Memory, interleaved, randomise
+from selftrans.experiments.bench.text_table import table
 from selftrans.experiments.comparison_settings import for_method
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
