@@ -24,7 +24,7 @@ from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatte
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import fitting_data
 from selftrans.flow import PATHS
-from selftrans.messages import plural, printable
+from selftrans.messages import plural
 from selftrans.storage import check_writable, write_json
 from selftrans.types import Backbone, Cond, map_cond
 
@@ -72,7 +72,7 @@ def analyse(
     save(pca_grid(shown_maps, title="principal components of the features"), out / "pca.png")
     for t, cloud in clouds.items():
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
-        names = class_names([printable(name) for name in dataset.manifest.classes]) or None
+        names = class_names(dataset.manifest.classes) or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     chance = float(labels.bincount().max()) / len(labels)  # of always naming the most frequent class
     if probes:

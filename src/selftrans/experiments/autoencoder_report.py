@@ -59,7 +59,7 @@ def reconstruction_figures(
     vae.eval()
     found: dict[str, list[Tensor]] = {"psnr": [], "l1": []}
     for x in picture_batches(dataset, device):
-        y = vae.decode(posterior(vae, x).mean).sample.float().clamp(-1, 1)
+        y = _decoded(vae, x)
         difference = (y - x).flatten(start_dim=1).double() / 2
         found["psnr"].append(-10 * difference.square().mean(dim=1).clamp(min=1e-10).log10())
         found["l1"].append(difference.abs().mean(dim=1))
@@ -69,6 +69,11 @@ def reconstruction_figures(
     return {"pictures": count_measured(dataset)} | {
         name: torch.cat(values).mean().item() for name, values in found.items()
     }
+
+
+def _decoded(vae: Any, x: Tensor) -> Tensor:
+    """The decoded means of the posteriors of pictures (N, C, H, W)."""
+    return vae.decode(posterior(vae, x).mean).sample.float().clamp(-1, 1)
 
 
 @torch.inference_mode()
@@ -104,14 +109,9 @@ def sheet(vae: Any, dataset: Dataset, device: torch.device, count: int) -> np.nd
     columns = min(count, 8)
     rows = begin + np.arange(count) * size // count
     x = dataset.read(rows, ["moments"])["moments"][:, 0].to(device).float()
-    y = vae.decode(posterior(vae, x).mean).sample.float().clamp(-1, 1)
-    lines = []
-    for start in range(0, count, columns):
-        for pictures in (x, y):
-            line = pictures[start : start + columns]
-            white = line.new_ones(columns - len(line), *line.shape[1:])  # in the last line
-            lines.append(torch.cat([line, white]))
-    return sample_sheet(to_uint8(torch.cat(lines)).cpu().numpy(), columns)
+    white = x.new_ones(-count % columns, *x.shape[1:])  # in the last line
+    lines = [torch.cat([part, white]).unflatten(0, (-1, columns)) for part in (x, _decoded(vae, x))]
+    return sample_sheet(to_uint8(torch.stack(lines, dim=1).flatten(0, 2)).cpu().numpy(), columns)
 
 
 def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.plots import RULE, blank_figure, draw_lines, figure_to_data_uri, plain_ticks, sample_sheet
+from selftrans.evaluate.plots import blank_figure, draw_lines, figure_to_data_uri, plain_ticks, sample_sheet, style_axes
 from selftrans.methods.registry import BASELINE, titles
 
 if TYPE_CHECKING:
@@ -112,8 +112,7 @@ def draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str
     """Mean distance of each method, with its standard deviation as a band, on a logarithmic axis."""
     draw_lines(axes, series, logy=True)
     axes.set(xlabel=xlabel, ylabel=textwrap.fill(metric, 46))  # longer lines would leave the figure
-    axes.grid(color=RULE, which="both", linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes)
     plain_ticks(axes)
 
 

@@ -7,10 +7,9 @@ order of the methods.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +76,27 @@ def quickstart(
         variants = {name: for_method(config, name) for name in METHODS}
         longer = equal_compute(variants[VANILLA.name], variants[SELF_TRANSCENDENCE.name], dataset)
         variants[VANILLA.name] = variants[VANILLA.name].override({"train.steps": longer})
-        check_earlier(out, variants, seeds)
         classifier = out / "digits-classifier.safetensors"
-        load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier), every=every)
+        check_earlier(chosen)
+        load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         begun = any(seconds_trained(chosen.run(job)) for job in chosen.jobs)
         results = train_and_measure(chosen, workers=workers)
         summary = summarise(chosen, results)
         before, summary["continued"] = _before(out, summary, (0.0, begun))
         summary["seconds"] = round(seconds_in_all(before, time.perf_counter() - started, results), 1)
         print(f"All is trained and measured; drawing {out / 'report.html'}", flush=True)
-        write(out, summary, dataset, config, seeds[0])
+        write(chosen, summary, dataset)
     print(text(summary, METHODS))
     print(f"\n{duration(summary)}. Open {out / 'report.html'}")
     return summary
 
 
-def check_earlier(out: Path, variants: Mapping[str, RunConfig], seeds: Sequence[int]) -> None:
+def check_earlier(chosen: Comparison) -> None:
     """ValueError if the folder holds runs with other settings: of an earlier version, or with other steps."""
-    for name, seed in itertools.product(variants, seeds):
-        run, config = out / f"{name}-seed{seed}", variants[name].override({"train.seed": seed})
+    out = chosen.out
+    for name, seed in chosen.jobs:
+        run, config = chosen.run((name, seed)), chosen.variants[name].override({"train.seed": seed})
         try:
             before = settings_before(run)
         except ValueError as error:
@@ -163,11 +163,12 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     }
 
 
-def write(out: Path, summary: dict[str, Any], dataset: Dataset, config: RunConfig, seed: int) -> None:
+def write(chosen: Comparison, summary: dict[str, Any], dataset: Dataset) -> None:
     """Write the table, the overview picture and the report."""
-    found = {METHODS[name]: checkpoints_of(out / f"{name}-seed{seed}") for name in METHODS}
+    out = chosen.out
+    found = {METHODS[name]: checkpoints_of(chosen.run((name, chosen.seeds[0]))) for name in METHODS}
     held = {label: [folder for step, folder in pairs if step <= summary["steps"]] for label, pairs in found.items()}
-    grids = {label: samples_of(folders[-1], config.sample, SHOWN) for label, folders in held.items()}
+    grids = {label: samples_of(folders[-1], chosen.shared.sample, SHOWN) for label, folders in held.items()}
     maps = {label: maps_of(folders, dataset, summary["block"]) for label, folders in held.items()}
     both = {
         axis: {METHODS[name]: curve for name, curve in summary[key].items()}

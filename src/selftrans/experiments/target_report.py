@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +16,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.fonts import class_names
-from selftrans.evaluate.plots import COLOURS, INK, RULE, as_pictures, blank_figure, pca_grid, save
+from selftrans.evaluate.plots import COLOURS, INK, RULE, as_pictures, blank_figure, pca_grid, save, style_axes
 from selftrans.evaluate.probes import pca_maps
 from selftrans.evaluate.target_measures import DIFFERENCE
 from selftrans.messages import plural, printable
@@ -172,9 +172,8 @@ def _draw_composition(report: Mapping[str, Any], axes: Axes) -> None:
     axes.set_xticks(range(len(columns)), [_heading(c) if report["scales"] else "features" for c in columns], fontsize=8)
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of variance")
-    _style_axes(
-        axes, f"what the target of block {k} consists of" if report["scales"] else "what the features consist of"
-    )
+    title = f"what the target of block {k} consists of" if report["scales"] else "what the features consist of"
+    style_axes(axes, title, grid="y", size=8)
     _legend(axes, 3)
 
 
@@ -189,7 +188,7 @@ def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
         axes.text(max(0.0, value) + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
-    _style_axes(axes, "an encoder's features, on held-out pictures", "x")
+    style_axes(axes, "an encoder's features, on held-out pictures", grid="x", size=8)
 
 
 def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
@@ -212,7 +211,8 @@ def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
         axes.plot(ks, [np.nan if v is None else v for v in values], label=name, markersize=4, **style)
     axes.axhline(report["chance"], color=INK, linewidth=0.8, linestyle=":", label="chance")
     axes.set(xlabel="block", ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
-    _style_axes(axes, f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})")
+    title = f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})"
+    style_axes(axes, title, grid="y", size=8)
     _legend(axes, 2)
 
 
@@ -231,7 +231,7 @@ def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
         )
     axes.set(xlabel="block", ylabel="size of f_c - f_u over f_u")
     axes.set_ylim(bottom=0)
-    _style_axes(axes, "what guidance multiplies by w")
+    style_axes(axes, "what guidance multiplies by w", grid="y", size=8)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -258,7 +258,7 @@ def draw_maps(
         for w in _mapped_scales(report["scales"]):
             name = "f_c" if w == 1 else f"f_g, w = {w:g}"
             maps[f"block {k}: {name}"] = pca_maps(u + w * kept["own"][k], grid)
-    classes = class_names([printable(name) for name in dataset.manifest.classes])
+    classes = class_names(dataset.manifest.classes)
     names = [classes[label][:10] for label in dataset.labels[rows]] if classes else None
     title = f"principal components at t = {report['timesteps'][0]:g}" if report["timesteps"] else "principal components"
     save(pca_grid(maps, columns=names, title=title, cell=0.7), path)
@@ -291,14 +291,6 @@ def _legend(axes: Axes, columns: int) -> None:
     axes.legend(
         frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, handlelength=1.5
     )
-
-
-def _style_axes(axes: Axes, title: str, along: Literal["x", "y"] = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis=along, color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-    axes.set_title(title, loc="left", fontsize=10)
 
 
 def _heading(column: str) -> str:
