@@ -252,7 +252,7 @@ class Compare(RecipeCommand[Config]):
     """extractor, by name or file; None: the digits' classifier, one trained on pixel data with classes, values for data that
     are not pictures, or inception"""
     workers: int | None = None
-    """runs at the same time; None: one per core, one on a GPU"""
+    """runs at the same time, which divide the cores (or OMP_NUM_THREADS each); None: one per core, one on a GPU"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
     typed: Typed = ()
