@@ -213,11 +213,11 @@ def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path, mo
     numbers = {
         "step": 2,
         "seconds": 0.5,
-        "tflops": None,
         "metric": "m",
         "distance": 1.0,
-        "accuracy": None,
         "probe": 0.5,
+        "tflops": None,
+        "accuracy": None,
     }
     sound = {"sha256": "w"} | numbers | json.loads(json.dumps(identity))
     assert (sound["images"], sound["extractor_sha256"], sound["block"]) == (3, "e", 2)
@@ -230,16 +230,8 @@ def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path, mo
     path.write_text(json.dumps([sound, sound | {"sha256": "r", "decoder": "bf16"}]))
     assert measured_before(path, identity) == {"w": sound}, "not one whose samples were decoded in bfloat16"
     assert list(measured_before(path, reduced)) == ["r"]
-    for content in (
-        "",
-        "[{",
-        "3",
-        "[3]",
-        "null",
-        '{"a": 1}',
-        "[" * 100_000,
-        '[{"images": 3, "extractor_sha256": "e"}]',
-    ):
+    partial = '[{"images": 3, "extractor_sha256": "e"}]'
+    for content in ("", "[{", "3", "[3]", "null", '{"a": 1}', "[" * 100_000, partial):
         path.write_text(content)
         assert measured_before(path, identity) == {}
 
@@ -281,20 +273,18 @@ class Tags(HTMLParser):
 def test_compare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     out, prepare, prepared = tmp_path / "compared", comparison_settings.prepare_builtin, []
     monkeypatch.setattr(comparison_settings, "prepare_builtin", lambda *args: prepared.append(args) or prepare(*args))
-    overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
-    overrides += [
+    command = f"compare digits --out {out} --steps 2 --images 24 --workers 1 --model.width 16 --model.depth 3".split()
+    command += [
+        "--train.batch-size",
+        "16",
+        "--sra.head-width",
+        "8",
         "--stage1.head-width",
         "8",
         "--stage2.head-width",
         "8",
-        "--stage2.until-step",
-        "1",
-        "--layersync.until-step",
-        "1",
-        "--sample.steps",
-        "2",
     ]
-    command = ["compare", "digits", "--out", str(out), "--steps", "2", "--images", "24", "--workers", "1", *overrides]
+    command += ["--stage2.until-step", "1", "--layersync.until-step", "1", "--sample.steps", "2"]
     methods = ["vanilla", "structure", "self_transcendence", "layersync"]
     assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
     output = capfd.readouterr()
@@ -337,18 +327,18 @@ def test_comparison_continues_with_more_steps_methods_and_seeds(
 ) -> None:
     """With more steps, another sampler, and one more method with its own settings: one table with equal measurements."""
     out = tmp_path / "compared"
-    command = ["compare", "digits", "--out", str(out), "--images", "24", "--workers", "1", "--model.width", "16"]
+    command = f"compare digits --out {out} --images 24 --workers 1 --model.width 16 --model.depth 3".split()
     command += [
-        "--model.depth",
-        "3",
         "--train.batch-size",
         "16",
         "--stage1.head-width",
         "8",
         "--stage2.head-width",
         "8",
+        "--stage1.block",
+        "1",
     ]
-    command += ["--stage1.block", "1", "--sample.steps"]
+    command += ["--sample.steps"]
     assert main([*command, "2", "--steps", "10", "--methods", "vanilla", "structure", "--seeds", "0"]) == 0
     more = ["--methods", "vanilla", "structure", "self_transcendence", "--seeds", "0", "1", "--stage1.steps", "3"]
     assert main([*command, "3", "--steps", "15", *more]) == 0, capfd.readouterr().err
@@ -375,30 +365,10 @@ def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.Cap
         assert main(["prepare", str(source), "--out", str(tmp_path / f"{source.name}-data")]) == 0
     extractor = str(tmp_path / "classifier.safetensors")
     assert main(["classifier", str(tmp_path / "labelled-data"), "--out", extractor, "--epochs", "1"]) == 0
-    command = [
-        "compare",
-        "imagefolder",
-        "--data",
-        str(tmp_path / "flat-data"),
-        "--features",
-        extractor,
-        "--images",
-        "8",
-    ]
-    command += [
-        "--out",
-        str(tmp_path / "out"),
-        "--steps",
-        "2",
-        "--methods",
-        "vanilla",
-        "--workers",
-        "1",
-        "--seeds",
-        "0",
-    ]
-    small = ["--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--train.batch-size", "4"]
-    assert main([*command, *small, "--stage1.block", "1", "--sample.steps", "1"]) == 0, capfd.readouterr().err
+    command = f"compare imagefolder --data {tmp_path}/flat-data --features {extractor} --images 8 --out {tmp_path}/out"
+    command += " --steps 2 --methods vanilla --workers 1 --seeds 0 --model.width 16 --model.depth 2 --model.heads 2"
+    command += " --train.batch-size 4 --stage1.block 1 --sample.steps 1"
+    assert main(command.split()) == 0, capfd.readouterr().err
     (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["table"]
     assert row["distance"]["mean"] > 0 and row["probe"] is None and row["accuracy"] is None
 
@@ -425,11 +395,8 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
     output = capfd.readouterr()
     summary = json.loads((tmp_path / "x" / "compare.json").read_text())
     assert [one["path"] for one in summary["teachers"]] == [str(tmp_path / "ema.safetensors")]
-    assert summary["table"][1]["total_tflops"] is None and summary["curves"]["tflops"]["self_transcendence"] == [
-        [],
-        [],
-        [],
-    ]
+    assert summary["table"][1]["total_tflops"] is None
+    assert summary["curves"]["tflops"]["self_transcendence"] == [[], [], []]
     assert "ema.safetensors, step 4" in (tmp_path / "x" / "compare.html").read_text()
     assert output.out
 
