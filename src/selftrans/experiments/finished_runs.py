@@ -5,6 +5,7 @@ They are found from json files alone: no weights are read or hashed, which takes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from typing import Any
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
-from selftrans.data.dataset import Dataset
 from selftrans.evaluate.extractors import extractor_sha256
 from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.measurement import (
@@ -53,22 +53,23 @@ def finished_runs(comparison: Comparison) -> dict[Job, FinishedRun]:
 
     A run that cannot be read, or differs, is left out: training or measuring it then names what is wrong.
     """
-    found, identity = dict[Job, FinishedRun](), None
-    for job in comparison.jobs:
-        try:
-            if not (comparison.run(job) / REPORT).is_file():
-                continue
-            if identity is None:
-                dataset = data_of(comparison.shared.data)
-                shape = image_shape(dataset.manifest)
-                sha256 = extractor_sha256(comparison.features, weights=comparison.weights, shape=shape)
-                sample = dataclasses.replace(comparison.shared.sample, num=comparison.images)
-                identity = identity_of(sample, dataset, sha256, comparison.block)
-            if held := _trained(comparison, job, dataset, identity):
-                found[job] = held
-        except UNREADABLE:
-            continue
+    found = dict[Job, FinishedRun]()
+    reported = [job for job in comparison.jobs if (comparison.run(job) / REPORT).is_file()]
+    with contextlib.suppress(*UNREADABLE):
+        identity = _identity(comparison) if reported else {}
+        for job in reported:
+            with contextlib.suppress(*UNREADABLE):
+                if held := _trained(comparison, job, identity):
+                    found[job] = held
     return found
+
+
+def _identity(comparison: Comparison) -> dict[str, Any]:
+    """What points must share to be comparable, see `measurement.identity_of`. ValueError where the extractor cannot be used."""
+    dataset = data_of(comparison.shared.data)
+    sha256 = extractor_sha256(comparison.features, weights=comparison.weights, shape=image_shape(dataset.manifest))
+    sample = dataclasses.replace(comparison.shared.sample, num=comparison.images)
+    return identity_of(sample, dataset, sha256, comparison.block)
 
 
 def all_measured(comparison: Comparison, finished: Mapping[Job, FinishedRun]) -> bool:
@@ -90,9 +91,10 @@ def _is_damaged(folder: Path) -> bool:
     return False
 
 
-def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[str, Any]) -> FinishedRun | None:
+def _trained(comparison: Comparison, job: Job, identity: dict[str, Any]) -> FinishedRun | None:
     """A run, if training it would do nothing: the checks are those at the start of `train`."""
-    run, before = comparison.run(job), settings_before(comparison.run(job))
+    dataset, run = data_of(comparison.shared.data), comparison.run(job)
+    before = settings_before(run)
     if before is None:
         return None
     config = config_of_run(comparison, job).override({"train.allow_changes": False}).restricted().check()

@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -155,11 +155,13 @@ class Spent:
     measuring: float = 0.0
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A run that could not be trained, or a checkpoint that could not be measured."""
+class Outcome(NamedTuple):
+    """What a worker has done."""
 
-    reason: str  #: one line
+    seconds: float = 0.0
+    steps: float = 0.0  #: of them, those of training steps
+    point: Point | None = None  #: of a checkpoint
+    failure: str = ""  #: why a run could not be trained, or a checkpoint not be measured; one line
 
 
 @dataclass
@@ -172,19 +174,19 @@ class Work:
     spent: dict[Job, Spent]
     measured: dict[Job, PointsFile]
 
-    def note(self, task: Task, found: Spent | tuple[Point, float] | Failed) -> None:
+    def note(self, task: Task, found: Outcome) -> None:
         """Record the result of a task. ValueError for a failure where `failed` is None."""
         job, folder = task
-        if isinstance(found, Failed):
-            self._fail(task, found.reason)
-        elif isinstance(found, Spent):
+        if found.failure:
+            self._fail(task, found.failure)
+        elif folder and found.point:
+            self.measured[job].add(folder, found.point)
+            self.spent[job].measuring += found.seconds
+        else:
             due = self.comparison.due(job)
-            self.spent[job], self.measured[job] = found, PointsFile(self.comparison.run(job), due)
+            self.spent[job] = Spent(found.steps, found.seconds)
+            self.measured[job] = PointsFile(self.comparison.run(job), due)
             self.schedule.trained(job, due)
-        elif folder is not None:
-            point, seconds = found
-            self.measured[job].add(folder, point)
-            self.spent[job].measuring += seconds
 
     def _fail(self, task: Task, reason: str) -> None:
         if self.failed is None:
@@ -300,12 +302,11 @@ def _measurement() -> Measurement:
             total=comparison.measurements * comparison.images,
             kept=comparison.out,
         )
-    measurement: Measurement = _worker["measurement"]
-    return measurement
+    return _worker["measurement"]
 
 
-def _run_task(task: Task) -> Spent | tuple[Point, float] | Failed:
-    """In a worker: train a run, or measure one checkpoint: (point, seconds)."""
+def _run_task(task: Task) -> Outcome:
+    """In a worker: train a run, or measure one checkpoint."""
     try:
         return _trained(task.job) if task.checkpoint is None else _measured(task.job, task.checkpoint)
     except (*FAILURES, RuntimeError) as error:
@@ -314,24 +315,24 @@ def _run_task(task: Task) -> Spent | tuple[Point, float] | Failed:
         reason = first_line(error, limit=600)
     gc.collect()  # frees the memory of the failed run for the next one, and for other workers on the same GPU
     torch.cuda.empty_cache()
-    return Failed(reason)
+    return Outcome(failure=reason)
 
 
-def _trained(job: Job) -> Spent:
+def _trained(job: Job) -> Outcome:
     comparison, started = _worker["comparison"], time.perf_counter()
     run = comparison.run(job)
     before = seconds_trained(run)
     train_one(comparison, job, _worker["progress"])
     report = json.loads((run / REPORT).read_text())
     steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
-    return Spent(steps, time.perf_counter() - started)
+    return Outcome(time.perf_counter() - started, steps)
 
 
-def _measured(job: Job, folder: Path) -> tuple[Point, float]:
+def _measured(job: Job, folder: Path) -> Outcome:
     comparison, started = _worker["comparison"], time.perf_counter()
     point = measure_point(comparison.run(job), folder, _measurement())
     _worker["progress"](comparison.measuring_cost)
-    return point, time.perf_counter() - started
+    return Outcome(time.perf_counter() - started, point=point)
 
 
 def train_one(comparison: Comparison, job: Job, progress: Progress) -> Path:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,17 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.fonts import class_names
-from selftrans.evaluate.plots import COLOURS, INK, RULE, as_pictures, blank_figure, pca_grid, save, style_axes
+from selftrans.evaluate.plots import (
+    COLOURS,
+    INK,
+    RULE,
+    as_pictures,
+    blank_figure,
+    draw_lines,
+    pca_grid,
+    save,
+    style_axes,
+)
 from selftrans.evaluate.probes import pca_maps
 from selftrans.evaluate.target_measures import DIFFERENCE
 from selftrans.messages import plural, printable
@@ -193,24 +204,21 @@ def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
 
 def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
     """Accuracy per block, with the label's leak and without."""
-    ks, w = list(report["blocks"]), _shown_scale(report)
+    w = _shown_scale(report)
     probes = [of["probes"] for of in report["blocks"].values()]
-    lines = {
-        "f_g, the picture's own label": [each["f_g"][w][SHOWN]["own"] for each in probes],
-        "f_u": [each["f_u"][SHOWN] for each in probes],
-        "f_g, a random label, minus its mean": [each["f_g"][w][SHOWN]["rest"] for each in probes],
-        "f_g, a random label": [each["f_g"][w][SHOWN]["random"] for each in probes],
-        "own-label probe, shown another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
-    }
-    for i, (name, values) in enumerate(lines.items()):
-        style: dict[str, Any] = {
-            "color": COLOURS[(1, 0, 2, 5, 6)[i]],
-            "marker": "osD^v"[i],
-            "linestyle": "--" if i == 4 else "-",
-        }
-        axes.plot(ks, [np.nan if v is None else v for v in values], label=name, markersize=4, **style)
+    _draw_blocks(
+        report,
+        axes,
+        {
+            "f_u": [each["f_u"][SHOWN] for each in probes],
+            "f_g, the picture's own label": [each["f_g"][w][SHOWN]["own"] for each in probes],
+            "f_g, a random label, minus its mean": [each["f_g"][w][SHOWN]["rest"] for each in probes],
+            "f_g, a random label": [each["f_g"][w][SHOWN]["random"] for each in probes],
+            "own-label probe, shown another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
+        },
+    )
     axes.axhline(report["chance"], color=INK, linewidth=0.8, linestyle=":", label="chance")
-    axes.set(xlabel="block", ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
+    axes.set(ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
     title = f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})"
     style_axes(axes, title, grid="y", size=8)
     _legend(axes, 2)
@@ -219,20 +227,20 @@ def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
 def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
     """Size of f_c - f_u relative to f_u per block."""
     sizes = [of["sizes"] for of in report["blocks"].values()]
-    names = {"rms_ratio": "root mean square", "spread_ratio": "around the means"}
-    for (name, text), colour, marker in zip(names.items(), COLOURS, "os", strict=False):
-        axes.plot(
-            list(report["blocks"]),
-            [each[name] or np.nan for each in sizes],
-            color=colour,
-            marker=marker,
-            label=text,
-            markersize=4,
-        )
-    axes.set(xlabel="block", ylabel="size of f_c - f_u over f_u")
+    names = {"root mean square": "rms_ratio", "around the means": "spread_ratio"}
+    _draw_blocks(report, axes, {name: [each[key] for each in sizes] for name, key in names.items()})
+    axes.set(ylabel="size of f_c - f_u over f_u")
     axes.set_ylim(bottom=0)
     style_axes(axes, "what guidance multiplies by w", grid="y", size=8)
     axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_blocks(report: Mapping[str, Any], axes: Axes, lines: Mapping[str, Sequence[float | None]]) -> None:
+    """Lines over the blocks; a value that is not known is left out."""
+    blocks = [int(k) for k in report["blocks"]]
+    draw_lines(axes, {name: (blocks, [math.nan if v is None else v for v in each]) for name, each in lines.items()})
+    axes.set(xlabel="block")
+    axes.locator_params(axis="x", integer=True)
 
 
 def draw_maps(
