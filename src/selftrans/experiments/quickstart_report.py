@@ -60,30 +60,26 @@ def compared(results: Results, names: Sequence[str], baseline: str, guided: str,
     and deviations over seeds; ratios are of pairs with the same seed.
     """
     seeds = [seed for name, seed in results if name == guided]
-    costs = {seed: results[guided, seed][0]["total_tflops"] for seed in seeds}
-    at_steps = [point["step"] for point in results[guided, seeds[0]][1]]
-    table = []
+    costs = [results[guided, seed][0]["total_tflops"] for seed in seeds]
+    table, distances, equal = [], {}, {}
     for name in names:
-        runs = {seed: results[name, seed] for seed in seeds}
-        short = {seed: cut(run, steps) if name == baseline else run for seed, run in runs.items()}
-        reached = all(curve(run, "tflops")[0][-1] >= 0.99 * costs[seed] for seed, run in runs.items())
-        row: dict[str, Any] = {"method": name, "tflops": spread([run[0]["total_tflops"] for run in short.values()])}
-        row["distances"] = [
-            spread(list(found)) for found in zip(*(curve(run)[1] for run in short.values()), strict=True)
-        ]
-        row["at_compute"] = spread([at_compute(run, costs[seed]) for seed, run in runs.items()]) if reached else None
+        runs = [results[name, seed] for seed in seeds]
+        short = [cut(run, steps) if name == baseline else run for run in runs]
+        distances[name] = [curve(run)[1] for run in short]
+        equal[name] = [at_compute(run, cost) for run, cost in zip(runs, costs, strict=True)]
+        reached = all(curve(run, "tflops")[0][-1] >= 0.99 * cost for run, cost in zip(runs, costs, strict=True))
+        row: dict[str, Any] = {"method": name, "tflops": spread([run[0]["total_tflops"] for run in short])}
+        row["distances"] = [spread(found) for found in zip(*distances[name], strict=True)]
+        row["at_compute"] = spread(equal[name]) if reached else None
         table.append(row)
-    guided_runs, base = ([results[name, seed] for seed in seeds] for name in (guided, baseline))
-    ours = [[point["distance"] for point in points] for _, points in guided_runs]
-    theirs = [[point["distance"] for point in cut(run, steps)[1]] for run in base]
-    equal = [at_compute(run, costs[seed]) for seed, run in zip(seeds, base, strict=True)]
+    ours, theirs = distances[guided], distances[baseline]
     ratios = {
         "first": spread([a[0] / b[0] for a, b in zip(ours, theirs, strict=True)]),
         "last": spread([a[-1] / b[-1] for a, b in zip(ours, theirs, strict=True)]),
-        "at_compute": spread([a[-1] / b for a, b in zip(ours, equal, strict=True)]),
+        "at_compute": spread([a[-1] / b for a, b in zip(ours, equal[baseline], strict=True)]),
     }
     ahead = sum(sum(a) < sum(b) for a, b in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True))
-    tflops = spread(list(costs.values()))
+    tflops, at_steps = spread(costs), [point["step"] for point in results[guided, seeds[0]][1]]
     return {"steps": at_steps, "tflops": tflops, "rows": table, "ratios": ratios, "ahead": ahead, "seeds": len(seeds)}
 
 
