@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from selftrans.evaluate.plots import (
 )
 from selftrans.evaluate.probes import pca_maps
 from selftrans.evaluate.target_measures import DIFFERENCE
+from selftrans.experiments.html_report import aligned
 from selftrans.messages import plural, printable
 
 if TYPE_CHECKING:
@@ -41,31 +42,25 @@ LIGHT_TEXT = 0.67  #: a share above which white text has more contrast on its co
 
 def table(report: Mapping[str, Any]) -> str:
     """The measurements as text."""
-    counts, blocks = report["pictures"], report["blocks"]
+    counts, blocks, scales = report["pictures"], report["blocks"], report["scales"]
     classes = f", {plural(counts['classes'], 'class')}" if "classes" in counts else ""
-    times = " ".join(f"{t:g}" for t in report["timesteps"])
-    head = [
-        f"target of {printable(report['teacher']['title'])}; {plural(counts['fitted'], 'picture')} fitted, "
-        f"{counts['held_out']:,} held out{classes}; "
-        + (f"t = {times}; " if times else "")
-        + f"seed {report['seed']}"
-        + ("; * marks the block that teaches" if str(report["teacher"]["block"]) in blocks else "")
+    about = [
+        f"target of {printable(report['teacher']['title'])}",
+        f"{plural(counts['fitted'], 'picture')} fitted, {counts['held_out']:,} held out{classes}",
+        *([f"t = {' '.join(f'{t:g}' for t in report['timesteps'])}"] if report["timesteps"] else []),
+        f"seed {report['seed']}",
+        *(["* marks the block that teaches"] if str(report["teacher"]["block"]) in blocks else []),
     ]
+    lines, sizes = ["; ".join(about)], {k: of["sizes"] for k, of in blocks.items()}
     for name, title in _titles(report).items():
         if name in next(iter(blocks.values()))["shares"]:
-            head += ["", title, *_rows(report, {k: of["shares"][name] for k, of in blocks.items()}, _share)]
-    sizes = {k: of["sizes"] for k, of in blocks.items()}
-    head += [
-        "",
-        "mean norm of a token",
-        *_rows(report, {k: of["token_norm"] for k, of in sizes.items()}, "{:.4g}".format),
-    ]
-    if report["scales"]:
-        head += ["", "size of f_c - f_u over that of f_u: root mean square; the same around the means"]
-        head += [
-            f"{_block(report, k)}  {_number(of['rms_ratio'])}  {_number(of['spread_ratio'])}" for k, of in sizes.items()
-        ]
-    return "\n".join(head + _probes(report))
+            lines += _rows(report, title, {k: _headed(of["shares"][name], _share) for k, of in blocks.items()})
+    norms = {k: _headed(of["token_norm"], "{:.4g}".format) for k, of in sizes.items()}
+    lines += _rows(report, "mean norm of a token", norms)
+    if scales:
+        ratios = {k: {text: _number(of[key]) for key, text in SIZES.items()} for k, of in sizes.items()}
+        lines += _rows(report, "size of f_c - f_u over that of f_u", ratios)
+    return "\n".join(lines + _probes(report))
 
 
 def _titles(report: Mapping[str, Any]) -> dict[str, str]:
@@ -79,35 +74,32 @@ def _titles(report: Mapping[str, Any]) -> dict[str, str]:
     return titles
 
 
-def _rows(report: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], show: Any) -> list[str]:
-    """A line of headings, one line per block."""
-    columns = list(next(iter(values.values())))
-    lines = ["block   " + "".join(f"{_heading(column):>9}" for column in columns)] if report["scales"] else []
-    return lines + [
-        f"{_block(report, k)}" + "".join(f"{show(of[column]):>9}" for column in columns) for k, of in values.items()
-    ]
+def _rows(report: Mapping[str, Any], title: str, cells: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A table of cells (block -> heading -> text) with a row for each block; * marks the one that teaches."""
+    teaches = str(report["teacher"]["block"])
+    rows = [[("-" if k == "0" else k) + "*" * (k == teaches), *of.values()] for k, of in cells.items()]
+    return ["", title, aligned([["block", *next(iter(cells.values()))], *rows])]
+
+
+def _headed(values: Mapping[str, Any], show: Callable[[Any], str]) -> dict[str, str]:
+    return {_heading(column): show(value) for column, value in values.items()}
 
 
 def _probes(report: Mapping[str, Any]) -> list[str]:
-    """Lines about the probes; none where there are none."""
+    """A table of the probes; nothing where there are none."""
     blocks = report["blocks"]
     if "probes" not in next(iter(blocks.values())):
         return []
     where = f" at t = {report['probes_at']:g}" if report["probes_at"] is not None else ""
-    lines = [
-        "",
-        f"accuracy of linear probes on held-out pictures{where}, ridge / logistic; chance {report['chance']:.3f}",
-    ]
-    if not report["scales"]:
-        return [*lines, *(f"{_block(report, k)} {_pair(of['probes']['f_u'])}" for k, of in blocks.items())]
-    w = _shown_scale(report)
-    lines += [f"of f_u, and of f_g with w = {w} (target.json has every w):", *EXPLAINED]
-    lines += ["block   " + "".join(f"{heading:>16}" for heading in ("f_u", *KINDS.values()))]
-    for k, of in blocks.items():
-        found = of["probes"]["f_g"][w]
-        pairs = [of["probes"]["f_u"], *({kind: found[kind][name] for kind in found} for name in KINDS)]
-        lines.append(_block(report, k) + "".join(f"{_pair(pair):>16}" for pair in pairs))
-    return lines
+    title = f"accuracy of linear probes on held-out pictures{where}, ridge / logistic; chance {report['chance']:.3f}"
+    cells = {k: {"f_u": _pair(of["probes"]["f_u"])} for k, of in blocks.items()}
+    if report["scales"]:
+        w = _shown_scale(report)
+        title += f"\nof f_u, and of f_g with w = {w} (target.json has every w):\n{EXPLAINED}"
+        for k, of in blocks.items():
+            found = of["probes"]["f_g"][w]
+            cells[k] |= {text: _pair({kind: found[kind][name] for kind in found}) for name, text in KINDS.items()}
+    return _rows(report, title, cells)
 
 
 KINDS = {
@@ -117,11 +109,11 @@ KINDS = {
     "swapped_picture": "swapped: class",
     "swapped_condition": "swapped: label",
 }
-EXPLAINED = (
-    "  own label: f_g is computed with the picture's label, which a probe can read from it",
-    "  random label: f_g is computed with a label drawn at random; rest: the same minus the mean of that label",
-    "  swapped: the probe of `own label` on f_g of another label: how often it names the picture's class, and that label",
-)
+EXPLAINED = """\
+  own label: f_g is computed with the picture's label, which a probe can read from it
+  random label: f_g is computed with a label drawn at random; rest: the same minus the mean of that label
+  swapped: the probe of `own label` on f_g of another label: how often it names the picture's class, and that label"""
+SIZES = {"rms_ratio": "root mean square", "spread_ratio": "around the means"}
 
 
 def draw_measures(report: Mapping[str, Any], path: Path) -> None:
@@ -227,8 +219,7 @@ def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
 def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
     """Size of f_c - f_u relative to f_u per block."""
     sizes = [of["sizes"] for of in report["blocks"].values()]
-    names = {"root mean square": "rms_ratio", "around the means": "spread_ratio"}
-    _draw_blocks(report, axes, {name: [each[key] for each in sizes] for name, key in names.items()})
+    _draw_blocks(report, axes, {name: [each[key] for each in sizes] for key, name in SIZES.items()})
     axes.set(ylabel="size of f_c - f_u over f_u")
     axes.set_ylim(bottom=0)
     style_axes(axes, "what guidance multiplies by w", grid="y", size=8)
@@ -303,11 +294,6 @@ def _legend(axes: Axes, columns: int) -> None:
 
 def _heading(column: str) -> str:
     return {"0": "f_u", "1": "f_c", DIFFERENCE: "f_c-f_u"}.get(column, f"w={column}")
-
-
-def _block(report: Mapping[str, Any], k: str) -> str:
-    """The start of a line: the block's number, with * for the one that teaches."""
-    return f"{'-' if k == '0' else k:>4}{'*' if str(report['teacher']['block']) == k else ' '}   "
 
 
 def _share(value: Sequence[float] | None) -> str:
