@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from selftrans.checkpoints.load import Weights, find_asked, load_model
 from selftrans.data.dataset import Dataset
@@ -26,6 +25,7 @@ from selftrans.experiments.reference import fitting_data
 from selftrans.flow import PATHS
 from selftrans.messages import plural
 from selftrans.storage import check_writable, write_json
+from selftrans.train.log import progress_bar
 from selftrans.types import Backbone, Cond, map_cond
 
 TIMES = (0.2, 0.4, 0.6)  #: of the noisy latents
@@ -61,7 +61,7 @@ def analyse(
     path, blocks = PATHS[loaded.config.train.path], tuple(range(1, model.depth + 1))
     null, maps = null_of(model, len(z0)), dict[str, np.ndarray]()
     probes, clouds = dict[float, list[float]](), dict[float, np.ndarray]()
-    for t in tqdm(timesteps, desc="timesteps", unit="t"):
+    for t in progress_bar(iterable=timesteps, desc="timesteps", unit="t"):
         feats = collect(model, z0, null, t=t, taps=blocks, path=path)
         if probed:
             probes[t] = [linear_probe(feats[k].to(device), labels) for k in blocks]

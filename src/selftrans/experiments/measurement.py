@@ -161,11 +161,11 @@ def measured_before(path: Path, identity: dict[str, Any]) -> dict[str, Point]:
     taken to be the same.
     """
     same = {"decoder": None} | identity  # without the key: fp32
-    unrecorded = {key: value for key, value in identity.items() if key == DECODED_BY}
+    unrecorded = {DECODED_BY: identity.get(DECODED_BY)}
     return {
         point["sha256"]: point
         for point in stored_points(path)
-        if all((unrecorded | point).get(key) == value for key, value in same.items()) and _is_complete(point)
+        if _is_complete(point) and same.items() <= (unrecorded | {"decoder": None} | point).items()
     }
 
 
