@@ -30,17 +30,8 @@ from selftrans.storage import check_writable, write_json
 
 #: settings of samples that a report always lists, known or not
 SETTINGS = (
-    "sampler",
-    "steps",
-    "guidance_scale",
-    "guidance_interval",
-    "autoencoder",
-    "weights",
-    "step",
-    "seed",
-    "labels",
-    "precision",
-)
+    "sampler", "steps", "guidance_scale", "guidance_interval", "autoencoder", "weights", "step", "seed", "labels", "precision",
+)  # fmt: skip
 LISTED = 12  #: numbers of a setting that are printed
 
 

@@ -172,12 +172,8 @@ def cache() -> Path:
 def _identity_of_files(path: Path, extractor: Extractor) -> str:
     """A hash of the extractor's weights and of the paths, sizes and modification times of the images."""
     lines = [extractor.sha256, str(path.resolve())]
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".json")
-    )
-    for file in files:
+    held = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".json")
+    for file in [path] if path.is_file() else held:
         about = file.stat()
         lines.append(f"{file.relative_to(path) if file != path else ''}|{about.st_size}|{about.st_mtime_ns}")
     return _hash(lines)
