@@ -17,6 +17,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.encoders.autoencoder import to_uint8
 from selftrans.evaluate.plots import Series, curves, figure_to_data_uri, sample_sheet
 from selftrans.experiments.html_report import document, html_table, settings_table
+from selftrans.messages import shape_text
 from selftrans.train.autoencoder_network import PerceptualDistance, posterior
 
 BATCH = 64
@@ -125,7 +126,7 @@ def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray)
         "PSNR": f"{figures['psnr']:.2f} dB",
         "L1 of pictures in [0, 1]": f"{figures['l1']:.4f}",
         **({"distance in features": f"{figures['perceptual']:.4f}"} if "perceptual" in figures else {}),
-        "picture, latent": f"{_sides(report['picture'])}, {_sides(report['latent'])}",
+        "picture, latent": f"{shape_text(report['picture'])}, {shape_text(report['latent'])}",
         "parameters": f"{report['parameters']:,}",
         "trained on": f"{report['pictures']:,} pictures, {report['steps']:,} steps",
         "time": f"{report['seconds']:.0f} s on {report['device']}",
@@ -147,7 +148,3 @@ each channel to zero mean and unit variance with them. posterior_std is the part
 {settings_table(settings)}
 <p class="note">The same numbers are in <code>autoencoder.json</code> next to this page.</p>"""
     return document("selftrans autoencoder", body)
-
-
-def _sides(shape: list[int]) -> str:
-    return "x".join(map(str, shape))

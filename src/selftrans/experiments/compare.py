@@ -2,6 +2,8 @@
 
 OUT/<method>-seed<k>/    ordinary run directories          OUT/compare.{json,csv,png,html}    what people open
 OUT/reference-*.npz      statistics of the training data
+
+comparison_settings ⇒ Comparison ⇒ finished_runs ⇒ runner (schedule, measurement) ⇒ summary ⇒ html_report
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from selftrans.experiments.step_cost import (
     replayed,
     wire_bytes,
 )
-from selftrans.messages import gigabytes, plural, printable
+from selftrans.messages import gigabytes, plural, printable, shape_text
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
@@ -173,7 +173,7 @@ def _data(config: RunConfig, assumed: list[str]) -> tuple[tuple[int, ...], Condi
     shape, classes = tuple(data.shape or SHAPE), CLASSES if data.classes is None else data.classes
     row = row_bytes({"moments": ("float16", (2 * shape[0], *shape[1:])), "labels": ("int64", ())})
     assumed.append(
-        f"data: {SAMPLES:,} latents {'x'.join(map(str, shape))} (mean and std, float16) of {plural(classes, 'class')}, as "
+        f"data: {SAMPLES:,} latents {shape_text(shape)} (mean and std, float16) of {plural(classes, 'class')}, as "
         "ImageNet's; "
         "--data DIR takes those of your data"
     )

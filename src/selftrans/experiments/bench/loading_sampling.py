@@ -23,6 +23,7 @@ from selftrans.encoders.identity import identity
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.experiments.bench.machine import Clock
 from selftrans.experiments.bench.rounds import in_turn
+from selftrans.messages import shape_text
 from selftrans.models.compiling import compile_model
 from selftrans.sampling.images import Sampler, cast_products
 from selftrans.storage import sha256_file
@@ -79,8 +80,7 @@ def loading(dataset: Dataset, clock: Clock, *, batches: int) -> dict[str, Any]:
     # the round that is not counted reads the files into memory
     times = in_turn({name: reading(source) for name, source in ways.items()}, clock, rounds=5)
     rates = {f"{name}_latents_per_s": 256 * batches / statistics.median(each) for name, each in times.items()}
-    latent = "x".join(str(side) for side in dataset.manifest.shape)
-    return {"batch": 256, "latent": latent, "rounds": 5} | rates
+    return {"batch": 256, "latent": shape_text(dataset.manifest.shape), "rounds": 5} | rates
 
 
 def sampling(model: Any, clock: Clock, *, precision: Any, images: int, rounds: int, steps: int = 20) -> dict[str, Any]:
