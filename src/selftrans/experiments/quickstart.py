@@ -83,8 +83,8 @@ def quickstart(
         begun = any(seconds_trained(chosen.run(job)) for job in chosen.jobs)
         results = train_and_measure(chosen, workers=workers)
         summary = summarise(chosen, results)
-        before, summary["continued"] = _before(out, summary, (0.0, begun))
-        summary["seconds"] = round(seconds_in_all(before, time.perf_counter() - started, results), 1)
+        now = round(time.perf_counter() - started, 1), begun
+        summary["seconds"], summary["continued"] = time_taken(out, summary["table"], results, now)
         print(f"All is trained and measured; drawing {out / 'report.html'}", flush=True)
         write(chosen, summary, dataset)
     print(text(summary, METHODS))
@@ -125,19 +125,16 @@ def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:
     return max(config.train.steps, math.ceil(flops(other) / flops(config) * config.train.steps))
 
 
-def seconds_in_all(before: float, now: float, results: Results) -> float:
-    """Seconds of earlier calls and of this one, which does not count where it found everything trained and measured."""
-    worked = any(sum(run["spent"].values()) for run, _ in results.values())
-    return before + now if worked or not before else before
+def time_taken(out: Path, table: Any, results: Results, now: tuple[float, bool]) -> tuple[float, bool]:
+    """(seconds, whether earlier calls are not in them): those of this call, `now`; where it found everything trained and
+    measured, those in the table.json of the earlier call that made the same table."""
+    if any(sum(run["spent"].values()) for run, _ in results.values()):
+        return now
 
+    def before(held: dict[str, Any]) -> tuple[float, bool]:
+        return (float(held["seconds"]), bool(held["continued"])) if held["table"] == table else now
 
-def _before(out: Path, summary: dict[str, Any], otherwise: tuple[float, bool]) -> tuple[float, bool]:
-    """(seconds, continued) in the table of an earlier call for the same comparison."""
-
-    def of(held: dict[str, Any]) -> tuple[float, bool]:
-        return (float(held["seconds"]), bool(held["continued"])) if held["table"] == summary["table"] else otherwise
-
-    return recorded(out / "table.json", of, otherwise)
+    return recorded(out / "table.json", before, now)
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
