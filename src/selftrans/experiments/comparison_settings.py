@@ -41,10 +41,13 @@ def shared_settings(config: RunConfig, out: Path, *, features: str | None = None
         weights = str(out / "digits-classifier.safetensors")
     if features is None:
         dataset = data_of(config.data)
-        manifest, several = dataset.manifest, len(dataset.parts) > 1
-        features = "inception" if several else _extractor_without_classes(manifest)
-        if identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1 and not several:
+        manifest = dataset.manifest
+        if len(dataset.parts) > 1:
+            features = "inception"
+        elif identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1:
             features = str(classifier_of(config, dataset, out / "classifier.safetensors"))
+        else:
+            features = _extractor_without_classes(manifest)
     return equal_lengths(config).check(), features, weights
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections import Counter
 from contextlib import suppress
 from html.parser import HTMLParser
@@ -180,6 +181,14 @@ def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
     assert chosen.teacher(("structure", 3)) is None
     given = config.override({"stage2.teacher": "elsewhere"})
     assert Comparison(config, variants | {"same": given}, (3,), tmp_path, 10, "digits").teacher(("same", 3)) is None
+
+
+def test_grey_pictures_with_classes_are_measured_by_a_classifier_without_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_settings, "classifier_of", lambda *_: Path("c.safetensors"))
+    config = toy.toy({"data.path": str(toy.plain_digits())}, name="imagefolder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shared_settings(config, tmp_path)[1:] == ("c.safetensors", None)
 
 
 def test_steps_at_which_runs_are_measured(tmp_path):
