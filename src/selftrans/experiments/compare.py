@@ -83,19 +83,12 @@ def compare_methods(
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
             finished = finished_runs(chosen)
             check_before(chosen, finished)
-        summary = _unchanged(chosen, finished) or _measured(chosen, finished, workers)
+        summary = unchanged(chosen, finished) or _measured(chosen, finished, workers)
     print(html_report.text_table(summary))
     if not all_measured(chosen, finished) and (line := time_line(summary["time"])):
         print(f"\n{line}")
     print(f"\nOpen {out / 'compare.html'}")
     return summary
-
-
-def _unchanged(chosen: Comparison, finished: Mapping[Job, FinishedRun]) -> dict[str, Any] | None:
-    """What compare.json holds, where all is trained and measured and the files are as `write` would write them; else None."""
-    if not all_measured(chosen, finished):
-        return None
-    return unchanged(chosen, summarise(chosen, train_and_measure(chosen, finished=finished)))
 
 
 def _measured(chosen: Comparison, finished: Mapping[Job, FinishedRun], workers: int | None) -> dict[str, Any]:
@@ -185,8 +178,11 @@ def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def unchanged(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any] | None:
-    """What compare.json holds, if it and the other files are there as `write` would write them; else None."""
+def unchanged(chosen: Comparison, finished: Mapping[Job, FinishedRun]) -> dict[str, Any] | None:
+    """What compare.json holds, if all is measured, and this and the other files are as `write` would write them; else None."""
+    if not all_measured(chosen, finished):
+        return None
+    summary = summarise(chosen, train_and_measure(chosen, finished=finished))
 
     def same(held: dict[str, Any]) -> dict[str, Any] | None:
         wanted = summary | {"time": held["time"], FILES: _files(chosen)}  # the time is that of the call that wrote them

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.plots import blank_figure, draw_lines, figure_to_data_uri, plain_ticks, sample_sheet, style_axes
+from selftrans.evaluate import plots
 from selftrans.methods.registry import BASELINE, titles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
 AXIS_LABELS = {"step": "student steps", "tflops": "TFLOPs in all, the teacher's training included"}  #: of curves
 #: heading -> entry of a row, and digits after the point: means over seeds, and where the baseline's end is reached
 MEANS = {
@@ -108,17 +107,17 @@ def legend(metric: str) -> str:
     )
 
 
-def draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str) -> None:
+def draw_curves(axes: Any, series: Mapping[str, plots.Series], xlabel: str, metric: str) -> None:
     """Mean distance of each method, with its standard deviation as a band, on a logarithmic axis."""
-    draw_lines(axes, series, logy=True)
+    plots.draw_lines(axes, series, logy=True)
     axes.set(xlabel=xlabel, ylabel=textwrap.fill(metric, 46))  # longer lines would leave the figure
-    style_axes(axes)
-    plain_ticks(axes)
+    plots.style_axes(axes)
+    plots.plain_ticks(axes)
 
 
 def convergence(summary: Mapping[str, Any]) -> Figure:
     """Distance against student steps and against total compute, of a compare.json; below, which runs failed."""
-    figure = blank_figure((12, 4.6))
+    figure = plots.blank_figure((12, 4.6))
     left, right = figure.subplots(1, 2, sharey=True)
     names = marked(summary["table"])
     for axes, (axis, label) in zip((left, right), AXIS_LABELS.items(), strict=True):
@@ -162,7 +161,7 @@ def comparison_page(
         table = f"Mean ± standard deviation over {len(seeds)} seeds; "
         bands = "Mean over seeds; the band is one standard deviation."
     samples = "".join(
-        html_figure(names[name], sample_sheet(images, columns=8, captions=captions), names[name])
+        html_figure(names[name], plots.sample_sheet(images, columns=8, captions=captions), names[name])
         for name, images in grids.items()
     )
     failed = {one["method"] for one in summary.get("failed", ()) if one["seed"] == seeds[0]}
@@ -176,7 +175,7 @@ def comparison_page(
 {notes(failures(summary))}<p class="note">{table}{html.escape(legend(summary["metric"]))}</p>
 <h2>Convergence</h2>
 <p class="note">{bands}</p>
-<img src="{figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">
+<img src="{plots.figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">
 <h2>Samples at the end</h2>
 <p class="note">Seed {seeds[0]}; the same noise and the same {said} for each method.</p>
 {notes(absent)}<div class="grids">{samples}</div>
@@ -251,5 +250,5 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def html_figure(name: str, picture: Any, alt: str) -> str:
     """An embedded picture with its caption."""
-    image = f'<img src="{figure_to_data_uri(picture)}" alt="{html.escape(alt)}">'
+    image = f'<img src="{plots.figure_to_data_uri(picture)}" alt="{html.escape(alt)}">'
     return f"<figure><figcaption>{html.escape(name)}</figcaption>{image}</figure>"

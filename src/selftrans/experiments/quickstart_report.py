@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selftrans.evaluate.plots import INK, blank_figure, figure_to_data_uri, pca_grid, sample_sheet
+from selftrans.evaluate.plots import INK, Series, blank_figure, figure_to_data_uri, pca_grid, sample_sheet
 from selftrans.experiments.html_report import (
     AXIS_LABELS,
-    Curve,
     aligned,
     document,
     draw_curves,
@@ -136,7 +135,7 @@ def text(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return "\n".join([aligned([headings, *rows]), "", note(summary), "", summary["outcome"]])
 
 
-def overview(both: Mapping[str, Mapping[str, Curve]], grids: Mapping[str, np.ndarray], metric: str) -> Figure:
+def overview(both: Mapping[str, Mapping[str, Series]], grids: Mapping[str, np.ndarray], metric: str) -> Figure:
     """Convergence over student steps and over total compute, and samples of each method at the last step of the former."""
     figure = blank_figure((14, 4.2))
     mosaic: dict[Any, Any] = figure.subplot_mosaic(

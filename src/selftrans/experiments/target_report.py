@@ -16,18 +16,8 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.evaluate import plots
 from selftrans.evaluate.fonts import class_names
-from selftrans.evaluate.plots import (
-    COLOURS,
-    INK,
-    RULE,
-    as_pictures,
-    blank_figure,
-    draw_lines,
-    pca_grid,
-    save,
-    style_axes,
-)
 from selftrans.evaluate.probes import pca_maps
 from selftrans.evaluate.target_measures import DIFFERENCE
 from selftrans.experiments.html_report import aligned
@@ -127,14 +117,14 @@ def draw_measures(report: Mapping[str, Any], path: Path) -> None:
             panels.insert(2, _draw_probes)
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
-    figure = blank_figure((5.2 * columns, 3.7 * rows))
+    figure = plots.blank_figure((5.2 * columns, 3.7 * rows))
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
         panel(report, axes)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(printable(report["teacher"]["title"]), fontsize=11, color=INK, parse_math=False)
-    save(figure, path)
+    figure.suptitle(printable(report["teacher"]["title"]), fontsize=11, color=plots.INK, parse_math=False)
+    plots.save(figure, path)
 
 
 def _draw_shares(report: Mapping[str, Any], axes: Axes) -> None:
@@ -144,7 +134,7 @@ def _draw_shares(report: Mapping[str, Any], axes: Axes) -> None:
     values = np.array([[(of[c] or [np.nan])[0] for c in columns] for of in shares.values()])
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if value > LIGHT_TEXT else INK
+        colour = "white" if value > LIGHT_TEXT else plots.INK
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(len(columns)), [_heading(c) for c in columns], fontsize=8)
     axes.set_yticks(range(len(shares)), list(shares), fontsize=8)
@@ -168,7 +158,7 @@ def _draw_composition(report: Mapping[str, Any], axes: Axes) -> None:
         "the rest: picture and noise": 1 - both,
     }
     bottom = zero
-    for (name, heights), colour in zip(stacked.items(), (COLOURS[0], COLOURS[5], RULE), strict=True):
+    for (name, heights), colour in zip(stacked.items(), (plots.COLOURS[0], plots.COLOURS[5], plots.RULE), strict=True):
         if heights.any():
             axes.bar(range(len(columns)), heights, bottom=bottom, color=colour, label=name, width=0.8)
         bottom = bottom + heights
@@ -176,7 +166,7 @@ def _draw_composition(report: Mapping[str, Any], axes: Axes) -> None:
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of variance")
     title = f"what the target of block {k} consists of" if report["scales"] else "what the features consist of"
-    style_axes(axes, title, grid="y", size=8)
+    plots.style_axes(axes, title, grid="y", size=8)
     _legend(axes, 3)
 
 
@@ -186,12 +176,12 @@ def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
     bars = {f"share that {_condition(report)} explains": (of["shares"]["condition"]["0"] or [0.0])[0]}
     bars |= {f"{kind} probe": value for kind, value in of.get("probes", {}).get("f_u", {}).items()}
     bars |= {"chance": report["chance"]} if "probes" in of else {}
-    axes.barh(list(bars), list(bars.values()), color=[*COLOURS[: len(bars) - 1], COLOURS[6]], height=0.6)
+    axes.barh(list(bars), list(bars.values()), color=[*plots.COLOURS[: len(bars) - 1], plots.COLOURS[6]], height=0.6)
     for row, value in enumerate(bars.values()):
-        axes.text(max(0.0, value) + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=INK)
+        axes.text(max(0.0, value) + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=plots.INK)
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
-    style_axes(axes, "an encoder's features, on held-out pictures", grid="x", size=8)
+    plots.style_axes(axes, "an encoder's features, on held-out pictures", grid="x", size=8)
 
 
 def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
@@ -209,10 +199,10 @@ def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
             "own-label probe, shown another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
         },
     )
-    axes.axhline(report["chance"], color=INK, linewidth=0.8, linestyle=":", label="chance")
+    axes.axhline(report["chance"], color=plots.INK, linewidth=0.8, linestyle=":", label="chance")
     axes.set(ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
     title = f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})"
-    style_axes(axes, title, grid="y", size=8)
+    plots.style_axes(axes, title, grid="y", size=8)
     _legend(axes, 2)
 
 
@@ -222,14 +212,15 @@ def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
     _draw_blocks(report, axes, {name: [each[key] for each in sizes] for key, name in SIZES.items()})
     axes.set(ylabel="size of f_c - f_u over f_u")
     axes.set_ylim(bottom=0)
-    style_axes(axes, "what guidance multiplies by w", grid="y", size=8)
+    plots.style_axes(axes, "what guidance multiplies by w", grid="y", size=8)
     axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_blocks(report: Mapping[str, Any], axes: Axes, lines: Mapping[str, Sequence[float | None]]) -> None:
     """Lines over the blocks; a value that is not known is left out."""
     blocks = [int(k) for k in report["blocks"]]
-    draw_lines(axes, {name: (blocks, [math.nan if v is None else v for v in each]) for name, each in lines.items()})
+    known = {name: [math.nan if value is None else value for value in each] for name, each in lines.items()}
+    plots.draw_lines(axes, {name: (blocks, each) for name, each in known.items()})
     axes.set(xlabel="block")
     axes.locator_params(axis="x", integer=True)
 
@@ -247,7 +238,7 @@ def draw_maps(
     rows: positions of the n pictures in the data; kept: "u" and "own" -> block -> features (n, T, D).
     """
     decoded = decode_images(load_autoencoder(dataset.manifest.autoencoder, device="cpu"), latents_of(dataset, rows)[0])
-    maps = {"data": as_pictures(decoded)}
+    maps = {"data": plots.as_pictures(decoded)}
     blocks = sorted(kept["u"])
     for k in sorted({blocks[0], int(_shown_block(report)), blocks[-1]}):
         u = kept["u"][k]
@@ -260,7 +251,7 @@ def draw_maps(
     classes = class_names(dataset.manifest.classes)
     names = [classes[label][:10] for label in dataset.labels[rows]] if classes else None
     title = f"principal components at t = {report['timesteps'][0]:g}" if report["timesteps"] else "principal components"
-    save(pca_grid(maps, columns=names, title=title, cell=0.7), path)
+    plots.save(plots.pca_grid(maps, columns=names, title=title, cell=0.7), path)
 
 
 def _mapped_scales(scales: Sequence[float]) -> list[float]:

@@ -324,24 +324,26 @@ def test_hash_of_an_extractor_is_known_without_what_it_measures(tmp_path, monkey
 
 
 def test_files_are_written_once_and_again_when_something_has_changed(folder):
-    chosen = dataclasses.replace(comparison(folder, "vanilla"), images=24)
+    chosen = comparison(folder, "vanilla")
+    finished = finished_runs(chosen)
+    assert all_measured(chosen, finished) and compare.unchanged(chosen, finished) is None
     summary = compare.summarise(chosen, runner.train_and_measure(chosen))
-    assert compare.unchanged(chosen, summary) is None
     compare.write(chosen, summary | {"time": {"seconds": 1.0}})
     held = json.loads((folder / "compare.json").read_text())
-    assert compare.unchanged(chosen, summary) == held and held["time"] == {"seconds": 1.0}
+    assert compare.unchanged(chosen, finished) == held and held["time"] == {"seconds": 1.0}
     page = folder / "compare.html"
     text = page.read_text()
     for damaged in (text[:100], None):
         page.unlink()
         if damaged:
             page.write_text(damaged)
-        assert compare.unchanged(chosen, summary) is None
+        assert compare.unchanged(chosen, finished) is None
     page.write_text(text)
-    assert compare.unchanged(chosen, summary) == held
-    assert compare.unchanged(chosen, summary | {"images": 25}) is None
+    assert compare.unchanged(chosen, finished) == held
+    assert compare.unchanged(dataclasses.replace(chosen, images=25), finished) is None
+    assert compare.unchanged(chosen, {}) is None
     (folder / "compare.json").write_text((folder / "compare.json").read_text()[:100])
-    assert compare.unchanged(chosen, summary) is None
+    assert compare.unchanged(chosen, finished) is None
 
 
 def test_damaged_checkpoint_whose_samples_are_shown_is_trained_again(tmp_path):
