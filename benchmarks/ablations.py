@@ -28,8 +28,9 @@ from typing import Any
 
 from selftrans.cli.main import INTERRUPTED
 from selftrans.experiments import html_report
-from selftrans.experiments.compare import check_before, for_method, override, shared_settings
+from selftrans.experiments.compare import check_before
 from selftrans.experiments.comparison import Comparison
+from selftrans.experiments.comparison_settings import for_method, override, shared_settings
 from selftrans.experiments.finished_runs import finished_runs
 from selftrans.experiments.runner import train_and_measure
 from selftrans.experiments.stopping import Stopped

@@ -22,7 +22,7 @@ from selftrans import flow
 from selftrans.experiments.bench import settings
 from selftrans.experiments.bench.machine import Clock, describe, load_average
 from selftrans.experiments.bench.plain_step import update_ema
-from selftrans.experiments.bench.rounds import randomise
+from selftrans.experiments.bench.rounds import in_turn, randomise
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage2, default_teacher_block
@@ -89,29 +89,14 @@ def ways(model: SiTConfig, batch_size: int, device: torch.device) -> dict[str, t
 
 
 def measure(chosen: dict[str, tuple[Way, Way]], clock: Clock, rounds: int) -> list[dict[str, Any]]:
-    """Time each pair in interleaved rounds, of which the first is not counted; a row of medians for each pair."""
-    took: dict[str, list[tuple[float, ...]]] = {name: [] for name in chosen}
-    for number in range(rounds + 1):
-        for name, pair in chosen.items():
-            spans = [0.0, 0.0]
-            for i in (0, 1) if number % 2 else (1, 0):
-                clock.wait()
-                start = clock.now()
-                pair[i]()
-                end = clock.now()
-                clock.wait()
-                spans[i] = clock.seconds(start, end)
-            if number:
-                took[name].append(tuple(spans))
-    return [
-        {
-            "change": name,
-            "plain_ms": 1e3 * statistics.median(plain for plain, _ in each),
-            "ours_ms": 1e3 * statistics.median(ours for _, ours in each),
-            "ratio": statistics.median(plain / ours for plain, ours in each),
-        }
-        for name, each in took.items()
-    ]
+    """Time each pair in interleaved rounds; a row of medians for each pair."""
+    table = []
+    for name, (plain, ours) in chosen.items():
+        took = in_turn({"plain": plain, "ours": ours}, clock, rounds)
+        ratios = [a / b for a, b in zip(took["plain"], took["ours"], strict=True)]
+        medians = {f"{way}_ms": 1e3 * statistics.median(each) for way, each in took.items()}
+        table.append({"change": name, **medians, "ratio": statistics.median(ratios)})
+    return table
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from selftrans.checkpoints.load import load_model
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
-from selftrans.evaluate.plots import RULE, Series, blank_figure, draw_lines, plain_ticks, save
+from selftrans.evaluate.plots import Series, blank_figure, draw_lines, plain_ticks, save, style_axes
 from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.experiments.html_report import convergence
 from selftrans.flow import PATHS
@@ -67,8 +67,7 @@ def panels(
     for spare in axes[count:]:
         spare.axis("off")
     for i, axis in enumerate(axes[:count]):
-        axis.grid(color=RULE, linewidth=0.5, which="both")
-        axis.spines[["top", "right"]].set_visible(False)
+        style_axes(axis)
         if i % columns == 0:
             axis.set_ylabel(ylabel)
     return figure, axes[:count]

@@ -23,8 +23,8 @@ from PIL import Image
 
 from selftrans.data.prepare import prepare
 from selftrans.evaluate.classifier import digits
-from selftrans.experiments.compare import check_measuring, for_method, shared_settings
 from selftrans.experiments.comparison import Comparison
+from selftrans.experiments.comparison_settings import check_measuring, for_method, shared_settings
 from selftrans.experiments.runner import train_and_measure
 from selftrans.experiments.summary import mean_curve, rows
 from selftrans.recipes import recipe

@@ -73,16 +73,8 @@ def errors(scaling: str, device: torch.device) -> dict[str, float]:
         with torch.autocast(device.type, torch.bfloat16, enabled=arm != "fp32"):
             feature = model(x, t, y, taps=(2,)).feats[2]
         feature.float().square().mean().backward()
-        out[arm] = (
-            feature.float().detach(),
-            torch.cat(
-                [
-                    w.grad.flatten()
-                    for name, w in model.named_parameters()
-                    if name.endswith("fc1.weight") and w.grad is not None
-                ]
-            ),
-        )
+        first = [w for name, w in model.named_parameters() if name.endswith("fc1.weight")]
+        out[arm] = feature.float().detach(), torch.cat([w.grad.flatten() for w in first if w.grad is not None])
     exact = out["fp32"]
     return {
         f"{arm}/{what}": ((out[arm][i] - exact[i]).norm() / exact[i].norm()).item()

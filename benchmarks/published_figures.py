@@ -52,17 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     for words in commands(given.run, given.out, given.reference, given.protocol, given.num, given.seed):
         # sampling is shared by all GPUs of the machine, measuring is one process
-        launch = ["accelerate", "launch", "-m", "selftrans"] if words[0] == "sample" else ["selftrans"]
-        print(shlex.join([*launch, *words]), flush=True)
+        shared = words[0] == "sample"
+        print(shlex.join([*(["accelerate", "launch", "-m"] if shared else []), "selftrans", *words]), flush=True)
         if given.only_print:
             continue
-        own = [
-            sys.executable,
-            "-m",
-            *(["accelerate.commands.launch", "-m"] if words[0] == "sample" else []),
-            "selftrans",
-        ]
-        status = subprocess.run([*own, *words], check=False).returncode
+        own = ["accelerate.commands.launch", "-m", "selftrans"] if shared else ["selftrans"]
+        status = subprocess.run([sys.executable, "-m", *own, *words], check=False).returncode
         if status:
             return status
     return 0

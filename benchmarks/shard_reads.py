@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.experiments.bench.loading_sampling import random_dataset
-from selftrans.experiments.bench.machine import describe
+from selftrans.experiments.bench.machine import Clock, describe
+from selftrans.experiments.bench.rounds import in_turn
 from selftrans.storage import write_json
 
 SHAPES = {"3x32x32": (3, 32, 32), "4x32x32": (4, 32, 32)}  #: of a latent; moments have twice the channels
@@ -70,18 +70,22 @@ def compare(dataset: Dataset, folder: Path, batch_size: int, rounds: int, stream
         readers["streamed"] = remote.read
     rows = np.arange(0, len(dataset), 7)
     assert torch.equal(plain(rows)[0], dataset.read(rows)["moments"])
-    seconds: dict[str, list[float]] = {name: [] for name in readers}
-    for number in range(rounds + 1):
-        draw = np.random.default_rng(number).integers(0, len(dataset), (BATCHES, batch_size))
-        for name in list(readers)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            for batch in draw:
-                readers[name](batch)
-            if number:  # the first round warms up
-                seconds[name].append((time.perf_counter() - start) / BATCHES)
-    ratios = [a / b for a, b in zip(seconds["plain"], seconds["safetensors"], strict=True)]
-    return {f"{name}_ms": round(1e3 * statistics.median(values), 4) for name, values in seconds.items()} | {
-        **{f"{name}_latents_per_s": round(batch_size / statistics.median(values)) for name, values in seconds.items()},
+    draws = np.random.default_rng(0).integers(0, len(dataset), (rounds + 1, BATCHES, batch_size))
+
+    def reading(read: Callable[[np.ndarray], Any]) -> Callable[[], None]:
+        left = iter(draws)  # every reader reads the same rows in a round
+
+        def once() -> None:
+            for batch in next(left):
+                read(batch)
+
+        return once
+
+    times = in_turn({name: reading(read) for name, read in readers.items()}, Clock(torch.device("cpu")), rounds)
+    ratios = [a / b for a, b in zip(times["plain"], times["safetensors"], strict=True)]
+    seconds = {name: statistics.median(values) / BATCHES for name, values in times.items()}
+    return {f"{name}_ms": round(1e3 * each, 4) for name, each in seconds.items()} | {
+        **{f"{name}_latents_per_s": round(batch_size / each) for name, each in seconds.items()},
         "speed_ratio": round(statistics.median(ratios), 4),
         "speed_ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
     }

@@ -26,10 +26,9 @@ from selftrans.checkpoints.load import load_model
 from selftrans.data.sources.digit_attributes import ATTRIBUTES
 from selftrans.encoders.text import encoder_of
 from selftrans.evaluate.extractors import load_extractor
-from selftrans.evaluate.plots import save
-from selftrans.experiments.compare import check_measuring, for_method, override, shared_settings
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.measurement import checkpoints_of
+from selftrans.evaluate.plots import pca_grid, save
+from selftrans.experiments.comparison import Comparison, checkpoints_of
+from selftrans.experiments.comparison_settings import check_measuring, for_method, override, shared_settings
 from selftrans.experiments.runner import train_one
 from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import PromptConditioning
@@ -147,18 +146,11 @@ def picture(run: Path, scale: float) -> Figure:
     loaded = load_model(run)
     settings = replace(loaded.config.sample, guidance_scale=scale, num=COLUMNS, seed=1)
     encoder = encoder_of(loaded.model.conditions)
-    figure = Figure(figsize=(10, 0.5 * len(SHOWN)), dpi=100)
-    axes = figure.subplots(len(SHOWN), COLUMNS)
-    for row, prompt in zip(axes, SHOWN, strict=True):
+    rows = {}
+    for prompt in SHOWN:
         sampler = Sampler.of(loaded, settings, conditioning=PromptConditioning([prompt], encoder))
-        images = np.concatenate([batch.images for batch in sampler.sample()])
-        for axis, image in zip(row, images, strict=True):
-            axis.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        row[0].set_ylabel(prompt, rotation=0, ha="right", va="center", fontsize=9)
-    figure.subplots_adjust(left=0.4, right=0.99, top=0.99, bottom=0.01, wspace=0.05, hspace=0.05)
-    return figure
+        rows[prompt] = np.concatenate([batch.images for batch in sampler.sample()])
+    return pca_grid(rows, cell=0.5)
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -67,7 +67,8 @@ def make_runs(folder: Path, count: int, lines: int) -> None:
     }
     config = config.override({"train.steps": lines, "stage1.steps": lines})
     sampler = {"steps": 12, "sampler": "heun", "guidance_scale": 1.0}
-    identity = {"metric": "distance", "sampler": sampler, "images": 1000, "extractor_sha256": "0" * 64, "block": 2}
+    measured = {"metric": "distance", "sampler": sampler, "images": 1000, "extractor_sha256": "0" * 64, "block": 2}
+    measured |= {"accuracy": 0.9, "probe": 0.7}
     logs = {each.name: "".join(log_line(each.name, step) for step in range(1, lines + 1)) for each in plan}
     steps = sorted({max(1, lines * k // POINTS) for k in range(1, POINTS + 1)})
     for k in tqdm(range(count), desc="making runs", unit="run", disable=count < 10):
@@ -76,17 +77,9 @@ def make_runs(folder: Path, count: int, lines: int) -> None:
         (run / "config.json").write_text(to_json(config), encoding="utf-8")
         (run / "run.json").write_text(json.dumps(report), encoding="utf-8")
         points = [
-            {
-                "step": s,
-                "seconds": SECONDS * s,
-                "tflops": TFLOPS * s,
-                "distance": 9 / s + k,
-                "accuracy": 0.9,
-                "probe": 0.7,
-            }
-            for s in steps
+            {"step": s, "seconds": SECONDS * s, "tflops": TFLOPS * s, "distance": 9 / s + k} | measured for s in steps
         ]
-        (run / "measured.json").write_text(json.dumps([point | identity for point in points]), encoding="utf-8")
+        (run / "measured.json").write_text(json.dumps(points), encoding="utf-8")
         for name, log in logs.items():
             (run / name / "previews").mkdir(parents=True)
             (run / name / "log.jsonl").write_text(log, encoding="utf-8")
@@ -201,7 +194,7 @@ def measure(client: Client, folder: Path, lines: int, repeats: int, pause: float
     for _ in range(max(1, repeats // 2)):
         time.sleep(pause)
         client.ask("list of runs", "warm", "/api/runs")
-    log = next(folder / name for name, key in keys.items() if key == opened[0]) / "stage2" / "log.jsonl"
+    log = folder / next(iter(keys)) / "stage2" / "log.jsonl"
     before = log.read_bytes()
     for k in range(1, repeats + 1):
         with log.open("a", encoding="utf-8") as file:
@@ -215,13 +208,9 @@ def table(noted: dict[tuple[str, str], list[tuple[float, float | None, int]]]) -
     """A row for each kind of request and state."""
     found = []
     for (kind, state), rows in sorted(noted.items()):
-        wall, used, sent = ([row[i] for row in rows] for i in range(3))
-        row: dict[str, Any] = {
-            "request": kind,
-            "state": state,
-            "count": len(rows),
-            "bytes": int(statistics.median(size for size in sent if size is not None)),
-        }
+        wall, used, sent = zip(*rows, strict=True)
+        row: dict[str, Any] = {"request": kind, "state": state, "count": len(rows)}
+        row["bytes"] = int(statistics.median(sent))
         for name, values in (("ms", wall), ("processor_ms", used)):
             known = [value for value in values if value is not None]
             row[name] = round(statistics.median(known), 2) if known else None

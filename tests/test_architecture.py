@@ -144,7 +144,7 @@ COVERED_BY = {
     "experiments/bench/text_table": "unit/experiments/bench/test_bench.py",
     "experiments/step_cost": "unit/experiments/test_scale_plan.py",
     "experiments/comparison": "unit/experiments/test_finished_runs.py",
-    "experiments/comparison_files": "unit/experiments/test_finished_runs.py",
+    "experiments/comparison_settings": "unit/experiments/test_compare.py",
     "experiments/measurement": "unit/experiments/test_compare.py",
     "experiments/opened_samples": "unit/experiments/test_evaluate_samples.py",
     "experiments/quickstart": "integration/test_pages.py",

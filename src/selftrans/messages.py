@@ -38,6 +38,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else noun + ending}"
 
 
+def shape_text(shape: Sequence[int]) -> str:
+    """`3x32x32`: the sides of an array."""
+    return "x".join(map(str, shape))
+
+
 def gigabytes(size: float) -> str:
     """A number of bytes with three digits: `74.4 kB`, `1.23 MB`, `9.8 TB`; from 0.1 GB on in GB, `0.123 GB`."""
     for unit, scale, least in (("TB", 1e12, 0.9995e12), ("GB", 1e9, 0.9995e8), ("MB", 1e6, 0.9995e6)):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
-from selftrans.experiments.compare import check_measuring
+from selftrans.experiments.comparison_settings import check_measuring
 from selftrans.experiments.measurement import Measurement, measure_checkpoint
 from selftrans.train.run import train
 from tests.support import toy

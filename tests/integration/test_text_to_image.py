@@ -19,7 +19,7 @@ from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
 from selftrans.encoders.text import load_text_encoder
 from selftrans.evaluate.clip_score import ClipScorer
 from selftrans.evaluate.plots import image_grid
-from selftrans.experiments.compare import check_measuring, shared_settings
+from selftrans.experiments.comparison_settings import check_measuring, shared_settings
 from selftrans.experiments.measurement import Measurement, measure_checkpoint
 from selftrans.sampling.images import Sampler, image_noise
 from selftrans.sampling.samplers import guided, ode

@@ -125,6 +125,11 @@ def test_values_that_no_run_has_are_drawn(page):
         return [89.4, 5300, 5400, 172000, 172800, 3 * 86400 - 600].map(duration);
     }""")
     assert said == ["89 s", "88 min", "1 h 30 min", "47 h 47 min", "2 d 0 h", "3 d 0 h"]
+    numbers = page.evaluate("""async () => {
+        const { short } = await import("/dom.js");
+        return [short(5e-5, 6), short(-1.23456789e-5, 6), short(2e6), short(5e-5, 3, true), short(0.0005, 6)];
+    }""")
+    assert numbers == ["5e-5", "-1.23457e-5", "2e6", "5.00e-5", "0.0005"]
 
 
 def test_labels_of_large_and_small_values_are_not_cut_off(page):

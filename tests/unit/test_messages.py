@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from selftrans import messages
-from selftrans.messages import are, first_line, gigabytes, is_own_code, listed, one_line, plural, printable
+from selftrans.messages import are, first_line, gigabytes, is_own_code, listed, one_line, plural, printable, shape_text
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ def test_numbers_with_their_nouns():
     found = [plural(0, "picture"), plural(1, "class"), plural(2, "class"), plural(12345, "box"), plural(2, "batch")]
     assert found == ["0 pictures", "1 class", "2 classes", "12,345 boxes", "2 batches"]
     assert [are(0), are(1), are(2)] == ["are", "is", "are"]
+    assert [shape_text(shape) for shape in ((3, 32, 16), [8])] == ["3x32x16", "8"]
     assert [listed([]), listed(["a", "\x1b"]), listed("abc", 2)] == ["", "a, \\x1b", "a, b and 1 more"]
 
 

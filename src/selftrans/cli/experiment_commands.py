@@ -252,13 +252,14 @@ class Compare(RecipeCommand[Config]):
     """extractor, by name or file; None: the digits' classifier, one trained on pixel data with classes, values for data that
     are not pictures, or inception"""
     workers: int | None = None
-    """runs at the same time; None: one per core, one on a GPU"""
+    """runs at the same time, which divide the cores (or OMP_NUM_THREADS each); None: one per core, one on a GPU"""
     trust: Trust = ()
     config: Annotated[Config, *Overrides] = tyro.MISSING
     typed: Typed = ()
 
     def run(self) -> None:
-        from selftrans.experiments.compare import compare_methods, override
+        from selftrans.experiments.compare import compare_methods
+        from selftrans.experiments.comparison_settings import override
         from selftrans.messages import plural
 
         config: Any = override(self.config, data=self.data, steps=self.steps)  # type: ignore[arg-type]
@@ -295,6 +296,7 @@ class Bench(Command):
     """directory for bench.json"""
 
     def run(self) -> None:
-        from selftrans.experiments.bench import bench, published, table
+        from selftrans.experiments.bench import bench, published
+        from selftrans.experiments.bench.text_table import table
 
         print(table(bench(published(self.models, self.device, quick=self.quick), **self.options("models"))))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from selftrans.evaluate.classifier import SmallClassifier, cpu_threads, digits_classifier, to_input, weights_sha256
+from selftrans.messages import shape_text
 from selftrans.storage import sha256_file
 from selftrans.suggest import closest, did_you_mean
 
@@ -74,7 +75,7 @@ class ClassifierExtractor:
         if images.shape[1:] != expected or (images.dtype == np.uint8) != self.pictures:
             noun = "images" if self.pictures else "arrays"
             raise OtherShape(
-                f"the {self.name} takes {_size(expected)} {noun}, these are {_size(images.shape[1:])}; "
+                f"the {self.name} takes {shape_text(expected)} {noun}, these are {shape_text(images.shape[1:])}; "
                 "give samples and reference of that size, or use another extractor"
             )
         with cpu_threads(1 if max(self.classifier.size) <= TINY else None):
@@ -109,7 +110,7 @@ class InceptionExtractor:
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if images.shape[-1] != 3:
             raise ValueError(
-                f"inception takes images of 3 channels, these are {_size(images.shape[1:])}; convert them to RGB, or "
+                f"inception takes images of 3 channels, these are {shape_text(images.shape[1:])}; convert them to RGB, or "
                 "use the features of your own classifier (a .safetensors file)"
             )
         x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).contiguous()
@@ -131,22 +132,18 @@ class ValuesExtractor:
         self.shape, self.dim = tuple(shape), math.prod(shape)
         if not 1 <= self.dim <= MAX_VALUES:
             raise ValueError(
-                f"images of {_size(self.shape)} are {self.dim:,} values, the features `values` support at most "
+                f"images of {shape_text(self.shape)} are {self.dim:,} values, the features `values` support at most "
                 f"{MAX_VALUES:,}; use the features of a classifier (--features FILE)"
             )
-        self.sha256 = hashlib.sha256(f"values {_size(self.shape)}".encode()).hexdigest()
+        self.sha256 = hashlib.sha256(f"values {shape_text(self.shape)}".encode()).hexdigest()
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if images.shape[1:] != self.shape:
-            raise OtherShape(
-                f"images of {_size(images.shape[1:])} cannot be compared with images of {_size(self.shape)}; give samples and "
-                "reference of one shape"
+            sizes = (
+                f"images of {shape_text(images.shape[1:])} cannot be compared with images of {shape_text(self.shape)}"
             )
+            raise OtherShape(f"{sizes}; give samples and reference of one shape")
         return {"features": images.reshape(len(images), -1).astype(np.float64)}
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _inception_class() -> Callable[..., torch.nn.Module]:
@@ -249,7 +246,7 @@ def extract(
     for images in rebatch(batches, chunk or (CHUNK_ON_GPU if torch.cuda.is_available() else CHUNK)):
         if extractor.pictures and images.dtype != np.uint8:
             raise ValueError(
-                f"{extractor.name} takes pictures, uint8 (n, H, W, C), but these are arrays of {_size(images.shape[1:])} "
+                f"{extractor.name} takes pictures, uint8 (n, H, W, C), but these are arrays of {shape_text(images.shape[1:])} "
                 "values; use --features values"
             )
         out = extractor(images)
@@ -301,5 +298,5 @@ def _check_batch(images: Any, before: list[np.ndarray]) -> None:
         before[-1].shape[3:] if pictures else before[-1].shape[1:]
     )
     if before and (not same or images.dtype != before[-1].dtype):
-        sizes = f"{_size(before[-1].shape[1:])} and {_size(images.shape[1:])}"
+        sizes = f"{shape_text(before[-1].shape[1:])} and {shape_text(images.shape[1:])}"
         raise OtherShape(f"the images have two sizes, {sizes}; resize them to one")

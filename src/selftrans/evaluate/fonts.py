@@ -79,7 +79,7 @@ def drawable(text: str, without: Collection[str]) -> str:
 
 def class_names(names: Sequence[str]) -> list[str]:
     """The names of classes as pictures show them: on one line, and `class K` for one that no font has all characters of."""
-    lines = [" ".join(name.split()) for name in names]
+    lines = [printable(" ".join(name.split())) for name in names]
     unknown = lacking("".join(lines))
     faces = (default(), *fallbacks(unknown)) if unknown else ()
     return [f"class {k}" if faces and lacking(line, *faces) else line for k, line in enumerate(lines)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -85,9 +85,9 @@ def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return cube
 
 
-def accuracy(logits: np.ndarray, labels: np.ndarray | Iterable[int]) -> float:
+def accuracy(logits: np.ndarray, labels: np.ndarray | Sequence[int]) -> float:
     """Fraction of logits (n, K) whose argmax is the label (n,); ValueError when counts or classes differ."""
-    labels = np.asarray(labels if isinstance(labels, np.ndarray) else list(labels))
+    labels = np.asarray(labels)
     if labels.shape != (len(logits),):
         raise ValueError(f"{plural(len(logits), 'image')} but labels of shape {labels.shape}; give one label per image")
     if outside := _outside(logits, labels):
@@ -134,7 +134,7 @@ class MetricInput(NamedTuple):
     samples: Statistics
     reference: Statistics
     logits: np.ndarray  #: (n, K) of the samples; (0, 0) without a head
-    labels: np.ndarray | Iterable[int] | None
+    labels: np.ndarray | Sequence[int] | None
     inception: bool  #: whether the extractor is the published Inception, so that results have the published names
 
 
@@ -191,19 +191,16 @@ def _score(m: MetricInput) -> Outcome:
 def _accuracy(m: MetricInput) -> Outcome:
     if m.labels is None:
         return {}
-    labels, reason = np.asarray(m.labels if isinstance(m.labels, np.ndarray) else list(m.labels)), ""
-    if m.inception or not len(m.logits):
-        reason = (
-            "inception has other classes than the samples"
-            if m.inception
-            else "the extractor has no classification head"
-        )
-    elif outside := _outside(m.logits, labels):
-        reason = outside  # the null label, or a classifier of other data: the distances still hold
+    if m.inception:
+        reason = "inception has other classes than the samples"
+    elif not len(m.logits):
+        reason = "the extractor has no classification head"
+    else:  # the null label, or a classifier of other data: the distances still hold
+        reason = _outside(m.logits, np.asarray(m.labels))
     if reason:
         warnings.warn(f"the labels are not used: {reason}", stacklevel=3)
         return f"no accuracy: {reason}"
-    return {"accuracy": accuracy(m.logits, labels)}
+    return {"accuracy": accuracy(m.logits, m.labels)}
 
 
 _NONE = np.empty((0, 0))  # logits of an extractor without a head
@@ -223,7 +220,7 @@ def evaluate(
     reference: Statistics | np.ndarray | Iterable[np.ndarray],
     extractor: Extractor,
     *,
-    labels: np.ndarray | Iterable[int] | None = None,
+    labels: np.ndarray | Sequence[int] | None = None,
     metrics: Iterable[str] = tuple(METRICS),
     reference_name: str = "",
 ) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -138,7 +138,9 @@ def curves(
     size: tuple[float, float] = (6.4, 4.0),
 ) -> Figure:
     """A figure with `draw_lines`. Size in inches. Where every x is a whole number, so is every tick."""
-    figure, axes = _figure("", size)
+    figure = blank_figure(size)
+    axes = figure.subplots()
+    style_axes(axes, size=9)
     draw_lines(axes, series, logy=logy)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     plain_ticks(axes)
@@ -181,7 +183,9 @@ def _coincide(one: np.ndarray, other: np.ndarray) -> bool:
 
 def scatter(points: np.ndarray, labels: np.ndarray, *, title: str = "", names: Sequence[str] | None = None) -> Figure:
     """Points (n, 2), such as those of t-SNE, coloured by label (n,); without ticks, since the axes have no units."""
-    figure, axes = _figure(title, (5.6, 4.6))
+    figure = blank_figure((5.6, 4.6))
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
     for i, label in enumerate(np.unique(labels)):
         rows, name = labels == label, names[int(label)] if names is not None else str(label)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
@@ -288,20 +292,15 @@ def blank_figure(size: tuple[float, float], pad: float = 0.04) -> Figure:
     return figure
 
 
-def _figure(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, without a box, with a light grid behind the data."""
-    figure = blank_figure(size)
-    axes = figure.subplots()
+def style_axes(
+    axes: Axes, title: str = "", *, grid: Literal["x", "y", "both"] = "both", size: float | None = None
+) -> None:
+    """No box, and a light grid behind the data, of the values of one axis or both; `size` of the tick labels, in points."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.grid(True, color=RULE, linewidth=0.6)
+    axes.grid(True, axis=grid, which="both", color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    if title:
-        axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
-    return figure, axes
+    axes.tick_params(labelsize=size)
+    axes.set_title(title, loc="left", fontsize=11 if size is None else size + 2, color=INK)
 
 
 def plain_ticks(axes: Any) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, interpolate
-from selftrans.messages import are, plural
+from selftrans.messages import are, plural, shape_text
 from selftrans.types import Backbone, Cond, eval_mode, map_cond
 
 MOST_BLOCKS = 12  #: of deeper models, some of the blocks are shown
@@ -172,9 +172,7 @@ def pca_maps(feats: Tensor, grid: tuple[int, ...], *, basis: Basis | None = None
     """
     n, t, d = feats.shape
     if math.prod(grid) != t:
-        raise ValueError(
-            f"{t} tokens do not form a grid of {'x'.join(map(str, grid))}; give the grid of their backbone"
-        )
+        raise ValueError(f"{t} tokens do not form a grid of {shape_text(grid)}; give the grid of their backbone")
     basis = basis if basis is not None else pca_basis(feats)
     if len(basis.mean) != d:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selftrans.evaluate.extractors import Extractor, extract
-from selftrans.messages import first_line, plural, printable
+from selftrans.messages import first_line, plural, printable, shape_text
 from selftrans.storage import atomic_write
 
 MAX_UNPACKED = 1 << 28  #: bytes up to which any compression ratio is accepted; statistics compress little
@@ -153,7 +153,7 @@ def _noted(batches: np.ndarray | Iterable[np.ndarray], sizes: set[str]) -> Itera
     """Yield the batches; `sizes` gets those of their images."""
     for images in [batches] if isinstance(batches, np.ndarray) else batches:
         if isinstance(images, np.ndarray) and len(images):  # `extract` refuses anything else
-            sizes.add("x".join(map(str, images.shape[1:])))
+            sizes.add(shape_text(images.shape[1:]))
         yield images
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from selftrans.checkpoints.load import Weights, find_asked, load_model
 from selftrans.data.dataset import Dataset
@@ -24,8 +23,9 @@ from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatte
 from selftrans.evaluate.probes import can_be_probed, collect, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import fitting_data
 from selftrans.flow import PATHS
-from selftrans.messages import plural, printable
+from selftrans.messages import plural
 from selftrans.storage import check_writable, write_json
+from selftrans.train.log import progress_bar
 from selftrans.types import Backbone, Cond, map_cond
 
 TIMES = (0.2, 0.4, 0.6)  #: of the noisy latents
@@ -61,7 +61,7 @@ def analyse(
     path, blocks = PATHS[loaded.config.train.path], tuple(range(1, model.depth + 1))
     null, maps = null_of(model, len(z0)), dict[str, np.ndarray]()
     probes, clouds = dict[float, list[float]](), dict[float, np.ndarray]()
-    for t in tqdm(timesteps, desc="timesteps", unit="t"):
+    for t in progress_bar(iterable=timesteps, desc="timesteps", unit="t"):
         feats = collect(model, z0, null, t=t, taps=blocks, path=path)
         if probed:
             probes[t] = [linear_probe(feats[k].to(device), labels) for k in blocks]
@@ -72,7 +72,7 @@ def analyse(
     save(pca_grid(shown_maps, title="principal components of the features"), out / "pca.png")
     for t, cloud in clouds.items():
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
-        names = class_names([printable(name) for name in dataset.manifest.classes]) or None
+        names = class_names(dataset.manifest.classes) or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     chance = float(labels.bincount().max()) / len(labels)  # of always naming the most frequent class
     if probes:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from selftrans.checkpoints.load import Weights
 from selftrans.data.dataset import Dataset
@@ -29,6 +28,7 @@ from selftrans.experiments.target_report import draw_maps, draw_measures
 from selftrans.experiments.target_teacher import ENCODER, Pictures, Teacher, mean_text, open_teacher
 from selftrans.messages import are, plural
 from selftrans.storage import check_writable
+from selftrans.train.log import progress_bar
 
 TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
 PER_CLASS = 16  #: fewest pictures per class on average; where there are too many classes for that, some are left out
@@ -74,12 +74,10 @@ def analyse_target(
     plan = _plan(teacher.dataset, pictures, len(times), strengths)
     mapped, kept = _pairs(pictures), dict[str, dict[int, Tensor]]()
     source = teacher.parts(pictures, times, chosen, seed)
-    with tqdm(total=len(pictures.rows) * len(times), desc="target", unit="img") as bar:
+    with progress_bar(total=len(pictures.rows) * len(times), desc="target", unit="img") as bar:
         sums = sum_target(_keeping(source, mapped, kept, bar), plan)
-    measured = {
-        str(k): sums[k].report()
-        for k in tqdm(sums, desc="probes" if plan.labels is not None else "shares", unit="block")
-    }
+    what = "shares" if plan.labels is None else "probes"
+    measured = {str(k): sums[k].report() for k in progress_bar(iterable=sums, desc=what, unit="block")}
     report = {
         "teacher": teacher.about | {"title": teacher.title, "block": teacher.block, "precision": "fp32"},
         "data": teacher.dataset.origin,

@@ -17,6 +17,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.encoders.autoencoder import to_uint8
 from selftrans.evaluate.plots import Series, curves, figure_to_data_uri, sample_sheet
 from selftrans.experiments.html_report import document, html_table, settings_table
+from selftrans.messages import shape_text
 from selftrans.train.autoencoder_network import PerceptualDistance, posterior
 
 BATCH = 64
@@ -59,7 +60,7 @@ def reconstruction_figures(
     vae.eval()
     found: dict[str, list[Tensor]] = {"psnr": [], "l1": []}
     for x in picture_batches(dataset, device):
-        y = vae.decode(posterior(vae, x).mean).sample.float().clamp(-1, 1)
+        y = _decoded(vae, x)
         difference = (y - x).flatten(start_dim=1).double() / 2
         found["psnr"].append(-10 * difference.square().mean(dim=1).clamp(min=1e-10).log10())
         found["l1"].append(difference.abs().mean(dim=1))
@@ -69,6 +70,11 @@ def reconstruction_figures(
     return {"pictures": count_measured(dataset)} | {
         name: torch.cat(values).mean().item() for name, values in found.items()
     }
+
+
+def _decoded(vae: Any, x: Tensor) -> Tensor:
+    """The decoded means of the posteriors of pictures (N, C, H, W)."""
+    return vae.decode(posterior(vae, x).mean).sample.float().clamp(-1, 1)
 
 
 @torch.inference_mode()
@@ -104,14 +110,9 @@ def sheet(vae: Any, dataset: Dataset, device: torch.device, count: int) -> np.nd
     columns = min(count, 8)
     rows = begin + np.arange(count) * size // count
     x = dataset.read(rows, ["moments"])["moments"][:, 0].to(device).float()
-    y = vae.decode(posterior(vae, x).mean).sample.float().clamp(-1, 1)
-    lines = []
-    for start in range(0, count, columns):
-        for pictures in (x, y):
-            line = pictures[start : start + columns]
-            white = line.new_ones(columns - len(line), *line.shape[1:])  # in the last line
-            lines.append(torch.cat([line, white]))
-    return sample_sheet(to_uint8(torch.cat(lines)).cpu().numpy(), columns)
+    white = x.new_ones(-count % columns, *x.shape[1:])  # in the last line
+    lines = [torch.cat([part, white]).unflatten(0, (-1, columns)) for part in (x, _decoded(vae, x))]
+    return sample_sheet(to_uint8(torch.stack(lines, dim=1).flatten(0, 2)).cpu().numpy(), columns)
 
 
 def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray) -> str:
@@ -125,7 +126,7 @@ def page(report: dict[str, Any], log: list[dict[str, Any]], picture: np.ndarray)
         "PSNR": f"{figures['psnr']:.2f} dB",
         "L1 of pictures in [0, 1]": f"{figures['l1']:.4f}",
         **({"distance in features": f"{figures['perceptual']:.4f}"} if "perceptual" in figures else {}),
-        "picture, latent": f"{_sides(report['picture'])}, {_sides(report['latent'])}",
+        "picture, latent": f"{shape_text(report['picture'])}, {shape_text(report['latent'])}",
         "parameters": f"{report['parameters']:,}",
         "trained on": f"{report['pictures']:,} pictures, {report['steps']:,} steps",
         "time": f"{report['seconds']:.0f} s on {report['device']}",
@@ -147,7 +148,3 @@ each channel to zero mean and unit variance with them. posterior_std is the part
 {settings_table(settings)}
 <p class="note">The same numbers are in <code>autoencoder.json</code> next to this page.</p>"""
     return document("selftrans autoencoder", body)
-
-
-def _sides(shape: list[int]) -> str:
-    return "x".join(map(str, shape))

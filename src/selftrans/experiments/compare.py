@@ -2,43 +2,44 @@
 
 OUT/<method>-seed<k>/    ordinary run directories          OUT/compare.{json,csv,png,html}    what people open
 OUT/reference-*.npz      statistics of the training data
+
+comparison_settings ⇒ Comparison ⇒ finished_runs ⇒ runner (schedule, measurement) ⇒ summary ⇒ html_report
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from selftrans.config import RunConfig, to_object
-from selftrans.data.dataset import Dataset
-from selftrans.data.decoded import decoded_images
-from selftrans.data.manifest import Manifest
-from selftrans.data.prepare import prepare_builtin
-from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.extractors import MAX_VALUES, extract, load_extractor
+from selftrans.evaluate import plots
 from selftrans.experiments import html_report
 from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.comparison_files import unchanged, write
+from selftrans.experiments.comparison_settings import check_measuring, for_method, shared_settings
 from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
-from selftrans.experiments.measurement import PROBED_BLOCK, check_sizes, image_shape
-from selftrans.experiments.runner import Results, check_workers, processes, train_and_measure
+from selftrans.experiments.measurement import MEASURED, PROBED_BLOCK, samples_of, stored_conditions, stored_points
+from selftrans.experiments.runner import Results, check_counts, processes, train_and_measure
 from selftrans.experiments.schedule import Job
-from selftrans.experiments.summary import AXES, mean_curve, rows, time_line, time_shares
-from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier
-from selftrans.methods.registry import METHODS, REGISTRY, find, meta_objective, sections_of, stages
-from selftrans.sections import fields_of
-from selftrans.storage import lock_file, removed_if_refused
+from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
+from selftrans.methods.registry import METHODS, find, meta_objective, stages
+from selftrans.sampling.images import NotFinite
+from selftrans.storage import lock_file, recorded, removed_if_refused, sha256_file, write_json, write_text
 from selftrans.train.data_window import data_of
 from selftrans.train.given_weights import with_given_model
 from selftrans.train.teachers import teacher_of
+
+SHOWN = 32  #: samples on the page, per method
+JSON, DRAWN = "compare.json", ("compare.csv", "compare.png", "compare.html")
+FILES = "files"  #: entry of compare.json: what the other files were made from, and their sha256
 
 
 def compare_methods(
@@ -67,8 +68,11 @@ def compare_methods(
     """
     if methods is None:
         methods = [name for name, spec in METHODS.items() if not any(s.encoder for s in spec.stages(config))]
-    _check_options(methods, seeds, images)
-    check_workers(workers)
+    if not methods or len(set(methods)) < len(methods):
+        raise ValueError("give one method at least, and each of them once")
+    for name in methods:
+        find(name)
+    check_counts(seeds, images, workers)
     made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
     new = [path for path in (*made, out) if not path.exists()]
     with lock_file(out / ".lock"):
@@ -79,13 +83,9 @@ def compare_methods(
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
             finished = finished_runs(chosen)
             check_before(chosen, finished)
-        summary, done = None, all_measured(chosen, finished)
-        if done:
-            summary = unchanged(chosen, summarise(chosen, train_and_measure(chosen, finished=finished)))
-        if summary is None:
-            summary = _measured(chosen, with_samples(chosen, finished) if done else finished, workers)
+        summary = unchanged(chosen, finished) or _measured(chosen, finished, workers)
     print(html_report.text_table(summary))
-    if not done and (line := time_line(summary["time"])):
+    if not all_measured(chosen, finished) and (line := time_line(summary["time"])):
         print(f"\n{line}")
     print(f"\nOpen {out / 'compare.html'}")
     return summary
@@ -94,7 +94,7 @@ def compare_methods(
 def _measured(chosen: Comparison, finished: Mapping[Job, FinishedRun], workers: int | None) -> dict[str, Any]:
     """Train and measure what is left, and write the files of the comparison; returns what compare.json holds."""
     started, failed = time.perf_counter(), dict[Job, str]()
-    results = train_and_measure(chosen, workers=workers, finished=finished, failed=failed)
+    results = train_and_measure(chosen, workers=workers, finished=with_samples(chosen, finished), failed=failed)
     if not results:
         (name, seed), reason = next(iter(failed.items()))
         raise ValueError(f"every run failed; first {name}, seed {seed}: {reason}")
@@ -109,21 +109,6 @@ def probed_block(config: RunConfig) -> int:
         student = config.build_model(manifest.shape, manifest.conditions)
         guidances = [] if first.encoder else first.guide(student, None)
     return guidances[0].taps[0] if guidances else min(PROBED_BLOCK, student.depth)
-
-
-def for_method(config: RunConfig, method: str | None = None) -> RunConfig:
-    """The configuration for one method (None: its own), with its sections: its run is the same whatever it is compared with."""
-    config = dataclasses.replace(config, method=method or config.method).restricted()
-    plan = stages(config)
-    if len(plan) > 1:
-        return config
-    lengths = {  # a stage alone is as long as train.steps says
-        f"{key}.{name}": getattr(type(section)(), name)
-        for key, section in config.sections.items()
-        for name, _, _, length in fields_of(section)
-        if length
-    }
-    return config.override(lengths)
 
 
 def check_before(chosen: Comparison, finished: Mapping[Job, FinishedRun]) -> None:
@@ -145,102 +130,6 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
             if stage.encoder or (stage.teacher and stage.teacher.given):
                 given = teacher_of(config, stage, "", dataset, torch.device("cpu"))
             meta_objective(config, stage, dataset.manifest.shape, dataset.manifest.conditions, given)
-
-
-def _check_options(methods: Sequence[str], seeds: Sequence[int], images: int) -> None:
-    if not methods or len(set(methods)) < len(methods):
-        raise ValueError("give one method at least, and each of them once")
-    for name in methods:
-        find(name)
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or images < 2:
-        raise ValueError("a comparison needs seeds that differ from each other, from 0 on, and at least two images")
-
-
-def shared_settings(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:
-    """(the configuration that all variants share, the extractor, the file of its weights).
-
-    Recipes with built-in data bring a classifier, too; the data are prepared, or checked if they are there. Other data are
-    measured with `features`; None: data that are no pictures by their `values`, others by a small classifier trained on them
-    (`out/classifier.safetensors`). Where the data are not pixels or have no classes to train it on, colour pictures are
-    measured by Inception, and grey ones by their values, with a warning. Data of several sizes are measured by Inception, which
-    takes any.
-    """
-    weights = None
-    if config.data.path is None:
-        builtin = config.data.builtin
-        if builtin is None:
-            raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
-        prepare_builtin(builtin, out / "data")
-        config = config.override({"data.path": str(out / "data")})
-        features = features or "digits"
-    if features == "digits":
-        weights = str(out / "digits-classifier.safetensors")
-    if features is None:
-        dataset = data_of(config.data)
-        manifest, several = dataset.manifest, len(dataset.parts) > 1
-        features = "inception" if several else _extractor_without_classes(manifest)
-        if identity_kind(manifest.autoencoder) == "pixel" and manifest.num_classes > 1 and not several:
-            features = str(classifier_of(config, dataset, out / "classifier.safetensors"))
-    return equal_lengths(config).check(), features, weights
-
-
-def classifier_of(config: RunConfig, dataset: Dataset, file: Path) -> Path:
-    """`file`: the classifier of these data, trained by the first call. ValueError for one that was trained on other data."""
-    if not file.exists():
-        print(classifier_from_data(str(config.data.path), file, epochs=12, seed=0))
-    elif data_of_classifier(file) not in (None, dataset.manifest.shards_sha256()):
-        raise ValueError(
-            f"{file} was trained on other data than {config.data.path}; choose another --out, or give that classifier with "
-            "--features"
-        )
-    return file
-
-
-def check_measuring(config: RunConfig, features: str, weights: str | None) -> None:
-    """Raise ValueError where the autoencoder is missing or the extractor does not take such images.
-
-    Trains the digit classifier if it is the extractor: once, instead of in every worker.
-    """
-    dataset = data_of(config.data)
-    shape, several = image_shape(dataset.manifest), len(dataset.parts) > 1
-    try:
-        extractor = load_extractor(features, weights=weights, shape=shape)
-    except ValueError as error:
-        small = "" if several else f", or --features values (the {math.prod(shape):,} values of a picture)"
-        hint = small if features == "inception" and math.prod(shape) <= MAX_VALUES else ""
-        raise ValueError(f"{error}{hint}") from error
-    check_sizes(extractor, dataset)
-    next(extract(next(decoded_images(dataset, 1, device="cpu")), extractor))
-
-
-def _extractor_without_classes(manifest: Manifest) -> str:
-    """The extractor for data without classes to train a classifier on."""
-    if manifest.resolution is None:
-        return "values"
-    if manifest.image_channels == 3 or math.prod(image_shape(manifest)) > MAX_VALUES:
-        return "inception"
-    warnings.warn(
-        "grey pictures without classes: the distance is of their values; give --features FILE for that of a classifier",
-        stacklevel=4,
-    )
-    return "values"
-
-
-def equal_lengths(config: RunConfig) -> RunConfig:
-    """Every stage as long as the student's training, unless the settings say otherwise: so is each row's teacher."""
-    unset = {
-        f"{section.key}.{name}": config.train.steps
-        for section in (config.section(kind) for kind in sections_of(REGISTRY.every()).values())
-        for name, value, _, length in fields_of(section)
-        if length and value is None
-    }
-    return config.override(unset)
-
-
-def override(config: RunConfig, *, data: str | None = None, steps: int | None = None) -> RunConfig:
-    """The configuration with other data or student steps; None keeps them."""
-    given = {"data.path": data, "train.steps": steps}
-    return config.override({name: value for name, value in given.items() if value is not None}).check()
 
 
 def summarise(chosen: Comparison, results: Results, failed: Mapping[Job, str] | None = None) -> dict[str, Any]:
@@ -267,3 +156,46 @@ def summarise(chosen: Comparison, results: Results, failed: Mapping[Job, str] | 
         "config": to_object(config),
         "sections": list(used),
     }
+
+
+def write(chosen: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write compare.json, .csv, .png and .html to the directory of the comparison; returns what the first one holds."""
+    failed = {(one["method"], one["seed"]) for one in summary["failed"]}
+    conditioning = stored_conditions(data_of(chosen.shared.data), dataclasses.replace(chosen.shared.sample, seed=1))
+    grids = {}
+    for name in chosen.variants:
+        job = name, chosen.seeds[0]
+        if job not in failed:
+            last = chosen.due(job)[-1]
+            with contextlib.suppress(NotFinite):  # those that were measured have other noise, and are finite
+                grids[name] = samples_of(last, chosen.shared.sample, SHOWN, conditioning)
+    captions, figure = conditioning.texts(np.arange(SHOWN)), html_report.convergence(summary)
+    plots.save(figure, chosen.out / "compare.png")
+    write_text(chosen.out / "compare.csv", as_csv(summary["table"]))
+    write_text(chosen.out / "compare.html", html_report.comparison_page(summary, figure, grids, captions))
+    summary = summary | {FILES: _files(chosen)}
+    write_json(chosen.out / JSON, summary)
+    return summary
+
+
+def unchanged(chosen: Comparison, finished: Mapping[Job, FinishedRun]) -> dict[str, Any] | None:
+    """What compare.json holds, if all is measured, and this and the other files are as `write` would write them; else None."""
+    if not all_measured(chosen, finished):
+        return None
+    summary = summarise(chosen, train_and_measure(chosen, finished=finished))
+
+    def same(held: dict[str, Any]) -> dict[str, Any] | None:
+        wanted = summary | {"time": held["time"], FILES: _files(chosen)}  # the time is that of the call that wrote them
+        return held if held == json.loads(json.dumps(wanted)) else None
+
+    return recorded(chosen.out / JSON, same, None)
+
+
+def _files(chosen: Comparison) -> dict[str, str]:
+    """sha256 of the files next to compare.json, and a hash of what they show besides its content: samples, by this code."""
+    manifest = data_of(chosen.shared.data).manifest
+    runs = [chosen.run((name, chosen.seeds[0])) for name in chosen.variants]
+    weights = [sorted(point["sha256"] for point in stored_points(Path(run, MEASURED))) for run in runs]
+    code = [sha256_file(Path(str(file))) for file in (__file__, html_report.__file__, plots.__file__)]
+    made_from = hashlib.sha256(json.dumps([code, weights, manifest.to_json()]).encode()).hexdigest()
+    return {"made_from": made_from} | {name: sha256_file(chosen.out / name) for name in DRAWN}

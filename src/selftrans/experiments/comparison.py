@@ -1,4 +1,5 @@
-"""What is compared: variants, seeds, and the settings of each run of them, which is an ordinary run directory.
+"""What is compared: variants, seeds, the settings of each run of them, which is an ordinary run directory, and its checkpoints
+that are measured.
 
 A run whose last stage is taught by a stage that another run of the comparison trains alone takes its teacher from there.
 """
@@ -6,19 +7,24 @@ A run whose last stage is taught by a stage that another run of the comparison t
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from selftrans.checkpoints import format as checkpoint
+from selftrans.checkpoints.load import REPORT
 from selftrans.config import RunConfig, settings_of
-from selftrans.experiments.measurement import PROBED_BLOCK, interval, measured_steps, measuring_cost
+from selftrans.experiments.measurement import PROBED_BLOCK
 from selftrans.experiments.schedule import Job
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
+from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.sections import Section, fields_of
 from selftrans.train.resume import settings_before
 from selftrans.train.run import stages_to_run
+
+POINTS = 5  #: measurements along a run
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,36 @@ class Comparison:
     @property
     def total(self) -> int:
         """Cost of the comparison, in training steps."""
-        return sum(map(self.steps, self.jobs)) + self.measurements * measuring_cost(self.shared, self.images)
+        return sum(map(self.steps, self.jobs)) + self.measurements * self.measuring_cost
 
     @property
     def measurements(self) -> int:
         """Number of measurements of all runs."""
-        each = [measured_steps(c.train.steps, self.every, self.dense) for c in self.variants.values()]
-        return len(self.seeds) * sum(map(len, each))
+        return len(self.seeds) * sum(len(self.measured_steps(c.train.steps)) for c in self.variants.values())
 
     @property
-    def dense(self) -> int | None:
-        """The last step up to which every interval is measured; None: up to the end."""
-        return self.shared.train.steps if self.every else None
+    def measuring_cost(self) -> int:
+        """What measuring one checkpoint costs, in training steps (a step is three forward passes of its batch)."""
+        sample, batch = self.shared.sample, self.shared.train.batch_size
+        return max(1, round(sample.steps * EVALUATIONS[sample.sampler] * self.images / batch / 3))
+
+    def interval(self, steps: int) -> int:
+        """Steps between two measurements of a run of `steps`."""
+        return self.every or interval(steps)
+
+    def measured_steps(self, steps: int) -> list[int]:
+        """Steps at which a run of `steps` is measured: every interval (`every`: up to the steps of `shared`), and the end."""
+        every, dense = self.interval(steps), self.shared.train.steps if self.every else steps
+        return sorted({*range(every, min(steps, dense) + 1, every), steps})
+
+    def due(self, job: Job) -> list[Path]:
+        """The checkpoints of a finished run that are points of its curve, oldest first: those at the `measured_steps`.
+
+        Checkpoints that an interruption left at other steps are not.
+        """
+        held = checkpoints_of(self.run(job))
+        wanted = self.measured_steps(held[-1][0])
+        return [folder for step, folder in held if step in wanted]
 
     def steps(self, job: Job) -> int:
         """Training steps of a run: those of all its stages, or of the last one where another run teaches it."""
@@ -71,8 +95,19 @@ class Comparison:
         if wanted is None:
             return None
         others = {n: c for n, c in self.variants.items() if n != name}
-        same = (n for n, c in others.items() if _trains(c, wanted, self.variants[name], self.every))
+        same = (n for n, c in others.items() if _trains(c, wanted, self.variants[name], self.interval(c.train.steps)))
         return next(((n, seed) for n in same), None)
+
+
+def interval(steps: int) -> int:
+    """Steps between two measurements of a run, where a comparison does not say otherwise."""
+    return max(1, steps // POINTS)
+
+
+def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
+    """(step, checkpoint) of the last stage of a finished run, oldest first."""
+    stage = json.loads((run / REPORT).read_text())["stages"][-1]["stage"]
+    return checkpoint.steps(run / stage / "checkpoints")
 
 
 def _own_teacher(config: RunConfig) -> Stage | None:
@@ -82,13 +117,13 @@ def _own_teacher(config: RunConfig) -> Stage | None:
     return None if wanted is None or wanted.given else next((s for s in plan if s.name == wanted.stage), None)
 
 
-def _trains(other: RunConfig, wanted: Stage, taught: RunConfig, every: int | None) -> bool:
+def _trains(other: RunConfig, wanted: Stage, taught: RunConfig, every: int) -> bool:
     """Whether another run consists of this stage alone, and has, on its way, the checkpoint that this stage would end with."""
     plan = stages(other)
     if [stage.name for stage in plan] != [wanted.name] or plan[0].stream != wanted.stream:
         return False
     total = other.train.steps
-    held = wanted.steps == total or wanted.steps % (every or interval(total)) == 0 < total - wanted.steps
+    held = wanted.steps == total or wanted.steps % every == 0 < total - wanted.steps
     same = all(_step_settings(other.section(kind)) == _step_settings(taught.section(kind)) for kind in wanted.sections)
     theirs, ours = other.override(plan[0].settings), taught.override(wanted.settings)
     return held and same and (theirs.model, theirs.train) == (ours.model, ours.train)
@@ -106,7 +141,7 @@ def config_of_run(comparison: Comparison, job: Job) -> RunConfig:
     settings that it was begun with cannot be read.
     """
     config, run = comparison.variants[job[0]], comparison.run(job)
-    every = comparison.every or interval(config.train.steps)
+    every = comparison.interval(config.train.steps)
     settings = dataclasses.replace(config.train, seed=job[1], checkpoint_every=every, keep=0, preview_every=0)
     config = dataclasses.replace(config, train=settings)
     wanted = _own_teacher(config)

@@ -23,22 +23,9 @@ from selftrans.plugins import installed_version
 from selftrans.precision import PRECISIONS
 
 PACKAGES = (
-    "selftrans",
-    "torch",
-    "accelerate",
-    "diffusers",
-    "transformers",
-    "safetensors",
-    "huggingface_hub",
-    "datasets",
-    "peft",
-    "numpy",
-    "pillow",
-    "tyro",
-    "torch-fidelity",
-    "soundfile",
-    "av",
-)
+    "selftrans", "torch", "accelerate", "diffusers", "transformers", "safetensors", "huggingface_hub", "datasets", "peft",
+    "numpy", "pillow", "tyro", "torch-fidelity", "soundfile", "av",
+)  # fmt: skip
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,

@@ -30,17 +30,8 @@ from selftrans.storage import check_writable, write_json
 
 #: settings of samples that a report always lists, known or not
 SETTINGS = (
-    "sampler",
-    "steps",
-    "guidance_scale",
-    "guidance_interval",
-    "autoencoder",
-    "weights",
-    "step",
-    "seed",
-    "labels",
-    "precision",
-)
+    "sampler", "steps", "guidance_scale", "guidance_interval", "autoencoder", "weights", "step", "seed", "labels", "precision",
+)  # fmt: skip
 LISTED = 12  #: numbers of a setting that are printed
 
 
@@ -75,23 +66,23 @@ def evaluate_samples(
         show: see `finished`.
     Raises ValueError for unknown features, invalid images, statistics of another extractor, and unknown prompts.
     """
-    _check_report_place(out, samples)
-    device = default_device()
-    extractor = None if features in (None, "values") else load_extractor(features, device=device)
-    extractor = _checked_for_sizes(reference, features, extractor)
+    if out is None and hub.on_hub(samples):
+        raise ValueError(f"{printable(samples)} is on the hub, where no report is written; give --out FILE")
+    extractor = _named_extractor(features, reference)
     opened = open_samples(samples, settings or {}, weights, stage, reference=reference, text_encoder=text_encoder)
     for target in (out or opened.report, *([save_reference] if save_reference else [])):
         check_writable(target)
-    images = opened.images
-    scorer = None if clip is None else _scorer_of_texts(clip, opened.texts, samples)
-    if scorer is not None and opened.texts is not None:
+    images, scorer = opened.images, None
+    if clip is not None:
+        if opened.texts is None:
+            raise ValueError(f"no prompts are recorded for the images of {samples}; leave out --clip")
+        scorer = ClipScorer(clip, default_device())
         images = scorer.observe(images, opened.texts)
     if extractor is None and features is None and opened.pictures:
-        extractor = load_extractor("inception", device=device)  # it may not be installed: before anything is sampled
+        extractor = _loaded("inception")  # it may not be installed: before anything is sampled
     if extractor is None:
         first = next(images)
-        chosen = features or ("inception" if first.dtype == np.uint8 else "values")
-        extractor = load_extractor(chosen, device=device, shape=first.shape[1:])
+        extractor = _loaded(features or ("inception" if first.dtype == np.uint8 else "values"), first.shape[1:])
         images = itertools.chain([first], images)
     with _input_named("reference", reference):
         statistics = reference_of(reference, extractor)
@@ -116,17 +107,6 @@ def finished(
     return report
 
 
-def _scorer_of_texts(clip: str, texts: Any, samples: str | Path) -> ClipScorer:
-    if texts is None:
-        raise ValueError(f"no prompts are recorded for the images of {samples}; leave out --clip")
-    return ClipScorer(clip, default_device())
-
-
-def _check_report_place(out: Path | None, samples: str | Path) -> None:
-    if out is None and hub.on_hub(samples):
-        raise ValueError(f"{printable(samples)} is on the hub, where no report is written; give --out FILE")
-
-
 @contextlib.contextmanager
 def _input_named(what: str, path: str | Path) -> Iterator[None]:
     """Within the block, errors about the shape of images name the input that they are from."""
@@ -136,13 +116,20 @@ def _input_named(what: str, path: str | Path) -> Iterator[None]:
         raise ValueError(f"{what} {printable(path)}: {error}") from error
 
 
-def _checked_for_sizes(reference: str | Path, features: str | None, extractor: Extractor | None) -> Extractor | None:
-    """The extractor; for a reference of several sizes it is loaded here. ValueError unless it takes all of these sizes."""
+def _named_extractor(features: str | None, reference: str | Path) -> Extractor | None:
+    """The extractor, where its name or a reference of several sizes says which; None where the images do.
+
+    ValueError unless it takes all sizes of the reference.
+    """
     if is_prepared(reference) and len((dataset := open_data(reference)).parts) > 1:
-        shape = image_shape(dataset.manifest)
-        extractor = extractor or load_extractor(features or "inception", device=default_device(), shape=shape)
+        extractor = _loaded(features or "inception", image_shape(dataset.manifest))
         check_sizes(extractor, dataset)
-    return extractor
+        return extractor
+    return None if features in (None, "values") else _loaded(features)
+
+
+def _loaded(features: str, shape: tuple[int, ...] | None = None) -> Extractor:
+    return load_extractor(features, device=default_device(), shape=shape)
 
 
 def _balance(labels: Any) -> dict[str, int] | None:

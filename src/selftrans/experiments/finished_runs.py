@@ -5,6 +5,7 @@ They are found from json files alone: no weights are read or hashed, which takes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -14,22 +15,16 @@ from typing import Any
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
-from selftrans.data.dataset import Dataset
-from selftrans.device import default_device
 from selftrans.evaluate.extractors import extractor_sha256
 from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.measurement import (
     MEASURED,
     Point,
-    due_checkpoints,
     identity_of,
     image_shape,
     measured_before,
-    stored_conditions,
 )
-from selftrans.experiments.reference import decoder_sha256
 from selftrans.experiments.schedule import Job
-from selftrans.sampling.images import decoder_dtype
 from selftrans.storage import UNREADABLE
 from selftrans.train.data_window import data_of, with_window
 from selftrans.train.initial_weights import resolve_init
@@ -58,30 +53,23 @@ def finished_runs(comparison: Comparison) -> dict[Job, FinishedRun]:
 
     A run that cannot be read, or differs, is left out: training or measuring it then names what is wrong.
     """
-    data = comparison.shared.data
-    found, identity = dict[Job, FinishedRun](), None
-    for job in comparison.jobs:
-        try:
-            if not (comparison.run(job) / REPORT).is_file():
-                continue
-            if identity is None:
-                dataset = data_of(data)
-                identity = identity_of_points(comparison, dataset)
-            if held := _trained(comparison, job, dataset, identity):
-                found[job] = held
-        except UNREADABLE:
-            continue
+    found = dict[Job, FinishedRun]()
+    reported = [job for job in comparison.jobs if (comparison.run(job) / REPORT).is_file()]
+    with contextlib.suppress(*UNREADABLE):
+        identity = _identity(comparison) if reported else {}
+        for job in reported:
+            with contextlib.suppress(*UNREADABLE):
+                if held := _trained(comparison, job, identity):
+                    found[job] = held
     return found
 
 
-def identity_of_points(comparison: Comparison, dataset: Dataset) -> dict[str, Any]:
-    """`Measurement.identity` of a comparison, without what only measuring needs: no autoencoder is loaded, and no image
-    decoded. ValueError where the extractor cannot be used."""
-    config, manifest = comparison.shared, dataset.manifest
-    sha256 = extractor_sha256(comparison.features, weights=comparison.weights, shape=image_shape(manifest))
-    sample = dataclasses.replace(config.sample, num=comparison.images)
-    dtype, decoded_by = decoder_dtype(default_device(), config.sample.precision), decoder_sha256(manifest.autoencoder)
-    return identity_of(sample, stored_conditions(dataset, sample), sha256, comparison.block, dtype, decoded_by)
+def _identity(comparison: Comparison) -> dict[str, Any]:
+    """What points must share to be comparable, see `measurement.identity_of`. ValueError where the extractor cannot be used."""
+    dataset = data_of(comparison.shared.data)
+    sha256 = extractor_sha256(comparison.features, weights=comparison.weights, shape=image_shape(dataset.manifest))
+    sample = dataclasses.replace(comparison.shared.sample, num=comparison.images)
+    return identity_of(sample, dataset, sha256, comparison.block)
 
 
 def all_measured(comparison: Comparison, finished: Mapping[Job, FinishedRun]) -> bool:
@@ -103,9 +91,10 @@ def _is_damaged(folder: Path) -> bool:
     return False
 
 
-def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[str, Any]) -> FinishedRun | None:
+def _trained(comparison: Comparison, job: Job, identity: dict[str, Any]) -> FinishedRun | None:
     """A run, if training it would do nothing: the checks are those at the start of `train`."""
-    run, before = comparison.run(job), settings_before(comparison.run(job))
+    dataset, run = data_of(comparison.shared.data), comparison.run(job)
+    before = settings_before(run)
     if before is None:
         return None
     config = config_of_run(comparison, job).override({"train.allow_changes": False}).restricted().check()
@@ -116,7 +105,7 @@ def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[
     if differences(before, config) or done != [(stage.name, stage.steps) for stage in plan]:
         return None
     known = all(report[key] is None or isinstance(report[key], int | float) for key in COSTS)
-    due = due_checkpoints(run, comparison.every, comparison.dense)
+    due = comparison.due(job)
     last = checkpoint.path_of_step(run / plan[-1].name / "checkpoints", plan[-1].steps)
     if not known or report["student_steps"] != plan[-1].steps or due[-1:] != [last]:
         return None

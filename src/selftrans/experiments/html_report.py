@@ -10,41 +10,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selftrans.encoders.identity import identity_kind
-from selftrans.evaluate.plots import RULE, blank_figure, draw_lines, figure_to_data_uri, plain_ticks, sample_sheet
+from selftrans.evaluate import plots
 from selftrans.methods.registry import BASELINE, titles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
-HEADINGS = (
-    "method",
-    "student steps",
-    "seconds",
-    "total seconds",
-    "total TFLOPs",
-    "distance",
-    "accuracy",
-    "shallow probe",
-    f"steps to {BASELINE}'s end",
-    f"TFLOPs to {BASELINE}'s end",
-)
+AXIS_LABELS = {"step": "student steps", "tflops": "TFLOPs in all, the teacher's training included"}  #: of curves
+#: heading -> entry of a row, and digits after the point: means over seeds, and where the baseline's end is reached
+MEANS = {
+    "seconds": ("seconds", 0),
+    "total seconds": ("total_seconds", 0),
+    "total TFLOPs": ("total_tflops", 2),
+    "distance": ("distance", 2),
+    "accuracy": ("accuracy", 3),
+    "shallow probe": ("probe", 3),
+}
+REACHED = {
+    f"steps to {BASELINE}'s end": ("steps_to_baseline", 0),
+    f"TFLOPs to {BASELINE}'s end": ("tflops_to_baseline", 2),
+}
+HEADINGS = ("method", "student steps", *MEANS, *REACHED)
 
 
 def cells(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
     """One row of the table as text, in the order of HEADINGS."""
-    spread = [
-        spread_text(row[key], digits)
-        for key, digits in (("seconds", 0), ("total_seconds", 0), ("total_tflops", 2), ("distance", 2))
-    ]
-    reach = [_reached(row, key, digits) for key, digits in (("steps_to_baseline", 0), ("tflops_to_baseline", 2))]
     return [
         names[row["method"]],
         "-" if row["steps"] is None else f"{row['steps']:,}",
-        *spread,
-        spread_text(row["accuracy"], 3),
-        spread_text(row["probe"], 3),
-        *reach,
+        *(spread_text(row[key], digits) for key, digits in MEANS.values()),
+        *(_reached(row, key, digits) for key, digits in REACHED.values()),
     ]
 
 
@@ -70,25 +65,24 @@ def spread_text(value: Mapping[str, float] | None, digits: int) -> str:
 
 def marked(table: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Method -> its title in tables and figures, with how many of its runs failed."""
-    failed = {row["method"]: (row["failed"], row["seeds"]) for row in table if row.get("failed")}
-    marks = {
-        name: f" ({lost} of {lost + held} seeds failed)" if held else " (failed)"
-        for name, (lost, held) in failed.items()
-    }
-    return {name: title + marks.get(name, "") for name, title in titles(row["method"] for row in table).items()}
+    names = titles(row["method"] for row in table)
+    for row in table:
+        if lost := row.get("failed"):
+            mark = f"{lost} of {lost + row['seeds']} seeds failed" if row["seeds"] else "failed"
+            names[row["method"]] += f" ({mark})"
+    return names
 
 
 def failures(summary: Mapping[str, Any]) -> list[str]:
     """A line for each failed run of a compare.json, with the reason; files of earlier versions have no such runs."""
-    failed = summary.get("failed", ())
-    names = titles(row["method"] for row in summary["table"]) if failed else {}
-    return [f"failed: {names.get(one['method'], one['method'])}, seed {one['seed']}: {one['reason']}" for one in failed]
+    names = titles(row["method"] for row in summary["table"])
+    return [f"failed: {names[one['method']]}, seed {one['seed']}: {one['reason']}" for one in summary.get("failed", ())]
 
 
 def text_table(summary: Mapping[str, Any]) -> str:
     """The table of a compare.json for a terminal."""
-    table, names = summary["table"], marked(summary["table"])
-    lines = aligned([list(HEADINGS), *(cells(row, names) for row in table)])
+    names = marked(summary["table"])
+    lines = aligned([HEADINGS, *(cells(row, names) for row in summary["table"])])
     return "\n".join([lines, *failures(summary), "", legend(summary["metric"])])
 
 
@@ -113,24 +107,22 @@ def legend(metric: str) -> str:
     )
 
 
-def draw_curves(axes: Any, series: Mapping[str, Curve], xlabel: str, metric: str) -> None:
+def draw_curves(axes: Any, series: Mapping[str, plots.Series], xlabel: str, metric: str) -> None:
     """Mean distance of each method, with its standard deviation as a band, on a logarithmic axis."""
-    draw_lines(axes, series, logy=True)
+    plots.draw_lines(axes, series, logy=True)
     axes.set(xlabel=xlabel, ylabel=textwrap.fill(metric, 46))  # longer lines would leave the figure
-    axes.grid(color=RULE, which="both", linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    plain_ticks(axes)
+    plots.style_axes(axes)
+    plots.plain_ticks(axes)
 
 
 def convergence(summary: Mapping[str, Any]) -> Figure:
     """Distance against student steps and against total compute, of a compare.json; below, which runs failed."""
-    figure = blank_figure((12, 4.6))
+    figure = plots.blank_figure((12, 4.6))
     left, right = figure.subplots(1, 2, sharey=True)
     names = marked(summary["table"])
-    titles = {"step": "student steps", "tflops": "TFLOPs in all, the teacher's training included"}
-    for axes, (axis, title) in zip((left, right), titles.items(), strict=True):
+    for axes, (axis, label) in zip((left, right), AXIS_LABELS.items(), strict=True):
         series = {names[name]: curve for name, curve in summary["curves"][axis].items()}
-        draw_curves(axes, series, title, summary["metric"])
+        draw_curves(axes, series, label, summary["metric"])
     right.set_ylabel("")
     left.legend(frameon=False)
     reasons = [failure.partition(";")[0] for failure in failures(summary)]  # without the remedies
@@ -162,31 +154,31 @@ def comparison_page(
     captions: Sequence[str] | None = None,
 ) -> str:
     """compare.html: table, convergence over steps and compute, samples with their `captions`, and settings."""
-    names = marked(summary["table"])
-    lost = "".join(f'<p class="note">{html.escape(line)}</p>\n' for line in failures(summary))
-    said, seeds = "captions" if captions else "labels", len(summary["seeds"])
-    table = f"Mean ± standard deviation over {seeds} seeds; " if seeds > 1 else "One seed; "
-    bands = "Mean over seeds; the band is one standard deviation." if seeds > 1 else "One seed."
-    sheets = {name: sample_sheet(images, columns=8, captions=captions) for name, images in grids.items()}
-    shown = titles(row["method"] for row in summary["table"])
+    names, seeds = titles(row["method"] for row in summary["table"]), summary["seeds"]
+    said = "captions" if captions else "labels"
+    table, bands = "One seed; ", "One seed."
+    if len(seeds) > 1:
+        table = f"Mean ± standard deviation over {len(seeds)} seeds; "
+        bands = "Mean over seeds; the band is one standard deviation."
     samples = "".join(
-        html_figure(shown.get(name, name), sheet, shown.get(name, name)) for name, sheet in sheets.items()
+        html_figure(names[name], plots.sample_sheet(images, columns=8, captions=captions), names[name])
+        for name, images in grids.items()
     )
-    failed = {one["method"] for one in summary.get("failed", ()) if one["seed"] == summary["seeds"][0]}
-    absent = "".join(
-        f'<p class="note">None of {html.escape(shown[name])}: {why}.</p>\n'
-        for name, why in ((name, "its run failed" if name in failed else "they are not finite") for name in names)
+    failed = {one["method"] for one in summary.get("failed", ()) if one["seed"] == seeds[0]}
+    absent = [
+        f"None of {title}: {'its run failed' if name in failed else 'they are not finite'}."
+        for name, title in names.items()
         if name not in grids
-    )
+    ]
     body = f"""<h1>Methods compared</h1>
-<div class="scroll">{method_table(summary["table"], names)}</div>
-{lost}<p class="note">{table}{html.escape(legend(summary["metric"]))}</p>
+<div class="scroll">{method_table(summary["table"], marked(summary["table"]))}</div>
+{notes(failures(summary))}<p class="note">{table}{html.escape(legend(summary["metric"]))}</p>
 <h2>Convergence</h2>
 <p class="note">{bands}</p>
-<img src="{figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">
+<img src="{plots.figure_to_data_uri(figure)}" alt="{html.escape(summary["metric"])} against student steps and against compute">
 <h2>Samples at the end</h2>
-<p class="note">Seed {summary["seeds"][0]}; the same noise and the same {said} for each method.</p>
-{absent}<div class="grids">{samples}</div>
+<p class="note">Seed {seeds[0]}; the same noise and the same {said} for each method.</p>
+{notes(absent)}<div class="grids">{samples}</div>
 <h2>What the numbers depend on</h2>
 {settings_table(depends_on(summary))}
 <p class="note">The same numbers are in <code>compare.json</code> and <code>compare.csv</code> next to this page.</p>"""
@@ -221,6 +213,11 @@ def document(title: str, body: str) -> str:
 """
 
 
+def notes(lines: Sequence[str]) -> str:
+    """A paragraph for each line."""
+    return "".join(f'<p class="note">{html.escape(line)}</p>\n' for line in lines)
+
+
 def settings_table(values: Mapping[str, str]) -> str:
     """A table of names and values."""
     lines = "".join(
@@ -253,5 +250,5 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def html_figure(name: str, picture: Any, alt: str) -> str:
     """An embedded picture with its caption."""
-    image = f'<img src="{figure_to_data_uri(picture)}" alt="{html.escape(alt)}">'
+    image = f'<img src="{plots.figure_to_data_uri(picture)}" alt="{html.escape(alt)}">'
     return f"<figure><figcaption>{html.escape(name)}</figcaption>{image}</figure>"

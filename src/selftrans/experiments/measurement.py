@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import FILES, REPORT, load_model
+from selftrans.checkpoints.load import FILES, load_model
 from selftrans.config import RunConfig, SampleConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
@@ -32,7 +32,6 @@ from selftrans.experiments.reference import decoder_sha256, training_statistics
 from selftrans.flow import PATHS
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
 from selftrans.sampling.images import NotFinite, SampledBatch, Sampler, applicable_settings, decoder_dtype
-from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.sampling.sized_sampler import SizedSampler
 from selftrans.storage import recorded, write_json
 from selftrans.train.data_window import data_of
@@ -40,7 +39,6 @@ from selftrans.train.data_window import data_of
 MEASURED = "measured.json"  #: of a run: its points, oldest first
 DECODED_BY = "autoencoder_sha256"  #: entry of a point: a hash of the files of the autoencoder that decoded its samples
 SHARED = ("sampler", "images", "extractor_sha256", "block")  #: entries that all points of a table have in common
-POINTS = 5  #: measurements along a run
 BATCH = {"cpu": 125, "other": 500}  #: images sampled at a time; larger batches leave the caches of a core
 PROBE_T = 0.4  #: noise level of the linear probe, the paper's
 PROBED_BLOCK = 2  #: where a method guides no block; the first guided one in every published setting
@@ -62,7 +60,7 @@ class Measurement:
     conditioning: Conditioning  #: the conditions of the images: labels, or captions stored with the data
     total: int | None = None  #: images that the process samples in all, from which compilation may save time
     decoder: torch.dtype = torch.float32  #: of the autoencoder's network, for samples and reference alike
-    decoded_by: str = ""  #: a hash of the autoencoder's files; empty where it has none, or none on this machine
+    identity: dict[str, Any] = field(default_factory=dict)  #: see `identity_of`
 
     @classmethod
     def of(
@@ -83,43 +81,31 @@ class Measurement:
             images: samples for each distance. block: the one that is probed (1-based). total: see the field.
             kept: the folder that keeps the statistics of the training data; None: they are computed anew.
         """
-        assert config.data.path is not None
-        dataset = data_of(config.data)
-        device = default_device()
+        dataset, device = data_of(config.data), default_device()
         extractor = load_extractor(features, weights=weights, device=device, shape=image_shape(dataset.manifest))
         dtype = decoder_dtype(device, config.sample.precision)
         reference = training_statistics(dataset, extractor, dtype=dtype, folder=kept)
         most = BATCH["cpu" if device.type == "cpu" else "other"]
         sample = dataclasses.replace(config.sample, num=images, batch_size=min(most, images))
-        decoded_by = decoder_sha256(dataset.manifest.autoencoder)
+        identity = identity_of(sample, dataset, extractor.sha256, block)
         conditioning = stored_conditions(dataset, sample)
-        return cls(extractor, reference, dataset, sample, block, conditioning, total, dtype, decoded_by)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What two measured points must share to be comparable, as json has it."""
-        return identity_of(
-            self.sample, self.conditioning, self.extractor.sha256, self.block, self.decoder, self.decoded_by
-        )
+        return cls(extractor, reference, dataset, sample, block, conditioning, total, dtype, identity)
 
 
-def identity_of(
-    sample: SampleConfig,
-    conditioning: Conditioning,
-    extractor_sha256: str,
-    block: int,
-    decoder: torch.dtype = torch.float32,
-    decoded_by: str = "",
-) -> dict[str, Any]:
-    """What two measured points must share to be comparable, as json has it; see `Measurement` for the parts."""
-    described = {
-        "sampler": json.loads(json.dumps(sample.settings() | conditioning.described)),
+def identity_of(sample: SampleConfig, dataset: Dataset, extractor_sha256: str, block: int) -> dict[str, Any]:
+    """What two measured points must share to be comparable, as json has it; see `Measurement` for the parts.
+
+    No autoencoder is loaded for it, and no image decoded.
+    """
+    found = {
+        "sampler": json.loads(json.dumps(sample.settings() | stored_conditions(dataset, sample).described)),
         "images": sample.num,
         "extractor_sha256": extractor_sha256,
         "block": block,
     }
-    described |= {} if decoder == torch.float32 else {"decoder": "bf16"}
-    return described | ({DECODED_BY: decoded_by} if decoded_by else {})
+    found |= {} if decoder_dtype(default_device(), sample.precision) == torch.float32 else {"decoder": "bf16"}
+    decoded_by = decoder_sha256(dataset.manifest.autoencoder)
+    return found | ({DECODED_BY: decoded_by} if decoded_by else {})
 
 
 def stored_conditions(dataset: Dataset, sample: SampleConfig) -> Conditioning:
@@ -152,39 +138,6 @@ def check_sizes(extractor: Extractor, dataset: Dataset) -> None:
             ) from error
 
 
-def measuring_cost(config: RunConfig, images: int) -> int:
-    """What measuring one checkpoint costs, in training steps (a step is three forward passes of its batch)."""
-    passes = config.sample.steps * EVALUATIONS[config.sample.sampler] * images / config.train.batch_size
-    return max(1, round(passes / 3))
-
-
-def interval(steps: int) -> int:
-    """Steps between two measurements."""
-    return max(1, steps // POINTS)
-
-
-def measured_steps(steps: int, every: int | None = None, dense: int | None = None) -> list[int]:
-    """Steps at which a run of `steps` is measured: every interval up to `dense` (None: all of the run), and the end."""
-    every = every or interval(steps)
-    return sorted({*range(every, min(steps, dense or steps) + 1, every), steps})
-
-
-def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
-    """(step, checkpoint) of the last stage of a finished run, oldest first."""
-    stage = json.loads((run / REPORT).read_text())["stages"][-1]["stage"]
-    return checkpoint.steps(run / stage / "checkpoints")
-
-
-def due_checkpoints(run: Path, every: int | None = None, dense: int | None = None) -> list[Path]:
-    """The checkpoints of a run's last stage that are points of its curve, oldest first: those at the `measured_steps`.
-
-    Checkpoints that an interruption left at other steps are not.
-    """
-    held = checkpoints_of(run)
-    wanted = measured_steps(held[-1][0], every, dense)
-    return [folder for step, folder in held if step in wanted]
-
-
 def measure_point(run: Path, folder: Path, measurement: Measurement) -> Point:
     """A checkpoint of a run, measured, or as it was measured before. `NotFinite` where samples or their features are not."""
     digest = checkpoint.read(folder).state["sha256"][FILES["ema"]]
@@ -209,11 +162,11 @@ def measured_before(path: Path, identity: dict[str, Any]) -> dict[str, Point]:
     taken to be the same.
     """
     same = {"decoder": None} | identity  # without the key: fp32
-    unrecorded = {key: value for key, value in identity.items() if key == DECODED_BY}
+    unrecorded = {DECODED_BY: identity.get(DECODED_BY)}
     return {
         point["sha256"]: point
         for point in stored_points(path)
-        if all((unrecorded | point).get(key) == value for key, value in same.items()) and _is_complete(point)
+        if _is_complete(point) and same.items() <= (unrecorded | {"decoder": None} | point).items()
     }
 
 

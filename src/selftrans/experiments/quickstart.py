@@ -7,10 +7,9 @@ order of the methods.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
-from selftrans.experiments.compare import for_method
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.measurement import PROBE_T, checkpoints_of, interval, samples_of
+from selftrans.experiments.comparison import Comparison, checkpoints_of, interval
+from selftrans.experiments.comparison_settings import for_method
+from selftrans.experiments.measurement import PROBE_T, samples_of
 from selftrans.experiments.quickstart_report import compared, cut, duration, overview, page, sentence, text
-from selftrans.experiments.runner import Results, check_workers, seconds_trained, train_and_measure
+from selftrans.experiments.runner import Results, check_counts, seconds_trained, train_and_measure
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.messages import first_line, printable
@@ -65,9 +64,7 @@ def quickstart(
     Repeating the call continues it; for a finished directory it only writes the report again. Returns the content of
     table.json.
     """
-    if not seeds or len(set(seeds)) < len(seeds) or images < 2:
-        raise ValueError("the quickstart needs seeds that differ from each other, and at least two images")
-    check_workers(workers)
+    check_counts(seeds, images, workers)
     started = time.perf_counter()
     config = digits().override({"train.steps": STEPS if steps is None else steps}).check()
     every = interval(config.train.steps)
@@ -79,27 +76,27 @@ def quickstart(
         variants = {name: for_method(config, name) for name in METHODS}
         longer = equal_compute(variants[VANILLA.name], variants[SELF_TRANSCENDENCE.name], dataset)
         variants[VANILLA.name] = variants[VANILLA.name].override({"train.steps": longer})
-        check_earlier(out, variants, seeds)
         classifier = out / "digits-classifier.safetensors"
-        load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         chosen = Comparison(config, variants, tuple(seeds), out, images, "digits", str(classifier), every=every)
+        check_earlier(chosen)
+        load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         begun = any(seconds_trained(chosen.run(job)) for job in chosen.jobs)
         results = train_and_measure(chosen, workers=workers)
         summary = summarise(chosen, results)
-        before = _recorded(out, summary, "seconds")
-        summary["seconds"] = round(seconds_in_all(before, time.perf_counter() - started, results), 1)
-        summary["continued"] = bool(_recorded(out, summary, "continued") if before else begun)
+        now = round(time.perf_counter() - started, 1), begun
+        summary["seconds"], summary["continued"] = time_taken(out, summary["table"], results, now)
         print(f"All is trained and measured; drawing {out / 'report.html'}", flush=True)
-        write(out, summary, dataset, config, seeds[0])
+        write(chosen, summary, dataset)
     print(text(summary, METHODS))
     print(f"\n{duration(summary)}. Open {out / 'report.html'}")
     return summary
 
 
-def check_earlier(out: Path, variants: Mapping[str, RunConfig], seeds: Sequence[int]) -> None:
+def check_earlier(chosen: Comparison) -> None:
     """ValueError if the folder holds runs with other settings: of an earlier version, or with other steps."""
-    for name, seed in itertools.product(variants, seeds):
-        run, config = out / f"{name}-seed{seed}", variants[name].override({"train.seed": seed})
+    out = chosen.out
+    for name, seed in chosen.jobs:
+        run, config = chosen.run((name, seed)), chosen.variants[name].override({"train.seed": seed})
         try:
             before = settings_before(run)
         except ValueError as error:
@@ -128,16 +125,16 @@ def equal_compute(config: RunConfig, other: RunConfig, dataset: Dataset) -> int:
     return max(config.train.steps, math.ceil(flops(other) / flops(config) * config.train.steps))
 
 
-def seconds_in_all(before: float, now: float, results: Results) -> float:
-    """Seconds of earlier calls and of this one, which does not count where it found everything trained and measured."""
-    worked = any(sum(run["spent"].values()) for run, _ in results.values())
-    return before + now if worked or not before else before
+def time_taken(out: Path, table: Any, results: Results, now: tuple[float, bool]) -> tuple[float, bool]:
+    """(seconds, whether earlier calls are not in them): those of this call, `now`; where it found everything trained and
+    measured, those in the table.json of the earlier call that made the same table."""
+    if any(sum(run["spent"].values()) for run, _ in results.values()):
+        return now
 
+    def before(held: dict[str, Any]) -> tuple[float, bool]:
+        return (float(held["seconds"]), bool(held["continued"])) if held["table"] == table else now
 
-def _recorded(out: Path, summary: dict[str, Any], key: str) -> float:
-    """What the table of an earlier call for the same comparison says under `key`; 0 if there is none."""
-    same = lambda before: float(before[key]) if before["table"] == summary["table"] else 0.0  # noqa: E731
-    return recorded(out / "table.json", same, 0.0)
+    return recorded(out / "table.json", before, now)
 
 
 def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
@@ -163,11 +160,12 @@ def summarise(chosen: Comparison, results: Results) -> dict[str, Any]:
     }
 
 
-def write(out: Path, summary: dict[str, Any], dataset: Dataset, config: RunConfig, seed: int) -> None:
+def write(chosen: Comparison, summary: dict[str, Any], dataset: Dataset) -> None:
     """Write the table, the overview picture and the report."""
-    found = {METHODS[name]: checkpoints_of(out / f"{name}-seed{seed}") for name in METHODS}
+    out = chosen.out
+    found = {METHODS[name]: checkpoints_of(chosen.run((name, chosen.seeds[0]))) for name in METHODS}
     held = {label: [folder for step, folder in pairs if step <= summary["steps"]] for label, pairs in found.items()}
-    grids = {label: samples_of(folders[-1], config.sample, SHOWN) for label, folders in held.items()}
+    grids = {label: samples_of(folders[-1], chosen.shared.sample, SHOWN) for label, folders in held.items()}
     maps = {label: maps_of(folders, dataset, summary["block"]) for label, folders in held.items()}
     both = {
         axis: {METHODS[name]: curve for name, curve in summary[key].items()}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selftrans.evaluate.plots import INK, blank_figure, figure_to_data_uri, pca_grid, sample_sheet
+from selftrans.evaluate.plots import INK, Series, blank_figure, figure_to_data_uri, pca_grid, sample_sheet
 from selftrans.experiments.html_report import (
-    Curve,
+    AXIS_LABELS,
     aligned,
     document,
     draw_curves,
@@ -59,30 +59,26 @@ def compared(results: Results, names: Sequence[str], baseline: str, guided: str,
     and deviations over seeds; ratios are of pairs with the same seed.
     """
     seeds = [seed for name, seed in results if name == guided]
-    costs = {seed: results[guided, seed][0]["total_tflops"] for seed in seeds}
-    at_steps = [point["step"] for point in results[guided, seeds[0]][1]]
-    table = []
+    costs = [results[guided, seed][0]["total_tflops"] for seed in seeds]
+    table, distances, equal = [], {}, {}
     for name in names:
-        runs = {seed: results[name, seed] for seed in seeds}
-        short = {seed: cut(run, steps) if name == baseline else run for seed, run in runs.items()}
-        reached = all(curve(run, "tflops")[0][-1] >= 0.99 * costs[seed] for seed, run in runs.items())
-        row: dict[str, Any] = {"method": name, "tflops": spread([run[0]["total_tflops"] for run in short.values()])}
-        row["distances"] = [
-            spread(list(found)) for found in zip(*(curve(run)[1] for run in short.values()), strict=True)
-        ]
-        row["at_compute"] = spread([at_compute(run, costs[seed]) for seed, run in runs.items()]) if reached else None
+        runs = [results[name, seed] for seed in seeds]
+        short = [cut(run, steps) if name == baseline else run for run in runs]
+        distances[name] = [curve(run)[1] for run in short]
+        equal[name] = [at_compute(run, cost) for run, cost in zip(runs, costs, strict=True)]
+        reached = all(curve(run, "tflops")[0][-1] >= 0.99 * cost for run, cost in zip(runs, costs, strict=True))
+        row: dict[str, Any] = {"method": name, "tflops": spread([run[0]["total_tflops"] for run in short])}
+        row["distances"] = [spread(found) for found in zip(*distances[name], strict=True)]
+        row["at_compute"] = spread(equal[name]) if reached else None
         table.append(row)
-    guided_runs, base = ([results[name, seed] for seed in seeds] for name in (guided, baseline))
-    ours = [[point["distance"] for point in points] for _, points in guided_runs]
-    theirs = [[point["distance"] for point in cut(run, steps)[1]] for run in base]
-    equal = [at_compute(run, costs[seed]) for seed, run in zip(seeds, base, strict=True)]
+    ours, theirs = distances[guided], distances[baseline]
     ratios = {
         "first": spread([a[0] / b[0] for a, b in zip(ours, theirs, strict=True)]),
         "last": spread([a[-1] / b[-1] for a, b in zip(ours, theirs, strict=True)]),
-        "at_compute": spread([a[-1] / b for a, b in zip(ours, equal, strict=True)]),
+        "at_compute": spread([a[-1] / b for a, b in zip(ours, equal[baseline], strict=True)]),
     }
     ahead = sum(sum(a) < sum(b) for a, b in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True))
-    tflops = spread(list(costs.values()))
+    tflops, at_steps = spread(costs), [point["step"] for point in results[guided, seeds[0]][1]]
     return {"steps": at_steps, "tflops": tflops, "rows": table, "ratios": ratios, "ahead": ahead, "seeds": len(seeds)}
 
 
@@ -139,17 +135,17 @@ def text(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return "\n".join([aligned([headings, *rows]), "", note(summary), "", summary["outcome"]])
 
 
-def overview(both: Mapping[str, Mapping[str, Curve]], grids: Mapping[str, np.ndarray], metric: str) -> Figure:
+def overview(both: Mapping[str, Mapping[str, Series]], grids: Mapping[str, np.ndarray], metric: str) -> Figure:
     """Convergence over student steps and over total compute, and samples of each method at the last step of the former."""
     figure = blank_figure((14, 4.2))
     mosaic: dict[Any, Any] = figure.subplot_mosaic(
         [["step", "tflops", str(i)] for i in range(len(grids))], width_ratios=[1, 1, 0.95]
     )
-    draw_curves(mosaic["step"], both["step"], "student steps", metric)
-    draw_curves(mosaic["tflops"], both["tflops"], "TFLOPs in all, the teacher's training included", "")
-    limits = [limit for axes in ("step", "tflops") for limit in mosaic[axes].get_ylim()]
-    for axes in ("step", "tflops"):
-        mosaic[axes].set_ylim(min(limits), max(limits))
+    for axis, label in AXIS_LABELS.items():
+        draw_curves(mosaic[axis], both[axis], label, metric if axis == "step" else "")
+    limits = [limit for axis in AXIS_LABELS for limit in mosaic[axis].get_ylim()]
+    for axis in AXIS_LABELS:
+        mosaic[axis].set_ylim(min(limits), max(limits))
     mosaic["step"].legend(frameon=False)
     for i, (name, images) in enumerate(grids.items()):
         picture = sample_sheet(images, columns=-(-len(images) // 3), upscale=6, gap=6)

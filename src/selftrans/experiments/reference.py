@@ -17,7 +17,6 @@ from zipfile import ZipFile
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from selftrans.checkpoints.load import LoadedModel
 from selftrans.data.buckets import is_prepared, open_data, open_of_one_shape
@@ -32,6 +31,7 @@ from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
 from selftrans.messages import first_line, plural
 from selftrans.storage import sha256_file
+from selftrans.train.log import progress_bar
 
 WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
 
@@ -172,12 +172,8 @@ def cache() -> Path:
 def _identity_of_files(path: Path, extractor: Extractor) -> str:
     """A hash of the extractor's weights and of the paths, sizes and modification times of the images."""
     lines = [extractor.sha256, str(path.resolve())]
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".json")
-    )
-    for file in files:
+    held = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".json")
+    for file in [path] if path.is_file() else held:
         about = file.stat()
         lines.append(f"{file.relative_to(path) if file != path else ''}|{about.st_size}|{about.st_mtime_ns}")
     return _hash(lines)
@@ -220,7 +216,7 @@ def must_exist(path: Path, wanted: str = "give a folder, zip or npz of pictures,
 
 def counted(batches: Iterator[np.ndarray], total: int | None, what: str) -> Iterator[np.ndarray]:
     """Yield the same batches, with a progress bar that says what is measured: `samples`, `reference`."""
-    with tqdm(desc=f"measuring the {what}", unit="img", total=total) as bar:
+    with progress_bar(desc=f"measuring the {what}", unit="img", total=total) as bar:
         for images in batches:
             yield images
             bar.update(len(images))

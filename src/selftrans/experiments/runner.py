@@ -14,12 +14,12 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -34,9 +34,7 @@ from selftrans.experiments.measurement import (
     PointsFile,
     Progress,
     check_alike,
-    due_checkpoints,
     measure_point,
-    measuring_cost,
 )
 from selftrans.experiments.schedule import Job, Schedule, Task
 from selftrans.experiments.stopping import (
@@ -59,7 +57,8 @@ Results: TypeAlias = dict[Job, Result]
 #: what one run fails with, while others can go on: training that diverges, samples that are not finite, no memory to train or
 #: to measure it
 FAILURES = (FloatingPointError, NotFinite, MemoryError, torch.OutOfMemoryError)
-STARTED = time.monotonic()  #: about when the command began
+#: processes of others that ran on average in the minute before the command began
+LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 class StepBar:
@@ -96,7 +95,7 @@ def train_and_measure(
     have ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
-    if workers > 1 or busy():  # threads that wait by spinning are faster, unless they have to share the cores
+    if workers > 1 or LOAD > 0.5:  # threads that wait by spinning are faster, unless they have to share the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     finished = finished_runs(comparison) if finished is None else finished
     shown = {"total": comparison.total, "disable": all_measured(comparison, finished), "unit": "step"}
@@ -128,15 +127,10 @@ def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
     return workers, max(1, min(cores // workers, int(asked) if asked.isdecimal() else cores))
 
 
-def busy() -> bool:
-    """Whether other programs use more than half a core: the load average of the last minute, without what this process and the
-    workers that it has ended have added to it."""
-    own = sum(os.times()[:4]) / max(60.0, time.monotonic() - STARTED)  # at most this, at a steady use of the cores
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] - own > 0.5
-
-
-def check_workers(workers: int | None) -> None:
-    """ValueError for a number of processes below one; None stands for the default."""
+def check_counts(seeds: Sequence[int], images: int, workers: int | None) -> None:
+    """ValueError for no seeds, or such as cannot be used, fewer than two images, and less than one process (None: default)."""
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or images < 2:
+        raise ValueError("give seeds that differ from each other, from 0 on, and at least two images")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} should be 1 or more; leave it out for one process per core")
 
@@ -161,11 +155,13 @@ class Spent:
     measuring: float = 0.0
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A run that could not be trained, or a checkpoint that could not be measured."""
+class Outcome(NamedTuple):
+    """What a worker has done."""
 
-    reason: str  #: one line
+    seconds: float = 0.0
+    steps: float = 0.0  #: of them, those of training steps
+    point: Point | None = None  #: of a checkpoint
+    failure: str = ""  #: why a run could not be trained, or a checkpoint not be measured; one line
 
 
 @dataclass
@@ -178,19 +174,19 @@ class Work:
     spent: dict[Job, Spent]
     measured: dict[Job, PointsFile]
 
-    def note(self, task: Task, found: Spent | tuple[Point, float] | Failed) -> None:
+    def note(self, task: Task, found: Outcome) -> None:
         """Record the result of a task. ValueError for a failure where `failed` is None."""
         job, folder = task
-        if isinstance(found, Failed):
-            self._fail(task, found.reason)
-        elif isinstance(found, Spent):
-            due = due_checkpoints(self.comparison.run(job), self.comparison.every, self.comparison.dense)
-            self.spent[job], self.measured[job] = found, PointsFile(self.comparison.run(job), due)
+        if found.failure:
+            self._fail(task, found.failure)
+        elif folder and found.point:
+            self.measured[job].add(folder, found.point)
+            self.spent[job].measuring += found.seconds
+        else:
+            due = self.comparison.due(job)
+            self.spent[job] = Spent(found.steps, found.seconds)
+            self.measured[job] = PointsFile(self.comparison.run(job), due)
             self.schedule.trained(job, due)
-        elif folder is not None:
-            point, seconds = found
-            self.measured[job].add(folder, point)
-            self.spent[job].measuring += seconds
 
     def _fail(self, task: Task, reason: str) -> None:
         if self.failed is None:
@@ -220,7 +216,7 @@ def _in_workers(
     for job, run in finished.items():
         work.measured[job] = PointsFile(comparison.run(job), run.due, run.points)
         schedule.trained(job, [folder for folder in run.due if folder not in run.points])
-        bar.update(comparison.steps(job) + len(run.points) * measuring_cost(comparison.shared, comparison.images))
+        bar.update(comparison.steps(job) + len(run.points) * comparison.measuring_cost)
     if schedule:
         _run_tasks(work, workers, threads, bar)
     check_alike((point for held in work.measured.values() for point in held.points), comparison.features)
@@ -306,12 +302,11 @@ def _measurement() -> Measurement:
             total=comparison.measurements * comparison.images,
             kept=comparison.out,
         )
-    measurement: Measurement = _worker["measurement"]
-    return measurement
+    return _worker["measurement"]
 
 
-def _run_task(task: Task) -> Spent | tuple[Point, float] | Failed:
-    """In a worker: train a run, or measure one checkpoint: (point, seconds)."""
+def _run_task(task: Task) -> Outcome:
+    """In a worker: train a run, or measure one checkpoint."""
     try:
         return _trained(task.job) if task.checkpoint is None else _measured(task.job, task.checkpoint)
     except (*FAILURES, RuntimeError) as error:
@@ -320,24 +315,24 @@ def _run_task(task: Task) -> Spent | tuple[Point, float] | Failed:
         reason = first_line(error, limit=600)
     gc.collect()  # frees the memory of the failed run for the next one, and for other workers on the same GPU
     torch.cuda.empty_cache()
-    return Failed(reason)
+    return Outcome(failure=reason)
 
 
-def _trained(job: Job) -> Spent:
+def _trained(job: Job) -> Outcome:
     comparison, started = _worker["comparison"], time.perf_counter()
     run = comparison.run(job)
     before = seconds_trained(run)
     train_one(comparison, job, _worker["progress"])
     report = json.loads((run / REPORT).read_text())
     steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
-    return Spent(steps, time.perf_counter() - started)
+    return Outcome(time.perf_counter() - started, steps)
 
 
-def _measured(job: Job, folder: Path) -> tuple[Point, float]:
+def _measured(job: Job, folder: Path) -> Outcome:
     comparison, started = _worker["comparison"], time.perf_counter()
     point = measure_point(comparison.run(job), folder, _measurement())
-    _worker["progress"](measuring_cost(comparison.shared, comparison.images))
-    return point, time.perf_counter() - started
+    _worker["progress"](comparison.measuring_cost)
+    return Outcome(time.perf_counter() - started, point=point)
 
 
 def train_one(comparison: Comparison, job: Job, progress: Progress) -> Path:

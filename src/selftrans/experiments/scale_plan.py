@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from selftrans.config import RunConfig
 from selftrans.data.shard_file import row_bytes
@@ -25,7 +25,7 @@ from selftrans.experiments.step_cost import (
     replayed,
     wire_bytes,
 )
-from selftrans.messages import gigabytes, plural, printable
+from selftrans.messages import gigabytes, plural, printable, shape_text
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
@@ -137,22 +137,10 @@ def scale_plan(
         )
     assumed: list[str] = []
     shape, conditions, samples, row = _data(config, assumed)
-    plan = stages(config)
-    built = [_built(config, stage, shape, conditions) for stage in plan]
-    flops = [sum(step_flops(each, conditions.example(), 1000).values()) / 1000 for each, _ in built]
+    built = [_built(config, stage, shape, conditions) for stage in stages(config)]
     figures = read_measured(measured, str(config.model.name)) if measured else None
-    again = [
-        flops_again(config.override(stage.settings), each.student) for stage, (each, _) in zip(plan, built, strict=True)
-    ]
-    found, costs = [], []
-    for stage, (objective, memory), per_image, more in zip(plan, built, flops, again, strict=True):
-        if figures:
-            student, graphs = objective.student, replayed(config, world)
-            costs.append(measured_cost(figures, stage.name, student, per_image, more, graphs=graphs))
-        else:
-            assert rate is not None
-            costs.append(StepCost((per_image + more) / (flops[-1] + again[-1]) / rate, 0.0, None, None))
-        found.append(_stage(config, cluster, stage, objective, memory, per_image, costs[-1]))
+    costs = [_cost(config, world, each, built[-1], figures, rate) for each in built]
+    found = [_stage(config, cluster, each, cost) for each, cost in zip(built, costs, strict=True)]
     assumed += _assumptions(config, cluster, figures, rate, costs)
     hours = _pair(sum(each.hours[k] for each in found) for k in (0, 1))
     fastest = max(each.images_per_s[0] for each in found)
@@ -185,35 +173,48 @@ def _data(config: RunConfig, assumed: list[str]) -> tuple[tuple[int, ...], Condi
     shape, classes = tuple(data.shape or SHAPE), CLASSES if data.classes is None else data.classes
     row = row_bytes({"moments": ("float16", (2 * shape[0], *shape[1:])), "labels": ("int64", ())})
     assumed.append(
-        f"data: {SAMPLES:,} latents {'x'.join(map(str, shape))} (mean and std, float16) of {plural(classes, 'class')}, as "
+        f"data: {SAMPLES:,} latents {shape_text(shape)} (mean and std, float16) of {plural(classes, 'class')}, as "
         "ImageNet's; "
         "--data DIR takes those of your data"
     )
     return shape, Conditions("labels", classes) if classes else Conditions("none"), SAMPLES, row
 
 
-def _built(
-    config: RunConfig, stage: Stage, shape: tuple[int, ...], conditions: Conditions
-) -> tuple[Objective, dict[str, int]]:
-    """The objective of a stage without memory for its weights, and the bytes that these would take."""
+class Built(NamedTuple):
+    """A stage whose weights take no memory."""
+
+    stage: Stage
+    objective: Objective
+    memory: dict[str, int]  #: bytes that the weights would take, by what they are for
+    flops: float  #: operations of an image
+    again: float  #: of those that are done again in the backward pass
+
+
+def _built(config: RunConfig, stage: Stage, shape: tuple[int, ...], conditions: Conditions) -> Built:
     if stage.encoder:
         raise ValueError(f"stage {stage.name} is taught by an external encoder, whose cost is not known here")
     objective = meta_objective(config, stage, shape, conditions, dtype=PRECISIONS[config.train.precision])
     average = copy.deepcopy(objective.student)
     frozen = next((guidance.teacher for guidance in objective.guidances if guidance.teacher), None)
     objective.watch(average)  # so that a guidance which it teaches counts its operations
-    return objective, memory_use(objective, average, frozen, config.train.optimizer)
+    memory = memory_use(objective, average, frozen, config.train.optimizer)
+    flops = sum(step_flops(objective, conditions.example(), 1000).values()) / 1000
+    return Built(stage, objective, memory, flops, flops_again(config.override(stage.settings), objective.student))
 
 
-def _stage(
-    config: RunConfig,
-    cluster: Cluster,
-    stage: Stage,
-    objective: Objective,
-    memory: dict[str, int],
-    per_image: float,
-    cost: StepCost,
-) -> StageScale:
+def _cost(
+    config: RunConfig, world: int, built: Built, last: Built, figures: BenchedModel | None, rate: float | None
+) -> StepCost:
+    """The cost of a step by the measured figures, or by the rate of the last stage, in proportion to operations."""
+    if figures is None:
+        assert rate is not None
+        return StepCost((built.flops + built.again) / (last.flops + last.again) / rate, 0.0, None, None)
+    student, graphs = built.objective.student, replayed(config, world)
+    return measured_cost(figures, built.stage.name, student, built.flops, built.again, graphs=graphs)
+
+
+def _stage(config: RunConfig, cluster: Cluster, built: Built, cost: StepCost) -> StageScale:
+    stage, objective, memory = built.stage, built.objective, built.memory
     train, world, student = config.train, cluster.gpus, objective.student
     sharded, batch = train.shard and world > 1, train.batch_size // world
     micro = batch // train.accumulate
@@ -235,7 +236,7 @@ def _stage(
         steps=stage.steps,
         parameters=sum(p.numel() for p in student.parameters()),
         trained=sum(p.numel() for p in objective.parameters() if p.requires_grad),
-        tflops_per_step=per_image * train.batch_size / 1e12,
+        tflops_per_step=built.flops * train.batch_size / 1e12,
         batch_per_gpu=batch,
         wire_bytes=sent,
         compute_seconds=compute,

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -15,10 +16,11 @@ from torch import Tensor
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.encoders.autoencoder import load_autoencoder
+from selftrans.evaluate import plots
 from selftrans.evaluate.fonts import class_names
-from selftrans.evaluate.plots import COLOURS, INK, RULE, as_pictures, blank_figure, pca_grid, save
 from selftrans.evaluate.probes import pca_maps
 from selftrans.evaluate.target_measures import DIFFERENCE
+from selftrans.experiments.html_report import aligned
 from selftrans.messages import plural, printable
 
 if TYPE_CHECKING:
@@ -30,31 +32,25 @@ LIGHT_TEXT = 0.67  #: a share above which white text has more contrast on its co
 
 def table(report: Mapping[str, Any]) -> str:
     """The measurements as text."""
-    counts, blocks = report["pictures"], report["blocks"]
+    counts, blocks, scales = report["pictures"], report["blocks"], report["scales"]
     classes = f", {plural(counts['classes'], 'class')}" if "classes" in counts else ""
-    times = " ".join(f"{t:g}" for t in report["timesteps"])
-    head = [
-        f"target of {printable(report['teacher']['title'])}; {plural(counts['fitted'], 'picture')} fitted, "
-        f"{counts['held_out']:,} held out{classes}; "
-        + (f"t = {times}; " if times else "")
-        + f"seed {report['seed']}"
-        + ("; * marks the block that teaches" if str(report["teacher"]["block"]) in blocks else "")
+    about = [
+        f"target of {printable(report['teacher']['title'])}",
+        f"{plural(counts['fitted'], 'picture')} fitted, {counts['held_out']:,} held out{classes}",
+        *([f"t = {' '.join(f'{t:g}' for t in report['timesteps'])}"] if report["timesteps"] else []),
+        f"seed {report['seed']}",
+        *(["* marks the block that teaches"] if str(report["teacher"]["block"]) in blocks else []),
     ]
+    lines, sizes = ["; ".join(about)], {k: of["sizes"] for k, of in blocks.items()}
     for name, title in _titles(report).items():
         if name in next(iter(blocks.values()))["shares"]:
-            head += ["", title, *_rows(report, {k: of["shares"][name] for k, of in blocks.items()}, _share)]
-    sizes = {k: of["sizes"] for k, of in blocks.items()}
-    head += [
-        "",
-        "mean norm of a token",
-        *_rows(report, {k: of["token_norm"] for k, of in sizes.items()}, "{:.4g}".format),
-    ]
-    if report["scales"]:
-        head += ["", "size of f_c - f_u over that of f_u: root mean square; the same around the means"]
-        head += [
-            f"{_block(report, k)}  {_number(of['rms_ratio'])}  {_number(of['spread_ratio'])}" for k, of in sizes.items()
-        ]
-    return "\n".join(head + _probes(report))
+            lines += _rows(report, title, {k: _headed(of["shares"][name], _share) for k, of in blocks.items()})
+    norms = {k: _headed(of["token_norm"], "{:.4g}".format) for k, of in sizes.items()}
+    lines += _rows(report, "mean norm of a token", norms)
+    if scales:
+        ratios = {k: {text: _number(of[key]) for key, text in SIZES.items()} for k, of in sizes.items()}
+        lines += _rows(report, "size of f_c - f_u over that of f_u", ratios)
+    return "\n".join(lines + _probes(report))
 
 
 def _titles(report: Mapping[str, Any]) -> dict[str, str]:
@@ -68,35 +64,32 @@ def _titles(report: Mapping[str, Any]) -> dict[str, str]:
     return titles
 
 
-def _rows(report: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], show: Any) -> list[str]:
-    """A line of headings, one line per block."""
-    columns = list(next(iter(values.values())))
-    lines = ["block   " + "".join(f"{_heading(column):>9}" for column in columns)] if report["scales"] else []
-    return lines + [
-        f"{_block(report, k)}" + "".join(f"{show(of[column]):>9}" for column in columns) for k, of in values.items()
-    ]
+def _rows(report: Mapping[str, Any], title: str, cells: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A table of cells (block -> heading -> text) with a row for each block; * marks the one that teaches."""
+    teaches = str(report["teacher"]["block"])
+    rows = [[("-" if k == "0" else k) + "*" * (k == teaches), *of.values()] for k, of in cells.items()]
+    return ["", title, aligned([["block", *next(iter(cells.values()))], *rows])]
+
+
+def _headed(values: Mapping[str, Any], show: Callable[[Any], str]) -> dict[str, str]:
+    return {_heading(column): show(value) for column, value in values.items()}
 
 
 def _probes(report: Mapping[str, Any]) -> list[str]:
-    """Lines about the probes; none where there are none."""
+    """A table of the probes; nothing where there are none."""
     blocks = report["blocks"]
     if "probes" not in next(iter(blocks.values())):
         return []
     where = f" at t = {report['probes_at']:g}" if report["probes_at"] is not None else ""
-    lines = [
-        "",
-        f"accuracy of linear probes on held-out pictures{where}, ridge / logistic; chance {report['chance']:.3f}",
-    ]
-    if not report["scales"]:
-        return [*lines, *(f"{_block(report, k)} {_pair(of['probes']['f_u'])}" for k, of in blocks.items())]
-    w = _shown_scale(report)
-    lines += [f"of f_u, and of f_g with w = {w} (target.json has every w):", *EXPLAINED]
-    lines += ["block   " + "".join(f"{heading:>16}" for heading in ("f_u", *KINDS.values()))]
-    for k, of in blocks.items():
-        found = of["probes"]["f_g"][w]
-        pairs = [of["probes"]["f_u"], *({kind: found[kind][name] for kind in found} for name in KINDS)]
-        lines.append(_block(report, k) + "".join(f"{_pair(pair):>16}" for pair in pairs))
-    return lines
+    title = f"accuracy of linear probes on held-out pictures{where}, ridge / logistic; chance {report['chance']:.3f}"
+    cells = {k: {"f_u": _pair(of["probes"]["f_u"])} for k, of in blocks.items()}
+    if report["scales"]:
+        w = _shown_scale(report)
+        title += f"\nof f_u, and of f_g with w = {w} (target.json has every w):\n{EXPLAINED}"
+        for k, of in blocks.items():
+            found = of["probes"]["f_g"][w]
+            cells[k] |= {text: _pair({kind: found[kind][name] for kind in found}) for name, text in KINDS.items()}
+    return _rows(report, title, cells)
 
 
 KINDS = {
@@ -106,11 +99,11 @@ KINDS = {
     "swapped_picture": "swapped: class",
     "swapped_condition": "swapped: label",
 }
-EXPLAINED = (
-    "  own label: f_g is computed with the picture's label, which a probe can read from it",
-    "  random label: f_g is computed with a label drawn at random; rest: the same minus the mean of that label",
-    "  swapped: the probe of `own label` on f_g of another label: how often it names the picture's class, and that label",
-)
+EXPLAINED = """\
+  own label: f_g is computed with the picture's label, which a probe can read from it
+  random label: f_g is computed with a label drawn at random; rest: the same minus the mean of that label
+  swapped: the probe of `own label` on f_g of another label: how often it names the picture's class, and that label"""
+SIZES = {"rms_ratio": "root mean square", "spread_ratio": "around the means"}
 
 
 def draw_measures(report: Mapping[str, Any], path: Path) -> None:
@@ -124,14 +117,14 @@ def draw_measures(report: Mapping[str, Any], path: Path) -> None:
             panels.insert(2, _draw_probes)
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
-    figure = blank_figure((5.2 * columns, 3.7 * rows))
+    figure = plots.blank_figure((5.2 * columns, 3.7 * rows))
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
         panel(report, axes)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(printable(report["teacher"]["title"]), fontsize=11, color=INK, parse_math=False)
-    save(figure, path)
+    figure.suptitle(printable(report["teacher"]["title"]), fontsize=11, color=plots.INK, parse_math=False)
+    plots.save(figure, path)
 
 
 def _draw_shares(report: Mapping[str, Any], axes: Axes) -> None:
@@ -141,7 +134,7 @@ def _draw_shares(report: Mapping[str, Any], axes: Axes) -> None:
     values = np.array([[(of[c] or [np.nan])[0] for c in columns] for of in shares.values()])
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if value > LIGHT_TEXT else INK
+        colour = "white" if value > LIGHT_TEXT else plots.INK
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(len(columns)), [_heading(c) for c in columns], fontsize=8)
     axes.set_yticks(range(len(shares)), list(shares), fontsize=8)
@@ -165,16 +158,15 @@ def _draw_composition(report: Mapping[str, Any], axes: Axes) -> None:
         "the rest: picture and noise": 1 - both,
     }
     bottom = zero
-    for (name, heights), colour in zip(stacked.items(), (COLOURS[0], COLOURS[5], RULE), strict=True):
+    for (name, heights), colour in zip(stacked.items(), (plots.COLOURS[0], plots.COLOURS[5], plots.RULE), strict=True):
         if heights.any():
             axes.bar(range(len(columns)), heights, bottom=bottom, color=colour, label=name, width=0.8)
         bottom = bottom + heights
     axes.set_xticks(range(len(columns)), [_heading(c) if report["scales"] else "features" for c in columns], fontsize=8)
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of variance")
-    _style_axes(
-        axes, f"what the target of block {k} consists of" if report["scales"] else "what the features consist of"
-    )
+    title = f"what the target of block {k} consists of" if report["scales"] else "what the features consist of"
+    plots.style_axes(axes, title, grid="y", size=8)
     _legend(axes, 3)
 
 
@@ -184,55 +176,53 @@ def _draw_encoder(report: Mapping[str, Any], axes: Axes) -> None:
     bars = {f"share that {_condition(report)} explains": (of["shares"]["condition"]["0"] or [0.0])[0]}
     bars |= {f"{kind} probe": value for kind, value in of.get("probes", {}).get("f_u", {}).items()}
     bars |= {"chance": report["chance"]} if "probes" in of else {}
-    axes.barh(list(bars), list(bars.values()), color=[*COLOURS[: len(bars) - 1], COLOURS[6]], height=0.6)
+    axes.barh(list(bars), list(bars.values()), color=[*plots.COLOURS[: len(bars) - 1], plots.COLOURS[6]], height=0.6)
     for row, value in enumerate(bars.values()):
-        axes.text(max(0.0, value) + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=INK)
+        axes.text(max(0.0, value) + 0.01, row, f"{value:.2f}", va="center", fontsize=8, color=plots.INK)
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
-    _style_axes(axes, "an encoder's features, on held-out pictures", "x")
+    plots.style_axes(axes, "an encoder's features, on held-out pictures", grid="x", size=8)
 
 
 def _draw_probes(report: Mapping[str, Any], axes: Axes) -> None:
     """Accuracy per block, with the label's leak and without."""
-    ks, w = list(report["blocks"]), _shown_scale(report)
+    w = _shown_scale(report)
     probes = [of["probes"] for of in report["blocks"].values()]
-    lines = {
-        "f_g, the picture's own label": [each["f_g"][w][SHOWN]["own"] for each in probes],
-        "f_u": [each["f_u"][SHOWN] for each in probes],
-        "f_g, a random label, minus its mean": [each["f_g"][w][SHOWN]["rest"] for each in probes],
-        "f_g, a random label": [each["f_g"][w][SHOWN]["random"] for each in probes],
-        "own-label probe, shown another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
-    }
-    for i, (name, values) in enumerate(lines.items()):
-        style: dict[str, Any] = {
-            "color": COLOURS[(1, 0, 2, 5, 6)[i]],
-            "marker": "osD^v"[i],
-            "linestyle": "--" if i == 4 else "-",
-        }
-        axes.plot(ks, [np.nan if v is None else v for v in values], label=name, markersize=4, **style)
-    axes.axhline(report["chance"], color=INK, linewidth=0.8, linestyle=":", label="chance")
-    axes.set(xlabel="block", ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
-    _style_axes(axes, f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})")
+    _draw_blocks(
+        report,
+        axes,
+        {
+            "f_u": [each["f_u"][SHOWN] for each in probes],
+            "f_g, the picture's own label": [each["f_g"][w][SHOWN]["own"] for each in probes],
+            "f_g, a random label, minus its mean": [each["f_g"][w][SHOWN]["rest"] for each in probes],
+            "f_g, a random label": [each["f_g"][w][SHOWN]["random"] for each in probes],
+            "own-label probe, shown another label": [each["f_g"][w][SHOWN]["swapped_picture"] for each in probes],
+        },
+    )
+    axes.axhline(report["chance"], color=plots.INK, linewidth=0.8, linestyle=":", label="chance")
+    axes.set(ylabel=f"accuracy ({SHOWN} probe, held out)", ylim=(-0.03, 1.03))
+    title = f"does a probe name the picture's class? (w = {w}, t = {report['probes_at']:g})"
+    plots.style_axes(axes, title, grid="y", size=8)
     _legend(axes, 2)
 
 
 def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
     """Size of f_c - f_u relative to f_u per block."""
     sizes = [of["sizes"] for of in report["blocks"].values()]
-    names = {"rms_ratio": "root mean square", "spread_ratio": "around the means"}
-    for (name, text), colour, marker in zip(names.items(), COLOURS, "os", strict=False):
-        axes.plot(
-            list(report["blocks"]),
-            [each[name] or np.nan for each in sizes],
-            color=colour,
-            marker=marker,
-            label=text,
-            markersize=4,
-        )
-    axes.set(xlabel="block", ylabel="size of f_c - f_u over f_u")
+    _draw_blocks(report, axes, {name: [each[key] for each in sizes] for key, name in SIZES.items()})
+    axes.set(ylabel="size of f_c - f_u over f_u")
     axes.set_ylim(bottom=0)
-    _style_axes(axes, "what guidance multiplies by w")
+    plots.style_axes(axes, "what guidance multiplies by w", grid="y", size=8)
     axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_blocks(report: Mapping[str, Any], axes: Axes, lines: Mapping[str, Sequence[float | None]]) -> None:
+    """Lines over the blocks; a value that is not known is left out."""
+    blocks = [int(k) for k in report["blocks"]]
+    known = {name: [math.nan if value is None else value for value in each] for name, each in lines.items()}
+    plots.draw_lines(axes, {name: (blocks, each) for name, each in known.items()})
+    axes.set(xlabel="block")
+    axes.locator_params(axis="x", integer=True)
 
 
 def draw_maps(
@@ -248,7 +238,7 @@ def draw_maps(
     rows: positions of the n pictures in the data; kept: "u" and "own" -> block -> features (n, T, D).
     """
     decoded = decode_images(load_autoencoder(dataset.manifest.autoencoder, device="cpu"), latents_of(dataset, rows)[0])
-    maps = {"data": as_pictures(decoded)}
+    maps = {"data": plots.as_pictures(decoded)}
     blocks = sorted(kept["u"])
     for k in sorted({blocks[0], int(_shown_block(report)), blocks[-1]}):
         u = kept["u"][k]
@@ -258,10 +248,10 @@ def draw_maps(
         for w in _mapped_scales(report["scales"]):
             name = "f_c" if w == 1 else f"f_g, w = {w:g}"
             maps[f"block {k}: {name}"] = pca_maps(u + w * kept["own"][k], grid)
-    classes = class_names([printable(name) for name in dataset.manifest.classes])
+    classes = class_names(dataset.manifest.classes)
     names = [classes[label][:10] for label in dataset.labels[rows]] if classes else None
     title = f"principal components at t = {report['timesteps'][0]:g}" if report["timesteps"] else "principal components"
-    save(pca_grid(maps, columns=names, title=title, cell=0.7), path)
+    plots.save(plots.pca_grid(maps, columns=names, title=title, cell=0.7), path)
 
 
 def _mapped_scales(scales: Sequence[float]) -> list[float]:
@@ -293,21 +283,8 @@ def _legend(axes: Axes, columns: int) -> None:
     )
 
 
-def _style_axes(axes: Axes, title: str, along: Literal["x", "y"] = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis=along, color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-    axes.set_title(title, loc="left", fontsize=10)
-
-
 def _heading(column: str) -> str:
     return {"0": "f_u", "1": "f_c", DIFFERENCE: "f_c-f_u"}.get(column, f"w={column}")
-
-
-def _block(report: Mapping[str, Any], k: str) -> str:
-    """The start of a line: the block's number, with * for the one that teaches."""
-    return f"{'-' if k == '0' else k:>4}{'*' if str(report['teacher']['block']) == k else ' '}   "
 
 
 def _share(value: Sequence[float] | None) -> str:

@@ -31,7 +31,7 @@ from selftrans.experiments.autoencoder_report import (
     reconstruction_figures,
     sheet,
 )
-from selftrans.messages import plural, printable
+from selftrans.messages import plural, printable, shape_text
 from selftrans.plain_json import to_plain
 from selftrans.storage import (
     atomic_write,
@@ -113,7 +113,7 @@ def check_sides(dataset: Dataset, factor: int) -> None:
     """ValueError unless the factor divides the sides of all pictures."""
     for _, height, width in dataset.shapes:
         if height % factor or width % factor:
-            near = "x".join(str(max(1, round(side / factor)) * factor) for side in (height, width))
+            near = shape_text([max(1, round(side / factor)) * factor for side in (height, width)])
             raise ValueError(
                 f"pictures of {height}x{width} in {dataset.path} do not divide by the factor {factor}; choose another "
                 f"--factor, or prepare them with --resolution {near}"
@@ -180,7 +180,7 @@ def _read_report(out: Path) -> dict[str, Any] | None:
 
 def summary(report: dict[str, Any], out: str | Path) -> str:
     """A few lines to print."""
-    picture, latent = ("x".join(map(str, report[name])) for name in ("picture", "latent"))
+    picture, latent = shape_text(report["picture"]), shape_text(report["latent"])
     figures = report["held_out"]
     distance = f", distance in features {figures['perceptual']:.4f}" if "perceptual" in figures else ""
     return (

@@ -139,5 +139,5 @@ def captions(
     texts = [text for batch in batches for text in conditioning.texts(batch.indices) or ()]
     if texts or not classes:
         return texts or None
-    names = [*class_names([printable(name) for name in classes]), "no class"]  # the null label comes after the classes
+    names = [*class_names(classes), "no class"]  # the null label comes after the classes
     return [names[label] for batch in batches for label in batch.labels.tolist()]

@@ -25,7 +25,7 @@ RECENT = 90.0  #: seconds without a new line after which a run has stopped, unle
 PICTURE_BYTES = 64 << 20  #: of the largest preview that is shown
 STEP_PNG = re.compile(r"step-(\d{1,12})\.png")
 
-#: what two measured points must share to belong to one curve, see `Measurement.identity`
+#: what two measured points must share to belong to one curve, see `measurement.identity_of`
 IDENTITY = (*SHARED, "metric")
 
 

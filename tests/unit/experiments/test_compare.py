@@ -10,11 +10,11 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections import Counter
 from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,18 +24,18 @@ from safetensors.torch import save_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
+from selftrans.data.dataset import Dataset
 from selftrans.evaluate.classifier import SmallClassifier
-from selftrans.experiments import compare, html_report, reference, runner
-from selftrans.experiments.compare import compare_methods, for_method, shared_settings
-from selftrans.experiments.comparison import Comparison
+from selftrans.experiments import comparison_settings, html_report, measurement, reference, runner
+from selftrans.experiments.compare import compare_methods
+from selftrans.experiments.comparison import Comparison, interval
+from selftrans.experiments.comparison_settings import for_method, shared_settings
 from selftrans.experiments.measurement import (
     Measurement,
     PointsFile,
-    due_checkpoints,
-    interval,
+    identity_of,
     measure_point,
     measured_before,
-    measured_steps,
 )
 from selftrans.experiments.runner import StepBar, train_one
 from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
@@ -43,11 +43,9 @@ from selftrans.methods.registry import titles
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
-from selftrans.sampling.conditioning import LabelConditioning
 from selftrans.storage import write_json
 from selftrans.train.capture_rules import ENDED, NotCaptured
 from selftrans.train.trainer import Trainer
-from selftrans.types import Conditions
 from tests.support import toy
 from tests.support.pictures import class_folders
 from tests.support.pools import forked_workers, one_process  # noqa: F401 - fixtures
@@ -183,13 +181,23 @@ def test_teacher_is_shared_only_where_it_is_the_same(tmp_path):
     assert chosen.teacher(("structure", 3)) is None
     given = config.override({"stage2.teacher": "elsewhere"})
     assert Comparison(config, variants | {"same": given}, (3,), tmp_path, 10, "digits").teacher(("same", 3)) is None
-    assert measured_steps(1000) == [200, 400, 600, 800, 1000] and len(measured_steps(1001)) == 6
-    assert measured_steps(1513, 200, 1000) == [200, 400, 600, 800, 1000, 1513]
-    assert measured_steps(1513, 200) == [200, 400, 600, 800, 1000, 1200, 1400, 1513] and measured_steps(3, 1, 5) == [
-        1,
-        2,
-        3,
-    ]
+
+
+def test_grey_pictures_with_classes_are_measured_by_a_classifier_without_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_settings, "classifier_of", lambda *_: Path("c.safetensors"))
+    config = toy.toy({"data.path": str(toy.plain_digits())}, name="imagefolder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shared_settings(config, tmp_path)[1:] == ("c.safetensors", None)
+
+
+def test_steps_at_which_runs_are_measured(tmp_path):
+    config = recipe("digits").override({"train.steps": 1000})
+    chosen = Comparison(config, {}, (), tmp_path, 10, "digits")
+    assert chosen.measured_steps(1000) == [200, 400, 600, 800, 1000] and len(chosen.measured_steps(1001)) == 6
+    longer = dataclasses.replace(chosen, every=200)
+    assert longer.measured_steps(1513) == [200, 400, 600, 800, 1000, 1513]
+    assert dataclasses.replace(chosen, every=1).measured_steps(3) == [1, 2, 3]
 
 
 def test_points_measured_before_stay_in_the_file_until_all_are_there(tmp_path):
@@ -207,44 +215,34 @@ def test_points_measured_before_stay_in_the_file_until_all_are_there(tmp_path):
     assert (stored(), points.points) == ("ab", old[:2])
 
 
-def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path):
-    extractor, sample = SimpleNamespace(sha256="e"), dataclasses.replace(recipe("digits").sample, num=3)
-    conditioning = LabelConditioning(Conditions("labels", 10), sample.labels)
-    measurement, path = Measurement(extractor, None, None, sample, 2, conditioning), tmp_path / "measured.json"
-    assert measured_before(path, measurement.identity) == {}
+def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path, monkeypatch):
+    sample, dataset = dataclasses.replace(recipe("digits").sample, num=3), Dataset.open(toy.plain_digits())
+    identity, path = identity_of(sample, dataset, "e", 2), tmp_path / "measured.json"
+    assert measured_before(path, identity) == {}
     numbers = {
         "step": 2,
         "seconds": 0.5,
-        "tflops": None,
         "metric": "m",
         "distance": 1.0,
-        "accuracy": None,
         "probe": 0.5,
+        "tflops": None,
+        "accuracy": None,
     }
-    sound = {"sha256": "w"} | numbers | json.loads(json.dumps(measurement.identity))
+    sound = {"sha256": "w"} | numbers | json.loads(json.dumps(identity))
     assert (sound["images"], sound["extractor_sha256"], sound["block"]) == (3, "e", 2)
     others = {"images": 4, "block": 1, "extractor_sha256": "f", "sampler": sound["sampler"] | {"guidance_scale": 9.0}}
     path.write_text(json.dumps([sound, *(sound | {"sha256": key, key: value} for key, value in others.items())]))
-    assert measured_before(path, measurement.identity) == {"w": sound}
-    reduced = dataclasses.replace(measurement, decoder=torch.bfloat16)
-    assert (
-        reduced.identity == measurement.identity | {"decoder": "bf16"} and measured_before(path, reduced.identity) == {}
-    )
+    assert measured_before(path, identity) == {"w": sound}
+    monkeypatch.setattr(measurement, "decoder_dtype", lambda *_: torch.bfloat16)
+    reduced = identity_of(sample, dataset, "e", 2)
+    assert reduced == identity | {"decoder": "bf16"} and measured_before(path, reduced) == {}
     path.write_text(json.dumps([sound, sound | {"sha256": "r", "decoder": "bf16"}]))
-    assert measured_before(path, measurement.identity) == {"w": sound}, "not one whose samples were decoded in bfloat16"
-    assert list(measured_before(path, reduced.identity)) == ["r"]
-    for content in (
-        "",
-        "[{",
-        "3",
-        "[3]",
-        "null",
-        '{"a": 1}',
-        "[" * 100_000,
-        '[{"images": 3, "extractor_sha256": "e"}]',
-    ):
+    assert measured_before(path, identity) == {"w": sound}, "not one whose samples were decoded in bfloat16"
+    assert list(measured_before(path, reduced)) == ["r"]
+    partial = '[{"images": 3, "extractor_sha256": "e"}]'
+    for content in ("", "[{", "3", "[3]", "null", '{"a": 1}', "[" * 100_000, partial):
         path.write_text(content)
-        assert measured_before(path, measurement.identity) == {}
+        assert measured_before(path, identity) == {}
 
 
 def test_settings_of_a_run_do_not_depend_on_the_other_methods():
@@ -282,22 +280,20 @@ class Tags(HTMLParser):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_compare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    out, prepare, prepared = tmp_path / "compared", compare.prepare_builtin, []
-    monkeypatch.setattr(compare, "prepare_builtin", lambda *args: prepared.append(args) or prepare(*args))
-    overrides = ["--model.width", "16", "--model.depth", "3", "--train.batch-size", "16", "--sra.head-width", "8"]
-    overrides += [
+    out, prepare, prepared = tmp_path / "compared", comparison_settings.prepare_builtin, []
+    monkeypatch.setattr(comparison_settings, "prepare_builtin", lambda *args: prepared.append(args) or prepare(*args))
+    command = f"compare digits --out {out} --steps 2 --images 24 --workers 1 --model.width 16 --model.depth 3".split()
+    command += [
+        "--train.batch-size",
+        "16",
+        "--sra.head-width",
+        "8",
         "--stage1.head-width",
         "8",
         "--stage2.head-width",
         "8",
-        "--stage2.until-step",
-        "1",
-        "--layersync.until-step",
-        "1",
-        "--sample.steps",
-        "2",
     ]
-    command = ["compare", "digits", "--out", str(out), "--steps", "2", "--images", "24", "--workers", "1", *overrides]
+    command += ["--stage2.until-step", "1", "--layersync.until-step", "1", "--sample.steps", "2"]
     methods = ["vanilla", "structure", "self_transcendence", "layersync"]
     assert main([*command, "--methods", *methods, "--seeds", "0", "1"]) == 0
     output = capfd.readouterr()
@@ -340,18 +336,18 @@ def test_comparison_continues_with_more_steps_methods_and_seeds(
 ) -> None:
     """With more steps, another sampler, and one more method with its own settings: one table with equal measurements."""
     out = tmp_path / "compared"
-    command = ["compare", "digits", "--out", str(out), "--images", "24", "--workers", "1", "--model.width", "16"]
+    command = f"compare digits --out {out} --images 24 --workers 1 --model.width 16 --model.depth 3".split()
     command += [
-        "--model.depth",
-        "3",
         "--train.batch-size",
         "16",
         "--stage1.head-width",
         "8",
         "--stage2.head-width",
         "8",
+        "--stage1.block",
+        "1",
     ]
-    command += ["--stage1.block", "1", "--sample.steps"]
+    command += ["--sample.steps"]
     assert main([*command, "2", "--steps", "10", "--methods", "vanilla", "structure", "--seeds", "0"]) == 0
     more = ["--methods", "vanilla", "structure", "self_transcendence", "--seeds", "0", "1", "--stage1.steps", "3"]
     assert main([*command, "3", "--steps", "15", *more]) == 0, capfd.readouterr().err
@@ -378,30 +374,10 @@ def test_data_without_classes_are_compared_too(tmp_path: Path, capfd: pytest.Cap
         assert main(["prepare", str(source), "--out", str(tmp_path / f"{source.name}-data")]) == 0
     extractor = str(tmp_path / "classifier.safetensors")
     assert main(["classifier", str(tmp_path / "labelled-data"), "--out", extractor, "--epochs", "1"]) == 0
-    command = [
-        "compare",
-        "imagefolder",
-        "--data",
-        str(tmp_path / "flat-data"),
-        "--features",
-        extractor,
-        "--images",
-        "8",
-    ]
-    command += [
-        "--out",
-        str(tmp_path / "out"),
-        "--steps",
-        "2",
-        "--methods",
-        "vanilla",
-        "--workers",
-        "1",
-        "--seeds",
-        "0",
-    ]
-    small = ["--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--train.batch-size", "4"]
-    assert main([*command, *small, "--stage1.block", "1", "--sample.steps", "1"]) == 0, capfd.readouterr().err
+    command = f"compare imagefolder --data {tmp_path}/flat-data --features {extractor} --images 8 --out {tmp_path}/out"
+    command += " --steps 2 --methods vanilla --workers 1 --seeds 0 --model.width 16 --model.depth 2 --model.heads 2"
+    command += " --train.batch-size 4 --stage1.block 1 --sample.steps 1"
+    assert main(command.split()) == 0, capfd.readouterr().err
     (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["table"]
     assert row["distance"]["mean"] > 0 and row["probe"] is None and row["accuracy"] is None
 
@@ -428,11 +404,8 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
     output = capfd.readouterr()
     summary = json.loads((tmp_path / "x" / "compare.json").read_text())
     assert [one["path"] for one in summary["teachers"]] == [str(tmp_path / "ema.safetensors")]
-    assert summary["table"][1]["total_tflops"] is None and summary["curves"]["tflops"]["self_transcendence"] == [
-        [],
-        [],
-        [],
-    ]
+    assert summary["table"][1]["total_tflops"] is None
+    assert summary["curves"]["tflops"]["self_transcendence"] == [[], [], []]
     assert "ema.safetensors, step 4" in (tmp_path / "x" / "compare.html").read_text()
     assert output.out
 
@@ -446,6 +419,7 @@ def test_given_teacher_is_used_and_its_cost_is_unknown(tmp_path: Path, capfd: py
         (["compare", "digits", "--out", "x", "--seeds", "1", "1"], "seeds that differ"),
         (["compare", "digits", "--out", "x", "--workers", "0"], "--workers 0 should be 1 or more"),
         (["quickstart", "--out", "x", "--workers", "-1"], "--workers -1 should be 1 or more"),
+        (["quickstart", "--out", "x", "--seeds", "-1"], "seeds that differ from each other, from 0 on"),
         (["compare", "digits", "--out", "x", "--train.stepz", "3"], "did you mean --train.steps"),
         (["compare", "digits", "--methods", "vanilla"], "--out"),
         (["compare", "cifar10", "--out", "x"], "needs --data DIR"),
@@ -512,11 +486,11 @@ def watched_worker(comparison: Comparison, *shared: Any) -> None:
 def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path, monkeypatch):
     config = toy.toy({"method": "vanilla", "train.steps": 10, "sample.steps": 1})
     plain = Comparison(config, {"vanilla": config}, (0, 1), tmp_path / "plain", 24, "values")
-    measurement = Measurement.of(config, "values", weights=None, images=24, block=plain.block)
+    measuring = Measurement.of(config, "values", weights=None, images=24, block=plain.block)
     expected = {}
     for job in plain.jobs:
         run = train_one(plain, job, lambda steps: None)
-        expected[job] = [measure_point(run, folder, measurement) for folder in due_checkpoints(run)]
+        expected[job] = [measure_point(run, folder, measuring) for folder in plain.due(job)]
     comparison = dataclasses.replace(plain, out=tmp_path / "interrupted")
     comparison.out.mkdir()
     monkeypatch.setattr(runner, "_init_worker", watched_worker)
@@ -588,15 +562,11 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     assert reported == [step, *[1] * (20 - step)], "the run continues"
 
 
-@pytest.mark.parametrize(
-    ("workers", "load", "own", "policy"),
-    [(1, 0.1, 0, None), (1, 1.2, 6, "PASSIVE"), (2, 0.1, 0, "PASSIVE"), (1, 1.2, 60, None)],
-)
-def test_threads_wait_without_spinning_where_others_use_the_cores(tmp_path, monkeypatch, workers, load, own, policy):
-    """The load is of all processes; `own`: seconds on cores of this one, which it has just used."""
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
-    monkeypatch.setattr(os, "times", lambda: os.times_result((own / 2, own / 4, own / 4, 0.0, 0.0)))
-    monkeypatch.setattr(runner, "STARTED", time.monotonic())
+@pytest.mark.parametrize(("workers", "load", "policy"), [(1, 0.1, None), (1, 1.2, "PASSIVE"), (2, 0.1, "PASSIVE")])
+def test_threads_wait_without_spinning_where_others_use_the_cores(tmp_path, monkeypatch, workers, load, policy):
+    """What this process itself has added to the load average since it began does not count."""
+    monkeypatch.setattr(runner, "LOAD", load)
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0), raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "")  # restored afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(runner, "_in_workers", lambda *shared: os.environ.get("OMP_WAIT_POLICY"))

@@ -26,9 +26,9 @@ from selftrans.data.dataset import Dataset
 from selftrans.evaluate import extractors
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.extractors import FeaturesNotFinite, extractor_sha256, load_extractor
-from selftrans.experiments import compare, comparison_files, measurement, runner
-from selftrans.experiments.compare import classifier_of
+from selftrans.experiments import compare, comparison_settings, measurement, runner
 from selftrans.experiments.comparison import Comparison
+from selftrans.experiments.comparison_settings import classifier_of, equal_lengths, for_method
 from selftrans.experiments.finished_runs import all_measured, finished_runs
 from selftrans.experiments.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
 from selftrans.sampling.images import NotFinite
@@ -74,8 +74,8 @@ def _(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def comparison(out: Path, *names: str, dotted: dict[str, Any] | None = None, images: int = 24) -> Comparison:
     config = toy.toy(SMALL | (dotted or {}))
-    config = compare.equal_lengths(toy.override(config, {"method": "self_transcendence"}))
-    variants = {name: compare.for_method(config, name) for name in names or NAMES}
+    config = equal_lengths(toy.override(config, {"method": "self_transcendence"}))
+    variants = {name: for_method(config, name) for name in names or NAMES}
     return Comparison(config, variants, (0,), out, images, "values")
 
 
@@ -121,7 +121,7 @@ def test_finished_comparison_starts_no_worker_and_reads_no_weights(folder, monke
 
     monkeypatch.setattr(runner, "ProcessPoolExecutor", refuse)
     monkeypatch.setattr(checkpoint, "read", refuse)
-    monkeypatch.setattr(compare, "decoded_images", refuse)
+    monkeypatch.setattr(comparison_settings, "decoded_images", refuse)
     chosen = comparison(folder)
     compare.check_before(chosen, finished_runs(chosen))
     found, _ = measured(chosen)
@@ -324,24 +324,40 @@ def test_hash_of_an_extractor_is_known_without_what_it_measures(tmp_path, monkey
 
 
 def test_files_are_written_once_and_again_when_something_has_changed(folder):
-    chosen = dataclasses.replace(comparison(folder, "vanilla"), images=24)
+    chosen = comparison(folder, "vanilla")
+    finished = finished_runs(chosen)
+    assert all_measured(chosen, finished) and compare.unchanged(chosen, finished) is None
     summary = compare.summarise(chosen, runner.train_and_measure(chosen))
-    assert comparison_files.unchanged(chosen, summary) is None
-    comparison_files.write(chosen, summary | {"time": {"seconds": 1.0}})
+    compare.write(chosen, summary | {"time": {"seconds": 1.0}})
     held = json.loads((folder / "compare.json").read_text())
-    assert comparison_files.unchanged(chosen, summary) == held and held["time"] == {"seconds": 1.0}
+    assert compare.unchanged(chosen, finished) == held and held["time"] == {"seconds": 1.0}
     page = folder / "compare.html"
     text = page.read_text()
     for damaged in (text[:100], None):
         page.unlink()
         if damaged:
             page.write_text(damaged)
-        assert comparison_files.unchanged(chosen, summary) is None
+        assert compare.unchanged(chosen, finished) is None
     page.write_text(text)
-    assert comparison_files.unchanged(chosen, summary) == held
-    assert comparison_files.unchanged(chosen, summary | {"images": 25}) is None
+    assert compare.unchanged(chosen, finished) == held
+    assert compare.unchanged(dataclasses.replace(chosen, images=25), finished) is None
+    assert compare.unchanged(chosen, {}) is None
     (folder / "compare.json").write_text((folder / "compare.json").read_text()[:100])
-    assert comparison_files.unchanged(chosen, summary) is None
+    assert compare.unchanged(chosen, finished) is None
+
+
+def test_damaged_checkpoint_whose_samples_are_shown_is_trained_again(tmp_path):
+    """It is measured, so only the samples need it; also where another method is added in the same call."""
+    config = toy.toy(SMALL)
+    compare.compare_methods(config, tmp_path, NAMES[:1], images=24, features="values")
+    file = toy.checkpoint(tmp_path / "vanilla-seed0", "vanilla") / "ema.safetensors"
+    half = file.read_bytes()[:100]
+    file.unlink()  # its tensors are mapped into memory
+    file.write_bytes(half)
+    DONE.clear()
+    with pytest.warns(UserWarning, match="skipping a damaged checkpoint"):
+        summary = compare.compare_methods(config, tmp_path, NAMES[:2], images=24, features="values")
+    assert [row["seeds"] for row in summary["table"]] == [1, 1] and DONE["run"] == 2
 
 
 def test_method_that_diverges_fails_alone_and_is_tried_again(tmp_path, monkeypatch, capfd):

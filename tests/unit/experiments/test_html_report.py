@@ -72,7 +72,7 @@ def test_deviation_that_rounds_to_zero_is_left_out(mean, std, text):
 def test_page_says_what_the_deviations_are_of(seeds, expected, monkeypatch):
     monkeypatch.setattr(html_report, "depends_on", lambda summary: {})
     page = comparison_page(
-        {"table": [row()], "metric": "m", "seeds": seeds}, Figure(), {"a": np.zeros((1, 8, 8, 1), np.uint8)}
+        {"table": [row()], "metric": "m", "seeds": seeds}, Figure(), {"vanilla": np.zeros((1, 8, 8, 1), np.uint8)}
     )
     assert all(text in page for text in expected)
     assert ("standard deviation" in page) == (len(seeds) > 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from selftrans.experiments.quickstart import seconds_in_all
+from selftrans.experiments.quickstart import time_taken
 from selftrans.experiments.quickstart_report import at_compute, cells, compared, cut, duration, sentence
 
 NAMES = {"vanilla": "vanilla", "structure": "stage 1 only", "both": "Both"}
@@ -72,12 +72,14 @@ def test_ratios_of_several_seeds_are_of_pairs() -> None:
     assert "0.62 ± 0.18 times at step 200" in sentence(found, "Both", "vanilla")
 
 
-def test_seconds_of_a_call_that_only_writes_the_report_again_do_not_count():
-    done, kept = ({"spent": {"steps": 1.0, "training": 2.0, "measuring": 0.0}}, []), ({"spent": {"steps": 0.0}}, [])
-    assert seconds_in_all(0.0, 9.0, {("vanilla", 0): done}) == 9.0
-    assert seconds_in_all(7.0, 9.0, {("vanilla", 0): kept, ("sra", 0): done}) == 16.0
-    assert seconds_in_all(7.0, 9.0, {("vanilla", 0): kept}) == 7.0
-    assert seconds_in_all(0.0, 9.0, {("vanilla", 0): kept}) == 9.0, "of a quickstart whose table was removed"
+def test_seconds_of_a_call_that_only_writes_the_report_again_do_not_count(tmp_path):
+    trained, kept = ({"spent": {"steps": 1.0, "measuring": 0.0}}, []), ({"spent": {"steps": 0.0}}, [])
+    again, now = {("vanilla", 0): kept}, (9.0, True)
+    assert time_taken(tmp_path, ["t"], again, now) == now, "of a quickstart whose table was removed"
+    (tmp_path / "table.json").write_text('{"table": ["t"], "seconds": 7, "continued": false}')
+    assert time_taken(tmp_path, ["t"], again, now) == (7.0, False)
+    assert time_taken(tmp_path, ["other"], again, now) == now
+    assert time_taken(tmp_path, ["t"], again | {("sra", 0): trained}, now) == now
 
 
 def test_duration_says_that_interrupted_calls_are_not_in_it() -> None:

@@ -21,6 +21,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
 from selftrans.experiments.bench.loading_sampling import loading, prepare_sampling, random_dataset, sampling
 from selftrans.experiments.bench.machine import Clock, Peak, describe, load_average
+from selftrans.experiments.bench.read_report import CAPTURED, PLAIN
 from selftrans.experiments.bench.rounds import (
     PARTS,
     Candidate,
@@ -31,7 +32,6 @@ from selftrans.experiments.bench.rounds import (
     interleaved,
     randomise,
 )
-from selftrans.experiments.bench.text_table import table
 from selftrans.messages import first_line
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import meta_objective
@@ -63,7 +63,6 @@ RATIOS = {
 }
 #: row -> the method that the trainer runs in it
 TRAINED = {"vanilla": VANILLA, "stage1": STRUCTURE, "stage2": SELF_TRANSCENDENCE}
-CAPTURED, PLAIN = "captured_", "plain_"  #: prefixes of their rows: as CUDA graphs (`train.capture`), or `plain_step`
 ROWS = ("vanilla", "stage1", "stage2", "plain_vanilla", "plain_stage2")  #: what is measured by default
 KNOWN = (*ROWS, *(CAPTURED + name for name in TRAINED))
 
@@ -291,6 +290,3 @@ def _row(rounds: list[dict[str, float]], batch_size: int) -> dict[str, Any]:
 def _ratios(rounds: dict[str, list[dict[str, float]]], numerator: str, denominator: str) -> list[float]:
     pairs = zip(rounds[numerator], rounds[denominator], strict=True)
     return [above["total"] / below["total"] for above, below in pairs]
-
-
-__all__ = ["bench", "build", "published", "settings", "table"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from selftrans.data.shard_file import write_shard
 from selftrans.encoders.identity import identity
 from selftrans.encoders.latent_space import LatentSpace
 from selftrans.experiments.bench.machine import Clock
+from selftrans.experiments.bench.rounds import in_turn
+from selftrans.messages import shape_text
 from selftrans.models.compiling import compile_model
 from selftrans.sampling.images import Sampler, cast_products
 from selftrans.storage import sha256_file
@@ -61,34 +64,29 @@ def random_dataset(folder: Path, shape: tuple[int, int, int], count: int, classe
     return Dataset.open(folder)
 
 
-def loading(
-    dataset: Dataset, clock: Clock, *, batch_size: int = 256, batches: int = 40, rounds: int = 5
-) -> dict[str, Any]:
+def loading(dataset: Dataset, clock: Clock, *, batches: int) -> dict[str, Any]:
     """Latents per second, from storage to sampled latents on the device: memory-mapped, and with the data on the device."""
     ways = {"memory_mapped": dataset, "on_device": OnDevice(dataset, clock.device)}
-    streams = {
-        name: Stream(source, batch_size=batch_size, accumulate=1, seed=0).from_step(0, pin=clock.device.type == "cuda")
-        for name, source in ways.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number, name in itertools.product(range(rounds + 1), ways):
-        began = time.perf_counter()
-        for drawn in itertools.islice(streams[name], batches):
-            to_batch(drawn, dataset, clock.device)
-        clock.wait()
-        if number:  # the first round reads the files into memory
-            times[name].append(time.perf_counter() - began)
-    rates = {f"{name}_latents_per_s": batch_size * batches / statistics.median(each) for name, each in times.items()}
-    latent = "x".join(str(side) for side in dataset.manifest.shape)
-    return {"batch": batch_size, "latent": latent, "rounds": rounds} | rates
+
+    def reading(source: Dataset) -> Callable[[], None]:
+        stream = Stream(source, batch_size=256, accumulate=1, seed=0).from_step(0, pin=clock.device.type == "cuda")
+
+        def read() -> None:
+            for drawn in itertools.islice(stream, batches):
+                to_batch(drawn, dataset, clock.device)
+
+        return read
+
+    # the round that is not counted reads the files into memory
+    times = in_turn({name: reading(source) for name, source in ways.items()}, clock, rounds=5)
+    rates = {f"{name}_latents_per_s": 256 * batches / statistics.median(each) for name, each in times.items()}
+    return {"batch": 256, "latent": shape_text(dataset.manifest.shape), "rounds": 5} | rates
 
 
-def sampling(
-    model: Any, clock: Clock, *, precision: Any, images: int, steps: int = 20, rounds: int = 3
-) -> dict[str, Any]:
+def sampling(model: Any, clock: Clock, *, precision: Any, images: int, rounds: int, steps: int = 20) -> dict[str, Any]:
     """Images per second of Euler's method with guidance scale 1.9, on [0, 1] and on INTERVAL, without decoding."""
 
-    def once(interval: tuple[float, float]) -> float:
+    def once(interval: tuple[float, float]) -> None:
         config = SampleConfig(
             num=images,
             batch_size=images,
@@ -98,20 +96,11 @@ def sampling(
             guidance_interval=interval,
             precision=precision,
         )
-        sampler = Sampler(model, identity("pixel"), config, device=clock.device)
-        clock.wait()
-        began = time.perf_counter()
-        for _ in sampler.sample():
+        for _ in Sampler(model, identity("pixel"), config, device=clock.device).sample():
             pass
-        clock.wait()
-        return time.perf_counter() - began
 
-    ways = {"full": (0.0, 1.0), "interval": INTERVAL}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number, name in itertools.product(range(rounds + 1), ways):
-        seconds = once(ways[name])
-        if number:
-            times[name].append(seconds)
+    ways = {"full": partial(once, (0.0, 1.0)), "interval": partial(once, INTERVAL)}
+    times = in_turn(ways, clock, rounds)
     ratio = statistics.median(part / full for part, full in zip(times["interval"], times["full"], strict=True))
     return {
         "batch": images,

@@ -17,7 +17,8 @@ from selftrans.models.registry import find
 from selftrans.storage import UNREADABLE
 from selftrans.types import Conditions
 
-#: prefixes of the rows of the plain implementation, which `train` does not run, and of steps replayed as CUDA graphs
+#: prefixes of rows: of the plain implementation (`plain_step`), which `train` does not run, and of steps replayed as CUDA
+#: graphs (`train.capture`)
 PLAIN, CAPTURED = "plain_", "captured_"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -206,6 +206,20 @@ def interleaved(
         rounds["matmul"].append({str(side): duration for side, duration in peak.measure().items()})
         each = time.monotonic() - started
     return rounds, first
+
+
+def in_turn(ways: Mapping[str, Callable[[], object]], clock: Clock, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in interleaved rounds, in alternating order, after a first one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name in list(ways)[:: 1 if number % 2 else -1]:
+            clock.wait()
+            began = time.perf_counter()
+            ways[name]()
+            clock.wait()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 def _timed_steps(candidate: Candidate, clock: Clock, steps: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from selftrans.experiments.html_report import aligned
 from selftrans.messages import plural
 
 NAMES = {
@@ -27,19 +28,15 @@ def table(report: dict[str, Any]) -> str:
     machine = report["machine"]
     lines = [
         f"{machine['gpu'] or machine['cpu']}, {plural(machine['cores'], 'core')}, {plural(machine['threads'], 'thread')}, "
-        "torch "
-        f"{machine['torch']}, {machine['dtype']}, load {machine['load_before']} before, {machine['load_after']} after"
+        f"torch {machine['torch']}, {machine['dtype']}, load {machine['load_before']} before, {machine['load_after']} after"
     ]
     for name, model in report["models"].items():
+        title = f"{name}, {model['tokens']} tokens, batch {model['batch']}"
         if "failed" in model:
-            lines += ["", f"{name}, {model['tokens']} tokens, batch {model['batch']}: {model['failed']}"]
+            lines += ["", f"{title}: {model['failed']}"]
             continue
-        lines += [
-            "",
-            f"{name}, {model['tokens']} tokens, batch {model['batch']}, medians of {plural(model['rounds'], 'round')}",
-        ]
-        lines.append(" " * 16 + "".join(f"{column:>12}" for column in COLUMNS))
-        lines += [f"{NAMES[row]:<16}" + _cells(values) for row, values in model["rows"].items()]
+        lines += ["", f"{title}, medians of {plural(model['rounds'], 'round')}"]
+        lines.append(aligned([["", *COLUMNS], *([NAMES[row], *_cells(each)] for row, each in model["rows"].items())]))
         lines.append(f"best matmul {model['matmul_peak_tflops']:.4g} TFLOP/s")
         for ratio, value in model["ratios"].items():
             low, high = model["ratios_range"].get(ratio, (None, None))
@@ -64,10 +61,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any]) -> str:
-    parts = [row["images_per_s"], row["ms"]] + [
-        row[f"{part}_ms"] for part in ("data", "forward", "backward", "optimiser")
-    ]
-    shown = "".join(f"{'-' if value is None else format(value, '.4g'):>12}" for value in parts)
+def _cells(row: dict[str, Any]) -> list[str]:
+    keys = ("images_per_s", "ms", "data_ms", "forward_ms", "backward_ms", "optimiser_ms")
     memory = "-" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.2f}"
-    return f"{shown}{memory:>12}{row['utilisation']:>12.1%}"
+    return [*("-" if row[key] is None else f"{row[key]:.4g}" for key in keys), memory, f"{row['utilisation']:.1%}"]

@@ -22,7 +22,10 @@ export function short(value, digits = 3, fixed = false) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 1e-4) return value.toExponential(digits - 1).replace("e+", "e");
+  if (size >= 1e6 || size < 1e-4) {
+    const rounded = fixed ? value.toExponential(digits - 1) : Number(value.toPrecision(digits)).toExponential();
+    return rounded.replace("e+", "e");
+  }
   const places = Math.max(0, digits - 1 - Math.floor(Math.log10(size)));
   const most = Math.min(places, 8);
   return value.toLocaleString("en", { minimumFractionDigits: fixed ? most : 0, maximumFractionDigits: most });

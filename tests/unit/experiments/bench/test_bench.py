@@ -10,6 +10,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +25,14 @@ from selftrans.cli.commands import COMMANDS, Sample
 from selftrans.cli.main import main
 from selftrans.cli.parse import blank, parse
 from selftrans.config import SampleConfig, settings_of
-from selftrans.experiments.bench import ROWS, bench, published, settings, table
+from selftrans.experiments.bench import ROWS, bench, published, settings
 from selftrans.experiments.bench import rounds as bench_rounds
 from selftrans.experiments.bench.loading_sampling import passes, random_dataset
 from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
 from selftrans.experiments.bench.plain_step import PlainStep, plain_losses, update_ema
-from selftrans.experiments.bench.rounds import PARTS, Memory, interleaved, randomise
-from selftrans.experiments.compare import for_method
+from selftrans.experiments.bench.rounds import PARTS, Memory, in_turn, interleaved, randomise
+from selftrans.experiments.bench.text_table import table
+from selftrans.experiments.comparison_settings import for_method
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage2
@@ -137,6 +139,12 @@ def test_interleaved_steps_measure_known_durations() -> None:
             assert [one[part] for part in PARTS] == pytest.approx([shortest * (i + 1) for i in range(4)])
             assert one["total"] == pytest.approx(10 * shortest)
     assert set(rounds["matmul"][0]) == {"512", "1024", "2048"} and all(s > 0 for s in rounds["matmul"][0].values())
+
+
+def test_ways_take_turns_and_their_first_round_is_not_counted() -> None:
+    calls: list[str] = []
+    seconds = in_turn({name: partial(calls.append, name) for name in "ab"}, Clock(CPU), rounds=3)
+    assert "".join(calls) == "baabbaab" and {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_rounds_continue_for_the_given_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
