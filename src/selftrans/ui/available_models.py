@@ -18,15 +18,11 @@ MOST_CLASSES = 1000  #: classes whose names are sent to the page
 
 def available_models(state: RunState, known: Sequence[RunState]) -> dict[str, Any]:
     """What can be sampled and drawn, as json types. `known`: the runs that may hold its teacher."""
-    config, report, plan, _ = state.read()
+    run = state.read()
     data, _ = state.files.read(state.place / "data.json")
-    classes, sample = part(data, "classes", list), part(config, "sample", dict)
-    stages = [
-        {"name": name, "checkpoints": found}
-        for name in state.stages(report, plan)
-        if (found := state.checkpoints(name))
-    ]
-    last = plan.stages[-1] if plan.stages else None
+    classes, sample = part(data, "classes", list), part(run.config, "sample", dict)
+    stages = [{"name": name, "checkpoints": found} for name in run.stages if (found := state.checkpoints(name))]
+    plan, last = run.plan, run.plan.stages[-1] if run.plan.stages else None
     return {
         "stages": stages,
         "conditions": str(part(data, "conditions", dict).get("kind", "none")),
@@ -43,8 +39,8 @@ def available_models(state: RunState, known: Sequence[RunState]) -> dict[str, An
 
 def _teacher(state: RunState, known: Sequence[RunState]) -> dict[str, Any] | None:
     """The checkpoint that taught the last stage, if it is in one of the runs."""
-    _, _, plan, _ = state.read()
-    spec = plan.stages[-1].teacher if plan.stages else None
+    stages = state.read().plan.stages
+    spec = stages[-1].teacher if stages else None
     if spec is None:
         return None
     holder, step = (state, None) if spec.given is None else _holder(spec.given, known)

@@ -118,7 +118,7 @@ def _condition(loaded: LoadedModel, asked: Asked, found: Pictures, device: torch
 
 def _guided(source: Source, loaded: LoadedModel) -> dict[str, Any] | None:
     """The guided blocks of the stage whose weights these are, as json types; None if its settings do not say."""
-    _, _, plan, _ = source.state.read()
+    plan = source.state.read().plan
     stage = next((each for each in plan.stages if each.name == loaded.stage), None)
     if plan.config is None or stage is None:
         return None

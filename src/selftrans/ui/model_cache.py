@@ -46,8 +46,7 @@ def source_of(raw: Any, run: Callable[[str], RunState], where: str) -> Source:
     """The weights that a request names. ValueError or LookupError where there are none."""
     wanted: Wanted = from_plain(Wanted, raw, where)
     state = run(wanted.run)
-    _, report, plan, _ = state.read()
-    if wanted.stage not in state.stages(report, plan):
+    if wanted.stage not in state.read().stages:
         raise LookupError(f"{state.found.name} has no such stage")
     return Source(state, wanted, state.weights(wanted.stage, wanted.step, wanted.weights))
 

@@ -48,8 +48,7 @@ class RunData:
 
     def of(self, state: RunState) -> Dataset | None:
         """The data of a run; None where they are in none of the given folders, or cannot be read."""
-        config, _, _, _ = state.read()
-        named = part(config, "data", dict).get("path")
+        named = part(state.read().config, "data", dict).get("path")
         places = [self._given(named)] if isinstance(named, str) and "\0" not in named else []
         for place in [*places, state.place / "data"]:
             if place is not None and is_prepared(place.path) and not _has_links(place):

@@ -98,10 +98,9 @@ class Page:
             states = [self.run(key) for key in keys]
             shown = []
             for state in states:
-                found, (_, report, plan, _) = state.summary(), state.read()
-                names = state.stages(report, plan)
+                names = state.read().stages
                 parts = {n: {"previews": state.previews(n), "checkpoints": state.checkpoints(n)} for n in names}
-                shown.append(found | {"parts": parts})
+                shown.append(state.summary() | {"parts": parts})
             return {"runs": shown, "differences": preview_differences(states), "distances": distances(states)}
 
     def tables(self) -> dict[str, Any]:
@@ -115,8 +114,7 @@ class Page:
         """The picture of a step. LookupError, OSError where there is none."""
         with self._lock:
             state = self.run(key)
-            _, report, plan, _ = state.read()
-            names = state.stages(report, plan)
+            names = state.read().stages
         if not 0 <= stage < len(names) or step < 0:
             raise LookupError("there is no such stage")
         content = state.preview(names[stage], step).read(PICTURE_BYTES)

@@ -83,7 +83,7 @@ def measured_tables(states: Iterable[RunState], stored: Collection[Contained] = 
         if Contained(state.place.root, state.place.parts[:-1]) in stored:
             continue
         match = SEEDED.fullmatch(state.place.parts[-1] if state.place.parts else state.place.root.name)
-        _, report, _, _ = state.read()
+        report = state.read().report
         # while a run is extended, run.json has the cost of its first finish: later points do not belong to it
         end = number(report.get("student_steps"))
         points = [point for point in state.measured() if end is None or point["step"] <= end]
@@ -142,8 +142,7 @@ def distances(states: Sequence[RunState]) -> dict[str, Any]:
     found: dict[str, Any] = {axis: {} for axis in AXES}
     metrics = set()
     for state in states:
-        points = state.measured()
-        _, report, _, _ = state.read()
+        points, report = state.measured(), state.read().report
         for axis in AXES if points else ():
             known = axis == "step" or all(
                 number(each) is not None
