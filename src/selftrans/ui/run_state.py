@@ -22,6 +22,7 @@ from selftrans.ui.run_plan import Plan, plan_of
 
 POINTS = 600  #: of a curve
 RECENT = 90.0  #: seconds without a new line after which a run has stopped, unless its lines are further apart
+LOCKS = Path("/proc/locks")  #: held locks of files, a line each: number, kind, ..., process, device:device:inode, ...
 PICTURE_BYTES = 64 << 20  #: of the largest preview that is shown
 STEP_PNG = re.compile(r"step-(\d{1,12})\.png")
 
@@ -164,14 +165,19 @@ class RunState:
 
     def locked(self) -> bool:
         """Whether a process of this machine trains in it. Only looked up: taking the lock could stop a run that starts."""
-        stamp = (self.place / ".lock").stamp()
-        if stamp is None:
-            return False
         try:
-            lines = Path("/proc/locks").read_text().splitlines()
-        except OSError:  # another system, or one that does not show them
+            with (self.place / ".lock").open() as file:
+                about, owner = os.fstat(file.fileno()), file.read(20).decode("ascii", "replace").strip()
+            held = [line.split() for line in LOCKS.read_text().splitlines()]
+        except OSError:  # no lock, or a system that does not show who holds it
             return False
-        return any(line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{stamp[0]}") for line in lines if line)
+        own = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
+        for _, kind, _, _, process, file_id, *_ in held:
+            device, _, inode = file_id.rpartition(":")
+            # other file systems have the same numbers; some, of containers, show another device here than in `stat`
+            if kind == "FLOCK" and inode == str(about.st_ino) and (device == own or process == owner):
+                return True
+        return False
 
     def _left(self, run: Contents, seen: Glance, total: int | None, later: list[str]) -> float | None:
         """Seconds left, at the present rate, of this stage and of the later ones."""
