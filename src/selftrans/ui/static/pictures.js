@@ -66,4 +66,13 @@ export class Picker {
   }
 }
 
-export const runsWithModels = async (signal) => (await get("/api/runs", signal)).runs.filter((run) => run.state !== "unreadable" && run.step !== null);
+// {runs that have trained, id of the one to begin with: that in the address, else the newest}; null, and said in `main`, where there is none.
+export async function trainedRuns(main, query, signal) {
+  const runs = (await get("/api/runs", signal)).runs.filter((run) => run.state !== "unreadable" && run.step !== null);
+  if (!runs.length) {
+    main.replaceChildren(h("section", { class: "card empty" }, "No run has trained yet."));
+    return null;
+  }
+  const newest = runs.reduce((a, b) => ((b.changed || 0) > (a.changed || 0) ? b : a));
+  return { runs, first: (runs.find((run) => run.id === query.get("run")) || newest).id };
+}
