@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 
 from selftrans.device import default_device
 from selftrans.messages import first_line
@@ -36,15 +36,7 @@ from selftrans.ui.tables import distances, measured_tables, stored_table
 
 MOST_BODY = 2 * UPLOAD_BYTES
 MOST_RUNS = 8  #: next to each other
-#: of the page itself: name -> media type
-STATIC = {
-    "": "text/html; charset=utf-8",
-    "style.css": "text/css; charset=utf-8",
-    "icon.svg": "image/svg+xml",
-} | {
-    f"{name}.js": "text/javascript; charset=utf-8"
-    for name in ("main", "dom", "chart", "runs", "run", "side", "play", "maps", "tables", "pictures")
-}
+STATIC = Path(__file__).parent / "static"  #: the page itself
 
 
 class Page:
@@ -141,13 +133,6 @@ class Page:
 
 def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None) -> Starlette:
     """The ASGI application of a page; it guards itself, see `Guard`."""
-    static = {name: _static(name or "index.html") for name in STATIC}
-
-    def fixed(name: str) -> Route:
-        async def answer(request: Request) -> Response:
-            return Response(static[name], media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
-
-        return Route(f"/{name}", answer)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> Any:
@@ -183,7 +168,6 @@ def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None
             raise LookupError("there is no such preview") from error
 
     routes = [
-        *map(fixed, STATIC),
         Route("/api/runs", _fresh(lambda request: page.runs())),
         Route("/api/runs/{key:str}", _fresh(lambda request: page.detail(request.path_params["key"]))),
         Route("/api/runs/{key:str}/previews/{stage:int}/{step:int}.png", preview),
@@ -193,6 +177,8 @@ def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None
         Route("/api/jobs", start, methods=["POST"]),
         Route("/api/jobs/{key:int}/cancel", cancel, methods=["POST"]),
         Route("/api/jobs/{key:int}/pictures/{number:int}.png", job_picture),
+        Route("/", lambda request: FileResponse(STATIC / "index.html")),
+        Mount("/", StaticFiles(directory=STATIC)),
     ]
     errors: dict[Any, Any] = {ValueError: _error(400), LookupError: _error(404), Busy: _error(409)}
     middleware = [Middleware(Guard, host=host, token=token), Middleware(GZipMiddleware, minimum_size=2048)]
@@ -227,10 +213,6 @@ def _json(content: Any, status: int = 200) -> Response:
     """An answer in ASCII: texts of files and requests may hold what UTF-8 does not."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return Response(text, status, media_type="application/json")
-
-
-def _static(name: str) -> bytes:
-    return (files("selftrans.ui") / "static" / name).read_bytes()
 
 
 def _png(content: bytes) -> Response:
