@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selftrans.checkpoints import format as checkpoint
 from selftrans.messages import printable
 from selftrans.ui.contained import number, part, plain
 from selftrans.ui.run_plan import scale_of
-from selftrans.ui.run_state import RunState
+from selftrans.ui.run_state import STEP, RunState
 
 MOST_CLASSES = 1000  #: classes whose names are sent to the page
 
@@ -63,10 +63,5 @@ def _holder(given: str, known: Sequence[RunState]) -> tuple[RunState | None, int
     """The run that holds a given teacher, and the step of its checkpoint if it is named."""
     path = Path(os.path.realpath(given)) if "\0" not in given else Path()
     holder = next((each for each in known if path.is_relative_to(each.place.path)), None)
-    named = next((part for part in path.parts[::-1] if part.startswith("step-")), "")
-    step = (
-        int(named[5:])
-        if named[5:].isdecimal() and checkpoint.path_of_step(Path(), int(named[5:])).name == named
-        else None
-    )
-    return holder, step
+    steps = [int(match[1]) for name in path.parts if (match := re.fullmatch(STEP, name))]
+    return holder, steps[-1] if steps else None

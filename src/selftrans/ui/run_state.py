@@ -24,7 +24,7 @@ POINTS = 600  #: of a curve
 RECENT = 90.0  #: seconds without a new line after which a run has stopped, unless its lines are further apart
 LOCKS = Path("/proc/locks")  #: held locks of files, a line each: number, kind, ..., process, device:device:inode, ...
 PICTURE_BYTES = 64 << 20  #: of the largest preview that is shown
-STEP_PNG = re.compile(r"step-(\d{1,12})\.png")
+STEP = r"step-(\d{1,12})"  #: name of a checkpoint; with .png, of a preview
 
 #: what two measured points must share to belong to one curve, see `Measurement.identity`
 IDENTITY = (*SHARED, "metric")
@@ -253,7 +253,7 @@ class RunState:
     def previews(self, stage: str) -> list[int]:
         """Steps that have a preview."""
         names = (each.name for each in (self.place / stage / "previews").entries())
-        return sorted(int(match[1]) for name in names if (match := STEP_PNG.fullmatch(name)))
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(STEP + r"\.png", name)))
 
     def preview(self, stage: str, step: int) -> Contained:
         """The file of a preview."""
@@ -262,7 +262,7 @@ class RunState:
     def checkpoints(self, stage: str) -> list[int]:
         """Steps that have a checkpoint; its content is not verified here."""
         names = (self.place / stage / "checkpoints").folders()
-        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{1,12}", name))
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(STEP, name)))
 
     def weights(self, stage: str, step: int, kind: str) -> Path:
         """The weights file of a checkpoint. ValueError where it is missing or reached through a symbolic link."""
