@@ -52,10 +52,7 @@ def source_of(raw: Any, run: Callable[[str], RunState], where: str) -> Source:
 
 
 class ModelCache:
-    """The models used last, by the file of their weights. Used by one job at a time.
-
-    `device`: where they compute; None: the GPU if there is one.
-    """
+    """The models used last, by the file of their weights, on `device`. Used by one job at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -38,7 +38,7 @@ export function mapsPage(main, { query, signal }) {
     models = { ...found, of: value.run };
     if (!fresh) return;
     scale.value = found.scale ?? 1;
-    if (found.rows) row.max = found.rows - 1;
+    row.max = found.rows ? found.rows - 1 : "";
     const text = found.conditions === "text";
     label.replaceChildren(h("option", { value: "own" }, "label of the row"), h("option", { value: "null" }, "null (none)"), ...found.classes.map((name, i) => h("option", { value: i }, `label ${name}`)));
     place.condition.replaceChildren(...(text ? [field("prompt", prompt)] : found.conditions === "labels" ? [field("condition", label)] : []));
