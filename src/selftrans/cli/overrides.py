@@ -35,8 +35,6 @@ def default_overrides(config: RunConfig, words: Sequence[str]) -> Any:
     The overrides are the settings of the run, of its model, and of every method that is known. `words` are the arguments of
     the command: a method or model that they name as module:function is imported, and so known. ValueError for unknown names.
     """
-    from selftrans.config import Data, Log, SampleConfig, Train
-    from selftrans.fine_tuning import Init, Lora
     from selftrans.methods import registry as methods
     from selftrans.sections import RUN_SECTIONS
 
@@ -51,17 +49,16 @@ def default_overrides(config: RunConfig, words: Sequence[str]) -> Any:
         if ":" in name:
             trust(name)
         model = config.model_of(name)
-    kinds = methods.sections_of(methods.REGISTRY.every())
-    types = {"data": Data, "model": type(model), "init": Init, "lora": Lora, "train": Train}
-    types |= {**kinds, "sample": SampleConfig, "log": Log}
-    values = {key: getattr(config, key) for key in RUN_SECTIONS} | {"model": model}
-    values |= {key: config.section(kind) for key, kind in kinds.items()}
+    sections = {key: getattr(config, key) for key in RUN_SECTIONS} | {"model": model}
+    last = {key: sections.pop(key) for key in ("sample", "log")}  # on the help page after those of the methods
+    of_methods = methods.sections_of(methods.REGISTRY.every())
+    sections |= {key: config.section(kind) for key, kind in of_methods.items()} | last
     fields: list[Any] = [("method", method_type(methods.REGISTRY.known()), dataclasses.field(default=method))]
-    fields += [(key, kind, dataclasses.field(default=values[key])) for key, kind in types.items()]
+    fields += [(key, type(value), dataclasses.field(default=value)) for key, value in sections.items()]
     return dataclasses.make_dataclass("Overrides", fields, frozen=True)()
 
 
-def overridden(config: RunConfig, parsed: Any) -> RunConfig:
+def _with_overrides(config: RunConfig, parsed: Any) -> RunConfig:
     """The recipe's configuration with parsed overrides; it still holds the sections of every method."""
     from selftrans.sections import RUN_SECTIONS
 
@@ -96,7 +93,7 @@ def parse_on_recipe(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: 
 
     recipes = {name: Recipe(inspect.getdoc(made) or "", partial(_defaults_of, made)) for name, made in RECIPES.items()}
     command = _parsed(kind, words, prog, recipes)
-    command.config = overridden(RECIPES[command.recipe](), command.config)
+    command.config = _with_overrides(RECIPES[command.recipe](), command.config)
     command.typed = tuple(word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
     return command
 
