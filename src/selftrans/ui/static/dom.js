@@ -96,6 +96,7 @@ export function store(name, value) {
 export const chip = (state) => h("span", { class: `chip ${state}` }, state);
 export const notes = (lines) => (lines || []).map((line) => h("p", { class: "note" }, line));
 export const field = (name, input, all = false) => h("label", { class: `field${all ? " all" : ""}` }, name, input);
+export const number = (value, min, max, step = 1) => h("input", { type: "number", value, min, max, step });
 export function select(options, value, onchange) {
   const node = h("select", { onchange: () => onchange?.(node.value) },
     options.map(([key, text]) => h("option", { value: key, selected: String(key) === String(value) }, text)));

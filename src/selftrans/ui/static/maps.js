@@ -1,16 +1,16 @@
 // Features of a picture as PCA maps over blocks and t: what the teacher sees, what the student sees.
-import { field, h, onJob, progress, start, whole } from "./dom.js";
+import { field, h, number, onJob, progress, start, whole } from "./dom.js";
 import { address, Picker, tile, trainedRuns } from "./pictures.js";
 
 let shown = null; // the last job of this kind
 
 export function mapsPage(main, { query, signal }) {
   let [upload, models] = [null, null];
-  const row = h("input", { type: "number", min: 0, value: 0 });
+  const row = number(0, 0);
   const file = h("input", { type: "file", accept: "image/*", onchange: read });
   const label = h("select");
   const prompt = h("input", { type: "text", placeholder: "empty: the null condition" });
-  const scale = h("input", { type: "number", min: 0, max: 1000, step: 0.5, value: 1 });
+  const scale = number(1, 0, 1000, 0.5);
   const times = h("input", { type: "text", value: "0.2 0.4 0.6 0.8" });
   const taught = h("input", { type: "checkbox", checked: true });
   const go = h("button", { class: "main all", type: "submit" }, "Draw the maps");

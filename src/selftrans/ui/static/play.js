@@ -1,27 +1,28 @@
 // The playground: one model, sampled with chosen labels or prompts, guidance, sampler and seed.
-import { duration, field, h, onJob, progress, short, start } from "./dom.js";
+import { duration, field, h, number, onJob, progress, select, short, start } from "./dom.js";
 import { address, Picker, tiles, trainedRuns } from "./pictures.js";
 
 const made = []; // finished and running jobs of this page, newest first; {id, job}
 
 export function playPage(main, { query, signal }) {
   const chosen = new Set();
-  const inputs = {};
-  const number = (name, value, low, high, by = 1) => (inputs[name] = h("input", { type: "number", value, min: low, max: high, step: by }));
-  const sampler = (inputs.sampler = h("select", {}, ["heun", "euler", "sde"].map((name) => h("option", { value: name }, name === "sde" ? "sde (Euler–Maruyama)" : name === "heun" ? "heun (ode)" : name))));
+  const inputs = {
+    guidance_scale: number(1, 0, 100, 0.1), low: number(0, 0, 1, 0.05), high: number(1, 0, 1, 0.05), steps: number(25, 1, 1000), num: number(16, 1, 64),
+    seed: number(0, 0, 2 ** 31), sampler: select([["heun", "heun (ode)"], ["euler", "euler"], ["sde", "sde (Euler–Maruyama)"]], "heun"),
+  };
   const conditions = h("div", { class: "all stack" });
   const go = h("button", { class: "main all", type: "submit" }, "Sample");
   const said = h("div", { class: "all stack" });
   const results = h("div", { class: "stack" });
   let models = null;
 
-  const scale = number("guidance_scale", 1, 0, 100, 0.1);
+  const scale = inputs.guidance_scale;
   const slide = h("input", { type: "range", min: 1, max: 10, step: 0.1, value: 1, "aria-label": "guidance", oninput: () => { scale.value = slide.value; } });
   scale.addEventListener("input", () => { slide.value = scale.value; });
   const fields = h("form", { class: "fields", onsubmit: (event) => { event.preventDefault(); sample(); } },
     h("div", { class: "all", id: "model" }), conditions, field("guidance (1: none)", scale), h("label", { class: "field" }, "\u00a0", slide),
-    field("guided from t", number("low", 0, 0, 1, 0.05)), field("to t (1 is noise)", number("high", 1, 0, 1, 0.05)), field("sampler", sampler), field("time steps", number("steps", 25, 1, 1000)),
-    field("pictures", number("num", 16, 1, 64)), field("seed", number("seed", 0, 0, 2 ** 31)), go, said);
+    field("guided from t", inputs.low), field("to t (1 is noise)", inputs.high), field("sampler", inputs.sampler), field("time steps", inputs.steps),
+    field("pictures", inputs.num), field("seed", inputs.seed), go, said);
   main.append(h("h1", {}, "Playground"), h("div", { class: "form" }, h("section", { class: "card" }, fields), results));
 
   function take(value, found) {
@@ -52,7 +53,7 @@ export function playPage(main, { query, signal }) {
   }
 
   async function sample() {
-    const settings = { num: Number(inputs.num.value), steps: Number(inputs.steps.value), sampler: sampler.value, seed: Number(inputs.seed.value), guidance_scale: Number(scale.value) };
+    const settings = { num: Number(inputs.num.value), steps: Number(inputs.steps.value), sampler: inputs.sampler.value, seed: Number(inputs.seed.value), guidance_scale: Number(scale.value) };
     if (settings.guidance_scale !== 1) settings.guidance_interval = [Number(inputs.low.value), Number(inputs.high.value)];
     if (chosen.size) settings.labels = [...chosen].sort((a, b) => a - b);
     const prompts = (inputs.prompts?.value || "").split("\n").map((line) => line.trim()).filter(Boolean);

@@ -1,6 +1,6 @@
 // Runs next to each other at equal steps, from the same noise and conditions; distances below.
 import { Chart } from "./chart.js";
-import { chip, get, h, notes, onJob, progress, repeat, select, start, store, stored, whole } from "./dom.js";
+import { chip, get, h, notes, number, onJob, progress, repeat, select, start, store, stored, whole } from "./dom.js";
 import { address, tiles } from "./pictures.js";
 
 const sampled = new Map(); // `run:stage:step` -> {url, result}, of the last job
@@ -26,11 +26,9 @@ export function sidePage(main, { query, signal }) {
   const card = h("section", { class: "card stack" }, h("div", { class: "row" }, sources, h("span", { class: "grow" }), form), why, h("div", { class: "slider" }, play, slider, at), figures);
   const below = h("div", { class: "charts" }, charts.step.node, charts.tflops.node);
 
-  const number = (name, value, low, high, by = 1) => h("input", { type: "number", name, value, min: low, max: high, step: by, class: "short", "aria-label": name });
-  const asked = { num: number("pictures", 16, 1, 64), steps: number("time steps", 25, 1, 1000), guidance_scale: number("guidance", 1, 0, 50, 0.1), seed: number("seed", 0, 0, 2 ** 31) };
+  const asked = { num: ["pictures", number(16, 1, 64)], steps: ["time steps", number(25, 1, 1000)], guidance_scale: ["guidance", number(1, 0, 50, 0.1)], seed: ["seed", number(0, 0, 2 ** 31)] };
   const begin = h("button", { class: "main", type: "button", onclick: sample }, "Sample");
-  form.append(...Object.values(asked).map((input) => h("label", { class: "row fine" }, input.name, input)), begin);
-  for (const input of Object.values(asked)) input.style.width = "76px";
+  form.append(...Object.values(asked).map(([name, input]) => h("label", { class: "row fine" }, name, input)), begin);
 
   function halt() { clearInterval(timer); timer = 0; play.textContent = "Play"; }
   function go() {
@@ -117,7 +115,7 @@ export function sidePage(main, { query, signal }) {
   }
 
   async function sample() {
-    const settings = Object.fromEntries(Object.entries(asked).map(([name, input]) => [name, Number(input.value)]));
+    const settings = Object.fromEntries(Object.entries(asked).map(([name, [, input]]) => [name, Number(input.value)]));
     const conditions = found.runs.map((run) => ({ run: run.id, stage: stageOf(run), weights: "ema" }));
     const most = Math.max(1, Math.floor(64 / conditions.length));
     const every = Math.ceil(steps.length / most);
