@@ -8,18 +8,15 @@ Otherwise, and where code outside the package adds methods or models, the datacl
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import sys
-import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -148,6 +145,8 @@ def _changed(section: Any) -> dict[str, Any]:
 
 def _section_record(kind: Any) -> dict[str, Any]:
     """Name and description of a section; type, description and default of each field, where it has them."""
+    from tyro._docstrings import get_field_docstring  # the strings below fields, as its help pages have them
+
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unset = dataclasses.MISSING
@@ -157,25 +156,9 @@ def _section_record(kind: Any) -> dict[str, Any]:
         "types": {
             name: hints[name].__name__ if isinstance(hints[name], type) else repr(hints[name]) for name in fields
         },
-        "help": {name: text for name, text in _help(kind).items() if name in fields},
+        "help": {name: " ".join(found.split()) for name in fields if (found := get_field_docstring(kind, name, ()))},
         "defaults": {name: field.default for name, field in fields.items() if field.default is not unset},
     }
-
-
-def _help(kind: Any) -> dict[str, str]:
-    """The strings below the fields of a dataclass and of the classes that it inherits from."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        body: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        found |= dict(_strings(body.body))
-    return found
-
-
-def _strings(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:
-    """(field, the string below it on one line) in the body of a class."""
-    for field, below in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            yield ast.unparse(field.target), " ".join(str(below.value.value).split())
 
 
 def text() -> str:

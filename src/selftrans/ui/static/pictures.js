@@ -23,8 +23,8 @@ export function tile(url, result, number) {
   return canvas;
 }
 
-export function tiles(url, result, most = Infinity) {
-  const numbers = Array.from({ length: Math.min(result.count, most) }, (_, i) => i);
+export function tiles(url, result) {
+  const numbers = Array.from({ length: result.count }, (_, i) => i);
   return h("div", { class: "tiles" }, numbers.map((i) => h("figure", { title: result.captions?.[i] || "" }, tile(url, result, i), result.captions?.[i] ? h("figcaption", {}, result.captions[i]) : null)));
 }
 
