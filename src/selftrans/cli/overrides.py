@@ -125,7 +125,7 @@ def _parsed(kind: type[RecipeCommand[Any]], words: Sequence[str], prog: str, rec
         blank(kind, config=default),
         words,
         prog,
-        kind=kind[type(default)],  # type: ignore[misc]
+        kind=kind[type(default)],  # type: ignore[index]
         see=f"{prog} {first.recipe}",
         description=f"{_first_line(inspect.getdoc(kind))}\n\nRecipe {first.recipe}: {recipe.about}",
     )
