@@ -6,7 +6,8 @@ Shape legend: N pictures, T tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from selftrans.sampling.conditioning import conditioning_of
 from selftrans.types import Cond, map_cond
 from selftrans.ui.jobs import Job
 from selftrans.ui.model_cache import ModelCache, Source, counted_passes, source_of, take
-from selftrans.ui.picture_data import Pictures, RunData, decoded_upload, pictures
+from selftrans.ui.picture_data import Pictures, data_of, decoded_upload, pictures
 from selftrans.ui.run_plan import Guided, guided_blocks
 from selftrans.ui.sampling_jobs import Run, Work, add_sheet
 
@@ -46,8 +47,13 @@ class Asked:
     """w of the teacher's features, f_u + w (f_c - f_u)"""
 
 
-def features(raw: Mapping[str, Any], run: Run, models: ModelCache, data: RunData) -> tuple[dict[str, Any], Work]:
-    """(the request as the page shows it, the work) for maps of a student, and of a teacher if one is named."""
+def features(
+    raw: Mapping[str, Any], run: Run, models: ModelCache, roots: Sequence[Path]
+) -> tuple[dict[str, Any], Work]:
+    """(the request as the page shows it, the work) for maps of a student, and of a teacher if one is named.
+
+    `roots`: the folders of the page, in which the data of the run may lie.
+    """
     student = source_of(raw.get("student"), run, "student")
     teacher = source_of(raw["teacher"], run, "teacher") if raw.get("teacher") is not None else None
     asked: Asked = take(raw, "maps", Asked, Asked())
@@ -63,7 +69,7 @@ def features(raw: Mapping[str, Any], run: Run, models: ModelCache, data: RunData
         if len({(tuple(each.model.shape), each.model.conditions) for each in loaded}) > 1:
             raise ValueError("teacher and student have other latents or conditions; choose models of the same data")
         job.doing = "reading the picture"
-        found = pictures(loaded[-1], data.of(student.state), asked.row, upload, models.device)
+        found = pictures(loaded[-1], data_of(student.state, roots), asked.row, upload, models.device)
         add_sheet(job, found.shown, role="picture", label=None if found.labels is None else int(found.labels[0]))
         conditions = [_condition(each, asked, found, models.device) for each in loaded]
         scales = [

@@ -29,7 +29,7 @@ from selftrans.ui.found_runs import Folders
 from selftrans.ui.guard import Guard
 from selftrans.ui.jobs import Busy, Jobs
 from selftrans.ui.model_cache import ModelCache
-from selftrans.ui.picture_data import UPLOAD_BYTES, RunData
+from selftrans.ui.picture_data import UPLOAD_BYTES
 from selftrans.ui.run_state import PICTURE_BYTES, RunState
 from selftrans.ui.sampling_jobs import playground, preview_differences, side_by_side
 from selftrans.ui.tables import distances, measured_tables, stored_table
@@ -45,7 +45,7 @@ class Page:
     def __init__(self, folders: Sequence[Path], *, device: torch.device | None = None) -> None:
         """ValueError for a folder that does not exist."""
         self.folders, self.files, self.jobs = Folders(folders), JsonFiles(), Jobs()
-        self.models, self.data = ModelCache(device or default_device()), RunData(self.folders.roots)
+        self.models = ModelCache(device or default_device())
         self._states: dict[str, RunState] = {}
         self._lock = threading.RLock()
 
@@ -125,7 +125,7 @@ class Page:
             elif kind == "side":
                 about, work = side_by_side(raw, self.run, self.models)
             elif kind == "maps":
-                about, work = features(raw, self.run, self.models, self.data)
+                about, work = features(raw, self.run, self.models, self.folders.roots)
             else:
                 raise ValueError("the kind of a job is sample, side or maps")
         return self.jobs.start(kind, about, work).shown()
