@@ -162,6 +162,9 @@ def test_side_by_side_shows_equal_steps(page, folder):
 def test_the_playground_samples_and_cancels(page, folder):
     go(page, f"#/play?run={ids(folder)['finished']}")
     page.get_by_role("button", name="3", exact=True).click()
+    number, slider = (page.get_by_label(name, exact=True).bounding_box() for name in ("guidance (1: none)", "guidance"))
+    middle = slider["y"] + slider["height"] / 2
+    assert abs(number["y"] + number["height"] / 2 - middle) < 4, "the slider is next to its number"
     page.get_by_label("pictures").fill("2")
     page.get_by_label("time steps").fill("2")
     sample = page.get_by_role("button", name="Sample", exact=True)

@@ -103,7 +103,7 @@ def test_files_that_are_no_code_are_in_the_wheel(wheel: Path) -> None:
     found, folder = contents(wheel), "selftrans/ui/static/"
     assert {"selftrans/py.typed", "selftrans/cli/settings.json"} <= found
     assert {name.removeprefix(folder) for name in found if name.startswith(folder)} == {
-        name or "index.html" for name in STATIC
+        path.name for path in STATIC.iterdir()
     }
 
 

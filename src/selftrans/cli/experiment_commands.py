@@ -232,7 +232,7 @@ class Compare(RecipeCommand[Config]):
 
     REPEATED = CONTINUES
 
-    NO_OVERRIDES = ("recipe", "method")  # --methods takes its place
+    HAS_METHOD = False  # --methods takes its place
 
     recipe: Positional[str]
     """name of the recipe"""

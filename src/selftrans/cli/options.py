@@ -70,7 +70,7 @@ class RecipeCommand(Command, Generic[Config]):
     `config`: the recipe with its overrides. `typed`: the names of the overrides that were given.
     """
 
-    NO_OVERRIDES: ClassVar[tuple[str, ...]] = ("recipe",)  #: fields of the configuration that are no options here
+    HAS_METHOD: ClassVar[bool] = True  #: whether --method is an option
 
 
 @dataclass

@@ -8,18 +8,15 @@ Otherwise, and where code outside the package adds methods or models, the datacl
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import sys
-import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -71,19 +68,17 @@ def sources() -> str:
 
 
 def _overrides(known: dict[str, Any], recipe: dict[str, Any], words: Sequence[str]) -> Any:
-    """As `overrides.override_type`; None where the arguments name a method or a model that the snapshot does not have."""
+    """As `overrides.default_overrides`; None where the arguments name a method or a model that the snapshot does not have."""
     from selftrans.cli.overrides import method_type, values_of
 
     method = (values_of(words, "method") or [recipe["method"]])[-1]
     chosen = values_of(words, "model.name")[-1:]
-    family = known["models"].get(chosen[0]) if chosen else recipe["family"]
+    family = known["models"].get(chosen[0]) if chosen else recipe["sections"]["model"]
     if family is None or {method, *values_of(words, "methods")} - set(known["methods"]):
         return None
     fields: list[Any] = [("method", method_type(known["methods"]), dataclasses.field(default=method))]
-    for key, section in recipe["sections"].items():
-        values = recipe["values"][key]
-        if key == "model" and family != recipe["family"]:
-            section, values = family, known["sections"][family]["defaults"]
+    for key, section in (recipe["sections"] | {"model": family}).items():
+        values = recipe["values"][key] if section == recipe["sections"][key] else {}
         values = values | ({"name": chosen[0]} if key == "model" and chosen else {})
         kind = _section(known["sections"][section], values)
         fields.append((key, kind, dataclasses.field(default=kind())))
@@ -91,7 +86,7 @@ def _overrides(known: dict[str, Any], recipe: dict[str, Any], words: Sequence[st
 
 
 def _section(known: dict[str, Any], values: dict[str, Any]) -> Any:
-    """A frozen dataclass of a section's settings, with these defaults."""
+    """A frozen dataclass of a section's settings, whose defaults are its own but for these `values`."""
     from selftrans.plain_json import from_plain
 
     scope = {"typing": typing, "NoneType": types.NoneType}
@@ -99,7 +94,7 @@ def _section(known: dict[str, Any], values: dict[str, Any]) -> Any:
     fields: list[Any] = []
     for name, hint in hints.items():
         helped = Annotated[hint, tyro.conf.arg(help=known["help"][name])] if name in known["help"] else hint
-        default = from_plain(hint, values[name], name)
+        default = from_plain(hint, values.get(name, known["defaults"].get(name)), name)
         fields.append((name, helped, dataclasses.field(default=default)))
     made = dataclasses.make_dataclass(known["name"], fields, frozen=True)
     made.__doc__ = known["about"]
@@ -111,7 +106,7 @@ def _section(known: dict[str, Any], values: dict[str, Any]) -> Any:
 
 def snapshot() -> dict[str, Any]:
     """The content of the file, computed from the dataclasses."""
-    from selftrans.cli.overrides import override_type
+    from selftrans.cli.overrides import default_overrides
     from selftrans.methods import registry as methods
     from selftrans.models import registry as models
     from selftrans.recipes import RECIPES
@@ -119,15 +114,14 @@ def snapshot() -> dict[str, Any]:
     kinds: dict[str, Any] = {spec.Config.__name__: spec.Config for spec in models.MODELS.values()}
     described: dict[str, Any] = {}
     for name, recipe in RECIPES.items():
-        kind, default = override_type(recipe(), [])
-        sections = {f.name: getattr(default, f.name) for f in dataclasses.fields(kind) if f.name != "method"}
+        sections = dict(vars(default_overrides(recipe(), [])))
+        method = sections.pop("method")
         kinds |= {type(section).__name__: type(section) for section in sections.values()}
         described[name] = {
             "about": inspect.getdoc(recipe),
-            "method": default.method,
-            "family": type(sections["model"]).__name__,
+            "method": method,
             "sections": {key: type(section).__name__ for key, section in sections.items()},
-            "values": {key: dataclasses.asdict(section) for key, section in sections.items()},
+            "values": {key: _changed(section) for key, section in sections.items()},
         }
     names = {name: spec.Config.__name__ for spec in models.MODELS.values() for name in (*spec.names, spec.name)}
     return {
@@ -139,8 +133,20 @@ def snapshot() -> dict[str, Any]:
     }
 
 
+def _changed(section: Any) -> dict[str, Any]:
+    """The settings of a section that are not its defaults."""
+    defaults = _section_record(type(section))["defaults"]
+    return {
+        name: value
+        for name, value in vars(section).items()
+        if name not in defaults or json.dumps(value) != json.dumps(defaults[name])
+    }
+
+
 def _section_record(kind: Any) -> dict[str, Any]:
     """Name and description of a section; type, description and default of each field, where it has them."""
+    from tyro._docstrings import get_field_docstring  # the strings below fields, as its help pages have them
+
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unset = dataclasses.MISSING
@@ -150,25 +156,9 @@ def _section_record(kind: Any) -> dict[str, Any]:
         "types": {
             name: hints[name].__name__ if isinstance(hints[name], type) else repr(hints[name]) for name in fields
         },
-        "help": {name: text for name, text in _help(kind).items() if name in fields},
+        "help": {name: " ".join(found.split()) for name in fields if (found := get_field_docstring(kind, name, ()))},
         "defaults": {name: field.default for name, field in fields.items() if field.default is not unset},
     }
-
-
-def _help(kind: Any) -> dict[str, str]:
-    """The strings below the fields of a dataclass and of the classes that it inherits from."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        body: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        found |= dict(_strings(body.body))
-    return found
-
-
-def _strings(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:
-    """(field, the string below it on one line) in the body of a class."""
-    for field, below in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            yield ast.unparse(field.target), " ".join(str(below.value.value).split())
 
 
 def text() -> str:

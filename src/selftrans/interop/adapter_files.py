@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import START, frozen_weights
-from selftrans.checkpoints.load import Weights, find
+from selftrans.checkpoints.load import Weights, find_asked
 from selftrans.config import RunConfig, from_object
 from selftrans.interop.exporting import check_out, remove_earlier
+from selftrans.messages import printable
 from selftrans.models.lora import A, B, pairs, trained_in_full
 from selftrans.models.spec import Named
 from selftrans.storage import write_json
@@ -40,8 +41,10 @@ def export_adapters(
     """
     if layout not in FORMATS:
         raise ValueError(f"adapters have no layout '{layout}'{nearest(layout, FORMATS)}")
-    out, path = Path(out), find(run, stage=stage, weights=weights)
+    out, path = Path(out), find_asked(run, stage=stage, weights=weights)
     header = checkpoint.read_header(path)
+    if stage not in (None, header["stage"]):
+        raise ValueError(f"{path} holds weights of {printable(header['stage'])}, not of {stage}; leave out --stage")
     if frozen_weights(path, header) is None:
         raise ValueError(f"{path} holds a complete model, no adapters; leave out --adapters")
     check_out(out, {WEIGHTS, PIPELINE_WEIGHTS}, "an export of adapters")

@@ -31,8 +31,8 @@ def export_run(
     out = Path(out)
     path = find_asked(run, stage=stage, weights=weights)
     if layout == FOLDER:
-        return _export_pipeline(path, out)
-    loaded = load_model(path)
+        return _export_pipeline(path, out, stage)
+    loaded = load_model(path, stage=stage)
     spec = models.find(loaded.config.model.name)
     names = {EXPORTED, *(each.folder for each in spec.layouts.values() if each.folder)}
     check_out(out, names, "an export")
@@ -84,12 +84,12 @@ def check_out(out: Path, names: set[str], what: str) -> None:
         raise ValueError(f"{out} exists and is not {what}; choose another --out, or remove it")
 
 
-def _export_pipeline(file: Path, out: Path) -> Path:
+def _export_pipeline(file: Path, out: Path, stage: str | None) -> Path:
     """Write a folder for diffusers; an earlier one is replaced when the new one is complete."""
     from selftrans.interop.sit_pipeline import SiTPipeline, check_replaceable
 
     check_replaceable(out)
-    pipeline = SiTPipeline.from_run(file)
+    pipeline = SiTPipeline.from_run(file, stage=stage)
     with atomic_directory(out, replace=True) as folder:
         pipeline.save_pretrained(folder)
     return out / PIPELINE

@@ -161,9 +161,9 @@ def _tensors(
             raise ValueError(f"{file.path}: {key} holds values that are not finite: its training diverged")
     optimizer: Named = {}
     if file.optimizer is not None:
-        may_be_absent = lambda key: model.is_fixed(key) or model.is_head(key)  # noqa: E731
         parameters = {k: t for k, t in file.named.items() if "raw" in file.weights and not model.is_buffer(k)}
-        moments, reason = _adamw_moments(file.optimizer, parameters, may_be_absent)
+        without_state = {key for key in parameters if model.is_fixed(key) or model.is_head(key)}
+        moments, reason = _adamw_moments(file.optimizer, parameters, without_state)
         notes += [f"the optimiser starts from zero: {reason}"] if reason else []
         for moment, state in moments.items():
             for key, value in _converted(state, model, guided, moment).items():
@@ -173,7 +173,7 @@ def _tensors(
     return {"student": raw, "ema": ema, "heads": head, "optimizer": optimizer}, notes
 
 
-def _adamw_moments(optimizer: Any, named: Named, may_be_absent: Callable[[str], bool]) -> tuple[dict[str, Named], str]:
+def _adamw_moments(optimizer: Any, named: Named, may_be_absent: set[str]) -> tuple[dict[str, Named], str]:
     """AdamW's `step`, `exp_avg`, `exp_avg_sq` -> parameter -> tensor, or {} and the reason.
 
     An optimiser's state_dict() has no names: parameters are numbered in the order in which the model registered them,
@@ -185,7 +185,7 @@ def _adamw_moments(optimizer: Any, named: Named, may_be_absent: Callable[[str], 
         ids = [i for group in optimizer["param_groups"] for i in group["params"]]
         for name, i in zip(named, ids, strict=True):
             state = optimizer["state"].get(i)
-            if state is None and may_be_absent(name):
+            if state is None and name in may_be_absent:
                 continue
             for moment in ("exp_avg", "exp_avg_sq"):
                 if state[moment].shape != named[name].shape or not bool(torch.isfinite(state[moment]).all()):

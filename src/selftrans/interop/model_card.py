@@ -101,18 +101,12 @@ def _conditions(conditions: Any) -> str:
 
 
 def _use(repository: str, loaded: LoadedModel) -> str:
-    text = loaded.model.conditions.kind == "text"
-    call = (
-        'prompt="..."'
-        if text
-        else "class_labels=[0, 1]"
-        if loaded.model.conditions.kind == "labels"
-        else "num_images=4"
-    )
+    kind = loaded.model.conditions.kind
+    call = {"text": 'prompt="..."', "labels": "class_labels=[0, 1]"}.get(kind, "num_images=4")
     return f"""## Use
 
 ```bash
-selftrans sample hf://{repository} --out samples{' --prompts "..."' if text else ""}
+selftrans sample hf://{repository} --out samples{' --prompts "..."' if kind == "text" else ""}
 ```
 
 ```python
@@ -147,22 +141,12 @@ def _numbers(evaluations: Sequence[dict[str, Any]]) -> str:
 def _compute(compute: dict[str, Any] | None) -> str:
     if compute is None:
         return "What the training took is not recorded for these weights."
-    rows = [
-        f"| {cell(stage.get('stage'))} | "
-        + " | ".join(_number(stage.get(key)) for key in ("steps", "seconds", "tflops"))
-        + " |"
-        for stage in compute["stages"]
-    ]
+    lines = ["| stage | steps | seconds | TFLOPs |", "|---|---|---|---|"]
+    for stage in compute["stages"]:
+        spent = " | ".join(_number(stage.get(key)) for key in ("steps", "seconds", "tflops"))
+        lines.append(f"| {cell(stage.get('stage'))} | {spent} |")
     total = f"{_number(compute['total_tflops'])} TFLOPs, {_number(compute['total_seconds'])} s"
-    return "\n".join(
-        [
-            "| stage | steps | seconds | TFLOPs |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            f"In total, teachers included: {total}.",
-        ]
-    )
+    return "\n".join([*lines, "", f"In total, teachers included: {total}."])
 
 
 def _number(value: Any) -> str:

@@ -30,7 +30,7 @@ def parts_of(source: str | Path, *, weights: Weights = "ema", stage: str | None 
     ValueError as `load_model`, and where the autoencoder or a local text encoder is not there.
     """
     file = find(source, stage=stage, weights=weights)
-    loaded = load_model(file)
+    loaded = load_model(file, stage=stage)
     header = without_folders(checkpoint.read_header(file), loaded)
     decoder = load_autoencoder(loaded.autoencoder)
     parts: dict[str, Any] = {

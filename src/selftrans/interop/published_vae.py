@@ -8,8 +8,6 @@ Shape legend: C channels of a latent.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import load_content
 from selftrans.messages import first_line, printable
 from selftrans.models.spec import Named, check_shapes, count_and_names
+from selftrans.plain_json import Number, from_plain, parse_object, read_text
 from selftrans.storage import FREE_SPACE, atomic_directory, write_json
 
 #: parts of a checkpoint that are the autoencoder; discriminators and vision models for the loss are left out
@@ -141,22 +140,22 @@ def _statistics(path: Path, channels: int) -> tuple[list[float], list[float]]:
     ValueError unless both are C finite numbers, the deviations above zero.
     """
     if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read ({first_line(error)}); expected json with mean and std") from error
+        held: Any = parse_object(read_text(path), str(path), "give json with mean and std")
     else:
         content = load_content(path)[0]
-    held = content if isinstance(content, Mapping) else {}
+        held = content if isinstance(content, Mapping) else {}
     found = []
     for name in ("mean", "std"):
         values = held.get(name)
         if isinstance(values, Tensor) and values.layout == torch.strided and values.is_floating_point():
             values = values.flatten().tolist() if values.numel() == channels else None
-        plain = isinstance(values, list) and len(values) == channels
-        if not plain or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):  # type: ignore[union-attr]
+        try:
+            numbers: tuple[float, ...] = from_plain(tuple[Number, ...], values, name)
+        except ValueError:
+            numbers = ()
+        if len(numbers) != channels:
             raise ValueError(f"{path}: {name} should be {channels} finite numbers, one for each channel of the latents")
-        found.append([float(v) for v in values])  # type: ignore[union-attr]
+        found.append(list(numbers))
     if min(found[1]) <= 0:
         raise ValueError(f"{path}: std should be above zero for every channel")
     return found[0], found[1]

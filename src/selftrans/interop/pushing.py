@@ -55,7 +55,7 @@ def write_folder(
     chosen.check()
     check_replaceable(out)
     file = find_asked(run, stage=stage, weights=weights)
-    loaded, of_run = load_model(file), run_of(file)
+    loaded, of_run = load_model(file, stage=stage), run_of(file)
     compute, evaluations = compute_of(of_run, loaded), evaluations_of(of_run, chosen.evaluations, loaded)
     sheet, data = sheet_of(of_run, chosen.samples, loaded), read_object(of_run / "data.json") if of_run else None
     pipeline = SiTPipeline.from_run(file)

@@ -43,11 +43,11 @@ def run_of(weights: Path) -> Path | None:
 
 def compute_of(run: Path | None, loaded: LoadedModel) -> dict[str, Any] | None:
     """What run.json says of stages and compute; None if it is not known for these weights."""
-    report = read_object(run / REPORT) if run else None
-    stages = (report or {}).get("stages")
-    if report is None or not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+    report = (read_object(run / REPORT) if run else None) or {}
+    stages = report.get("stages")
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         return None
-    if not stages or (stages[-1].get("stage"), stages[-1].get("steps")) != (loaded.stage, loaded.step):
+    if (stages[-1].get("stage"), stages[-1].get("steps")) != (loaded.stage, loaded.step):
         return None  # of an earlier checkpoint or stage: the sum would be wrong
     return {key: report.get(key) for key in ("student_tflops", "total_tflops", "total_seconds", "stages")}
 

@@ -30,7 +30,7 @@ from selftrans.interop.pipeline_parts import copy_text_encoder, parts_of, save_v
 from selftrans.messages import first_line, printable
 from selftrans.plain_json import read_object
 from selftrans.sampling.images import image_noise
-from selftrans.sampling.samplers import Early, Noise, guided, inside
+from selftrans.sampling.samplers import Early, Noise, early_weight, guided
 from selftrans.storage import write_json
 from selftrans.types import MASK, TEXT, Cond, Output, map_cond
 
@@ -249,7 +249,7 @@ class _Velocity:
 
     def at(self, t: Tensor) -> Tensor:
         """t, after setting the strength of early guidance for the next call: it acts only within its interval."""
-        self.strength = self.early.scale if self.early.scale != 1 and inside(t, self.early.interval) else 1.0
+        self.strength = early_weight(self.early, t)
         return t
 
     def null(self, cond: Cond) -> Cond:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,8 +80,7 @@ def summary_line(out: str | Path, count: int) -> str:
 
 def class_line(out: str | Path) -> str:
     """How many samples of each class the complete folder `out` holds, to print; empty where that is not recorded."""
-    counts_in = lambda record: {str(name): int(count) for name, count in record[PER_CLASS].items()}  # noqa: E731
-    counts = recorded(Path(out, "samples.json"), counts_in, None)
+    counts = recorded(Path(out, "samples.json"), lambda record: {n: int(k) for n, k in record[PER_CLASS].items()}, None)
     return "" if counts is None else f"samples of each class: {in_words(counts)}"
 
 
@@ -108,40 +108,127 @@ def write_samples(
     Raises ValueError when the folder holds samples of other or unknown settings, when `num` is below the number with
     which the folder was begun, or when a file cannot be written (files written before are complete).
     """
-    complete = _begin(out, settings, num, rank, kind)
-    todo = _missing(out, num, kind)
+    folder = _SampleFolder(out, num, kind, rank, progress)
+    complete = folder.begin(settings)
+    todo = folder.missing()
     mine = todo[todo % world == rank]
     if complete and not len(todo) and _npz_count(out / "samples.npz") == num:
         if rank == 0:
             print(f"{out} already holds {'this sample' if num == 1 else f'these {num:,} samples'}; nothing to do")
         return 0
     if len(mine):
-        _write_files(sample(mine), out, len(mine), num, rank, progress, kind)
-    if not len(_missing(out, num, kind)):  # every process has written its samples
-        shape, labels = _write_npz(out, num, rank, progress, kind)
+        folder.write_samples(sample(mine), len(mine))
+    if not len(folder.missing()):  # every process has written its samples
+        shape, labels = folder.write_npz()
         counts = {} if classes is None else {PER_CLASS: per_class(labels, classes)}
-        _write_json(out, {"num": num, "complete": True, "shape": shape} | counts | {"settings": settings}, rank)
+        folder.write_json({"num": num, "complete": True, "shape": shape} | counts | {"settings": settings})
     return len(mine)
 
 
-def _begin(out: Path, settings: dict[str, Any], num: int, rank: int, kind: SampleFile = PNG) -> bool:
-    """Compare `out` with the settings, and write samples.json; True when samples.json marks the folder as complete."""
-    record = out / "samples.json"
-    if record.exists():
-        earlier = _read_json(record)
-        differing = _differences(earlier["settings"], settings)
-        if differing:
-            raise ValueError(f"{out} holds samples of other settings ({'; '.join(differing)}); choose another folder")
-        if num < earlier["num"]:
-            raise ValueError(
-                f"{out} was begun for {plural(earlier['num'], 'sample')}; request at least as many, or choose another folder"
-            )
-        if num == earlier["num"]:
-            return earlier["complete"]
-    elif out.is_dir() and any(out.glob(f"[0-9]*{kind.suffix}")):
-        raise ValueError(f"{out} holds {kind.suffix} files but no samples.json; choose an empty folder")
-    _write_json(out, {"num": num, "complete": False, "settings": settings}, rank)
-    return False
+@dataclass(frozen=True)
+class _SampleFolder:
+    """The samples 0 .. num - 1 in the folder `out`, as one of several processes writes them."""
+
+    out: Path
+    num: int
+    kind: SampleFile = PNG
+    rank: int = 0
+    progress: bool = False
+
+    def begin(self, settings: dict[str, Any]) -> bool:
+        """Compare the folder with the settings, and write samples.json; True when that marks the folder as complete."""
+        record = self.out / "samples.json"
+        if record.exists():
+            earlier = _read_json(record)
+            differing = _differences(earlier["settings"], settings)
+            if differing:
+                raise ValueError(
+                    f"{self.out} holds samples of other settings ({'; '.join(differing)}); choose another folder"
+                )
+            if self.num < earlier["num"]:
+                raise ValueError(
+                    f"{self.out} was begun for {plural(earlier['num'], 'sample')}; request at least as many, or choose "
+                    "another folder"
+                )
+            if self.num == earlier["num"]:
+                return earlier["complete"]
+        elif self.out.is_dir() and any(self.out.glob(f"[0-9]*{self.kind.suffix}")):
+            raise ValueError(f"{self.out} holds {self.kind.suffix} files but no samples.json; choose an empty folder")
+        self.write_json({"num": self.num, "complete": False, "settings": settings})
+        return False
+
+    def missing(self) -> np.ndarray:
+        """Sorted indices (m,) that have no complete file."""
+        return np.array([k for k in range(self.num) if not self.kind.is_complete(self.path(k))], dtype=np.int64)
+
+    def path(self, index: int) -> Path:
+        return self.out / f"{index:06d}{self.kind.suffix}"
+
+    def write(self, path: Path) -> AbstractContextManager[BinaryIO]:
+        """`atomic_write` without fsync, which is slow for 50,000 files: `SampleFile.is_complete` detects incomplete ones."""
+        remedy = f"{FREE_SPACE}; the same command then continues"
+        return atomic_write(path, writer=self.rank, durable=False, remedy=remedy)
+
+    def write_json(self, content: dict[str, Any]) -> None:
+        with self.write(self.out / "samples.json") as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
+
+    def write_samples(self, batches: Samples, count: int) -> None:
+        """Write batches of `count` samples in another thread, while the next ones are sampled."""
+        from tqdm import tqdm
+
+        pending: deque[Future[int]] = deque()
+        interval = 0.2 if sys.stderr.isatty() else 15  # seconds; a log file needs no line per batch
+        hidden = not self.progress or self.rank > 0
+        bar = tqdm(total=count, desc=f"samples of {self.num}", unit="img", mininterval=interval, disable=hidden)
+        with ThreadPoolExecutor(max_workers=1) as pool, bar:
+            for batch in batches:
+                pending.append(pool.submit(self.write_batch, *batch))
+                while pending and (len(pending) > BACKLOG or pending[0].done()):
+                    bar.update(pending.popleft().result())
+            while pending:
+                bar.update(pending.popleft().result())
+
+    def write_batch(self, indices: np.ndarray, labels: np.ndarray, images: np.ndarray) -> int:
+        """Write a file of each sample; returns their number."""
+        self.kind.check(images)
+        for index, label, image in zip(indices, labels, images, strict=True):
+            path = self.path(int(index))
+            if self.kind.view is not None:  # first: a sample whose own file is complete has both
+                with self.write(path.with_suffix(self.kind.view_suffix)) as file:
+                    self.kind.view(file, image)
+            with self.write(path) as file:
+                self.kind.write(file, image, int(label))
+        return len(indices)
+
+    def write_npz(self) -> tuple[list[int], np.ndarray]:
+        """Sample files ⇒ samples.npz, streamed: arr_0 (num, *shape), labels arr_1 (num,). Returns that shape and arr_1."""
+        from tqdm import tqdm
+
+        first, _ = self.kind.read(self.path(0))
+        shape, labels = [self.num, *first.shape], np.empty(self.num, dtype=np.int64)
+        header = {"descr": npy.dtype_to_descr(first.dtype), "fortran_order": False, "shape": tuple(shape)}
+        with self.write(self.out / "samples.npz") as target, zipfile.ZipFile(target, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                npy.write_array_header_1_0(file, header)
+                hidden = None if self.progress else True
+                bar = tqdm(self._read_all(), "samples.npz", self.num, leave=False, disable=hidden)
+                for k, (image, label) in enumerate(bar):
+                    if list(image.shape) != shape[1:]:
+                        raise ValueError(
+                            f"{self.path(k)} is {image.shape}, the first is {tuple(shape[1:])}; delete it and repeat"
+                        )
+                    file.write(image.tobytes())
+                    labels[k] = label
+            with archive.open("arr_1.npy", "w") as file:
+                npy.write_array(file, labels, allow_pickle=False)
+        return shape, labels
+
+    def _read_all(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Decode in order with four threads, a chunk at a time: `map` over all paths would read all files ahead."""
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            for start in range(0, self.num, CHUNK):
+                yield from pool.map(self.kind.read, map(self.path, range(start, min(start + CHUNK, self.num))))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -152,11 +239,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return record
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); choose another folder, or delete this one") from error
-
-
-def _write_json(out: Path, content: dict[str, Any], rank: int) -> None:
-    with _write(out / "samples.json", rank) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -174,53 +256,6 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
 
 
-def _missing(out: Path, num: int, kind: SampleFile) -> np.ndarray:
-    """Sorted indices (m,) below `num` that have no complete file."""
-    return np.array([k for k in range(num) if not kind.is_complete(_path(out, k, kind))], dtype=np.int64)
-
-
-def _path(out: Path, index: int, kind: SampleFile) -> Path:
-    return out / f"{index:06d}{kind.suffix}"
-
-
-def _write(path: Path, rank: int) -> AbstractContextManager[BinaryIO]:
-    """`atomic_write` without fsync, which is slow for 50,000 files: `SampleFile.is_complete` detects incomplete ones."""
-    return atomic_write(path, writer=rank, durable=False, remedy=f"{FREE_SPACE}; the same command then continues")
-
-
-def _write_files(
-    batches: Samples, out: Path, count: int, num: int, rank: int, progress: bool, kind: SampleFile
-) -> None:
-    """Write batches in another thread, while the next ones are sampled."""
-    from tqdm import tqdm
-
-    pending: deque[Future[int]] = deque()
-    interval = 0.2 if sys.stderr.isatty() else 15  # seconds; a log file needs no line per batch
-    hidden = not progress or rank > 0
-    bar = tqdm(total=count, desc=f"samples of {num}", unit="img", mininterval=interval, disable=hidden)
-    with ThreadPoolExecutor(max_workers=1) as pool, bar:
-        for indices, labels, images in batches:
-            pending.append(pool.submit(_write_batch, out, indices, labels, images, rank, kind))
-            while pending and (len(pending) > BACKLOG or pending[0].done()):
-                bar.update(pending.popleft().result())
-        while pending:
-            bar.update(pending.popleft().result())
-
-
-def _write_batch(
-    out: Path, indices: np.ndarray, labels: np.ndarray, images: np.ndarray, rank: int, kind: SampleFile
-) -> int:
-    kind.check(images)
-    for index, label, image in zip(indices, labels, images, strict=True):
-        path = _path(out, int(index), kind)
-        if kind.view is not None:  # first: a sample whose own file is complete has both
-            with _write(path.with_suffix(kind.view_suffix), rank) as file:
-                kind.view(file, image)
-        with _write(path, rank) as file:
-            kind.write(file, image, int(label))
-    return len(indices)
-
-
 def _npz_count(path: Path) -> int:
     """Number of samples in an npz, from its header; -1 if it cannot be read."""
     try:
@@ -229,34 +264,3 @@ def _npz_count(path: Path) -> int:
             return int(npy.read_array_header_1_0(file)[0][0])
     except Exception:  # a damaged zip raises many types
         return -1
-
-
-def _write_npz(out: Path, num: int, rank: int, progress: bool, kind: SampleFile) -> tuple[list[int], np.ndarray]:
-    """Sample files ⇒ samples.npz with arr_0 (num, *shape) and labels arr_1 (num,), streamed; returns that shape and arr_1."""
-    from tqdm import tqdm
-
-    first, _ = kind.read(_path(out, 0, kind))
-    shape, labels = [num, *first.shape], np.empty(num, dtype=np.int64)
-    header = {"descr": npy.dtype_to_descr(first.dtype), "fortran_order": False, "shape": tuple(shape)}
-    with _write(out / "samples.npz", rank) as target, zipfile.ZipFile(target, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            npy.write_array_header_1_0(file, header)
-            images = _read_all([_path(out, k, kind) for k in range(num)], kind)
-            bar = tqdm(images, "samples.npz", num, leave=False, disable=None if progress else True)
-            for k, (image, label) in enumerate(bar):
-                if list(image.shape) != shape[1:]:
-                    raise ValueError(
-                        f"{_path(out, k, kind)} is {image.shape}, the first is {tuple(shape[1:])}; delete it and repeat"
-                    )
-                file.write(image.tobytes())
-                labels[k] = label
-        with archive.open("arr_1.npy", "w") as file:
-            npy.write_array(file, labels, allow_pickle=False)
-    return shape, labels
-
-
-def _read_all(paths: list[Path], kind: SampleFile) -> Iterator[tuple[np.ndarray, int]]:
-    """Decode in order with four threads, a chunk at a time: `map` over all paths would read all files ahead."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        for start in range(0, len(paths), CHUNK):
-            yield from pool.map(kind.read, paths[start : start + CHUNK])

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selftrans.checkpoints import format as checkpoint
 from selftrans.messages import printable
 from selftrans.ui.contained import number, part, plain
 from selftrans.ui.run_plan import scale_of
-from selftrans.ui.run_state import RunState
+from selftrans.ui.run_state import STEP, RunState
 
 MOST_CLASSES = 1000  #: classes whose names are sent to the page
 
 
 def available_models(state: RunState, known: Sequence[RunState]) -> dict[str, Any]:
     """What can be sampled and drawn, as json types. `known`: the runs that may hold its teacher."""
-    config, report, plan, _ = state.read()
+    run = state.read()
     data, _ = state.files.read(state.place / "data.json")
-    classes, sample = part(data, "classes", list), part(config, "sample", dict)
-    stages = [
-        {"name": name, "checkpoints": found}
-        for name in state.stages(report, plan)
-        if (found := state.checkpoints(name))
-    ]
-    last = plan.stages[-1] if plan.stages else None
+    classes, sample = part(data, "classes", list), part(run.config, "sample", dict)
+    stages = [{"name": name, "checkpoints": found} for name in run.stages if (found := state.checkpoints(name))]
+    plan, last = run.plan, run.plan.stages[-1] if run.plan.stages else None
     return {
         "stages": stages,
         "conditions": str(part(data, "conditions", dict).get("kind", "none")),
@@ -43,8 +39,8 @@ def available_models(state: RunState, known: Sequence[RunState]) -> dict[str, An
 
 def _teacher(state: RunState, known: Sequence[RunState]) -> dict[str, Any] | None:
     """The checkpoint that taught the last stage, if it is in one of the runs."""
-    _, _, plan, _ = state.read()
-    spec = plan.stages[-1].teacher if plan.stages else None
+    stages = state.read().plan.stages
+    spec = stages[-1].teacher if stages else None
     if spec is None:
         return None
     holder, step = (state, None) if spec.given is None else _holder(spec.given, known)
@@ -67,10 +63,5 @@ def _holder(given: str, known: Sequence[RunState]) -> tuple[RunState | None, int
     """The run that holds a given teacher, and the step of its checkpoint if it is named."""
     path = Path(os.path.realpath(given)) if "\0" not in given else Path()
     holder = next((each for each in known if path.is_relative_to(each.place.path)), None)
-    named = next((part for part in path.parts[::-1] if part.startswith("step-")), "")
-    step = (
-        int(named[5:])
-        if named[5:].isdecimal() and checkpoint.path_of_step(Path(), int(named[5:])).name == named
-        else None
-    )
-    return holder, step
+    steps = [int(match[1]) for name in path.parts if (match := re.fullmatch(STEP, name))]
+    return holder, steps[-1] if steps else None

@@ -6,7 +6,8 @@ Shape legend: N pictures, T tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from selftrans.sampling.conditioning import conditioning_of
 from selftrans.types import Cond, map_cond
 from selftrans.ui.jobs import Job
 from selftrans.ui.model_cache import ModelCache, Source, counted_passes, source_of, take
-from selftrans.ui.picture_data import Pictures, RunData, decoded_upload, pictures
-from selftrans.ui.run_plan import guided_blocks
+from selftrans.ui.picture_data import Pictures, data_of, decoded_upload, pictures
+from selftrans.ui.run_plan import Guided, guided_blocks
 from selftrans.ui.sampling_jobs import Run, Work, add_sheet
 
 MOST_TIMES = 8
@@ -46,8 +47,13 @@ class Asked:
     """w of the teacher's features, f_u + w (f_c - f_u)"""
 
 
-def features(raw: Mapping[str, Any], run: Run, models: ModelCache, data: RunData) -> tuple[dict[str, Any], Work]:
-    """(the request as the page shows it, the work) for maps of a student, and of a teacher if one is named."""
+def features(
+    raw: Mapping[str, Any], run: Run, models: ModelCache, roots: Sequence[Path]
+) -> tuple[dict[str, Any], Work]:
+    """(the request as the page shows it, the work) for maps of a student, and of a teacher if one is named.
+
+    `roots`: the folders of the page, in which the data of the run may lie.
+    """
     student = source_of(raw.get("student"), run, "student")
     teacher = source_of(raw["teacher"], run, "teacher") if raw.get("teacher") is not None else None
     asked: Asked = take(raw, "maps", Asked, Asked())
@@ -63,7 +69,7 @@ def features(raw: Mapping[str, Any], run: Run, models: ModelCache, data: RunData
         if len({(tuple(each.model.shape), each.model.conditions) for each in loaded}) > 1:
             raise ValueError("teacher and student have other latents or conditions; choose models of the same data")
         job.doing = "reading the picture"
-        found = pictures(loaded[-1], data.of(student.state), asked.row, upload, models.device)
+        found = pictures(loaded[-1], data_of(student.state, roots), asked.row, upload, models.device)
         add_sheet(job, found.shown, role="picture", label=None if found.labels is None else int(found.labels[0]))
         conditions = [_condition(each, asked, found, models.device) for each in loaded]
         scales = [
@@ -72,9 +78,9 @@ def features(raw: Mapping[str, Any], run: Run, models: ModelCache, data: RunData
         ]
         job.total = sum(len(asked.times) * (2 if w != 1 else 1) for w in scales)
         for each, source, w, (cond, said) in zip(loaded, sources, scales, conditions, strict=True):
-            job.doing = f"features of {source.text}"
+            job.doing, guided = f"features of {source.text}", _guided(source, each)
             with counted_passes(each.model, job):
-                maps, blocks = _maps(each, found.z0, cond, asked.times, w, _guided(source, each))
+                maps, blocks = _maps(each, found.z0, cond, asked.times, w, guided)
             add_sheet(
                 job,
                 maps,
@@ -83,7 +89,7 @@ def features(raw: Mapping[str, Any], run: Run, models: ModelCache, data: RunData
                 of=dataclasses.asdict(source.wanted),
                 name=source.text,
                 blocks=blocks,
-                guided=_guided(source, each),
+                guided=guided and guided._asdict(),
                 times=list(asked.times),
                 condition=said if w == 1 else f"{said}, w = {w:g}",
             )
@@ -116,14 +122,14 @@ def _condition(loaded: LoadedModel, asked: Asked, found: Pictures, device: torch
     return labels.to(device), printable(f"label {name}", 80)
 
 
-def _guided(source: Source, loaded: LoadedModel) -> dict[str, Any] | None:
-    """The guided blocks of the stage whose weights these are, as json types; None if its settings do not say."""
-    _, _, plan, _ = source.state.read()
+def _guided(source: Source, loaded: LoadedModel) -> Guided | None:
+    """The guided blocks of the stage whose weights these are; None if its settings do not say."""
+    plan = source.state.read().plan
     stage = next((each for each in plan.stages if each.name == loaded.stage), None)
     if plan.config is None or stage is None:
         return None
     try:
-        return guided_blocks(plan.config, stage, loaded.model)._asdict()
+        return guided_blocks(plan.config, stage, loaded.model)
     except (ValueError, RuntimeError, TypeError):  # the method needs what a run's folder does not hold
         return None
 
@@ -134,15 +140,14 @@ def _maps(
     cond: Cond,
     times: tuple[float, ...],
     scale: float,
-    guided: dict[str, Any] | None,
+    guided: Guided | None,
 ) -> tuple[np.ndarray, list[int]]:
     """Colour maps (blocks x times, h, w, 3) uint8 of the first picture, and the blocks (1-based).
 
     The components of a block are those of its features of all pictures at all t, so colours may be compared along a row.
     """
     model, path = loaded.model, PATHS[loaded.config.train.path]
-    own = [*(guided or {}).get("student", ()), (guided or {}).get("teacher")]
-    blocks = spread_blocks(model.depth, 10, own)
+    blocks = spread_blocks(model.depth, 10, [*guided.student, guided.teacher] if guided else [])
     found: dict[int, list[Tensor]] = {k: [] for k in blocks}
     for t in times:
         feats = collect(model, z0, cond, t=t, taps=blocks, path=path)

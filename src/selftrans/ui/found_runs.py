@@ -76,10 +76,11 @@ def search(roots: Sequence[Path]) -> Listing:
             looked += 1
             kinds = {each.name: each.is_dir(follow_symlinks=False) for each in place.entries()}
             files, folders = {n for n, d in kinds.items() if not d}, [n for n, d in kinds.items() if d]
+            found = Found(_id(place), _name(place), place)
             if files & {*TABLES}:
-                tables[_id(place)] = Found(_id(place), _name(place), place)
+                tables[found.id] = found
             if is_run(place, files, folders):
-                runs[_id(place)] = Found(_id(place), _name(place), place)
+                runs[found.id] = found
             elif len(place.parts) < DEPTH:
                 waiting += [place / name for name in reversed(folders) if name not in SKIPPED]
         if waiting:

@@ -46,17 +46,13 @@ def source_of(raw: Any, run: Callable[[str], RunState], where: str) -> Source:
     """The weights that a request names. ValueError or LookupError where there are none."""
     wanted: Wanted = from_plain(Wanted, raw, where)
     state = run(wanted.run)
-    _, report, plan, _ = state.read()
-    if wanted.stage not in state.stages(report, plan):
+    if wanted.stage not in state.read().stages:
         raise LookupError(f"{state.found.name} has no such stage")
     return Source(state, wanted, state.weights(wanted.stage, wanted.step, wanted.weights))
 
 
 class ModelCache:
-    """The models used last, by the file of their weights. Used by one job at a time.
-
-    `device`: where they compute; None: the GPU if there is one.
-    """
+    """The models used last, by the file of their weights, on `device`. Used by one job at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -40,29 +40,23 @@ class Pictures(NamedTuple):
     shown: np.ndarray  #: (1, H, W, C) uint8, the first as it is decoded
 
 
-class RunData:
-    """The prepared data of runs, where these lie in the folders that the page was given."""
+def data_of(state: RunState, roots: Sequence[Path]) -> Dataset | None:
+    """The prepared data of a run; None where they are in none of the folders `roots`, or cannot be read."""
+    named = part(state.read().config, "data", dict).get("path")
+    places = [_place(named, roots)] if isinstance(named, str) and "\0" not in named else []
+    for place in [*places, state.place / "data"]:
+        if place is not None and is_prepared(place.path) and not _has_links(place):
+            try:
+                return open_data(place.path)
+            except ValueError:
+                return None
+    return None
 
-    def __init__(self, roots: Sequence[Path]) -> None:
-        self.roots = tuple(roots)
 
-    def of(self, state: RunState) -> Dataset | None:
-        """The data of a run; None where they are in none of the given folders, or cannot be read."""
-        config, _, _, _ = state.read()
-        named = part(config, "data", dict).get("path")
-        places = [self._given(named)] if isinstance(named, str) and "\0" not in named else []
-        for place in [*places, state.place / "data"]:
-            if place is not None and is_prepared(place.path) and not _has_links(place):
-                try:
-                    return open_data(place.path)
-                except ValueError:
-                    return None
-        return None
-
-    def _given(self, named: str) -> Contained | None:
-        path = Path(os.path.realpath(named))
-        root = next((root for root in self.roots if path.is_relative_to(root)), None)
-        return None if root is None else Contained(root, path.relative_to(root).parts)
+def _place(named: str, roots: Sequence[Path]) -> Contained | None:
+    path = Path(os.path.realpath(named))
+    root = next((root for root in roots if path.is_relative_to(root)), None)
+    return None if root is None else Contained(root, path.relative_to(root).parts)
 
 
 def _has_links(place: Contained) -> bool:

@@ -9,12 +9,12 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.experiments.measurement import SHARED
-from selftrans.messages import first_line, printable
+from selftrans.messages import first_line, plural, printable
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
 from selftrans.ui.found_runs import Found
 from selftrans.ui.run_log import Columns, Glance, glance, loss_of
@@ -22,11 +22,30 @@ from selftrans.ui.run_plan import Plan, plan_of
 
 POINTS = 600  #: of a curve
 RECENT = 90.0  #: seconds without a new line after which a run has stopped, unless its lines are further apart
+LOCKS = Path("/proc/locks")  #: held locks of files, a line each: number, kind, ..., process, device:device:inode, ...
 PICTURE_BYTES = 64 << 20  #: of the largest preview that is shown
-STEP_PNG = re.compile(r"step-(\d{1,12})\.png")
+STEP = r"step-(\d{1,12})"  #: name of a checkpoint; with .png, of a preview
 
 #: what two measured points must share to belong to one curve, see `measurement.identity_of`
 IDENTITY = (*SHARED, "metric")
+
+
+class Contents(NamedTuple):
+    """What the settings and the report of a run say. Both are empty where they are missing or damaged."""
+
+    config: dict[str, Any]  #: config.json
+    report: dict[str, Any]  #: run.json
+    plan: Plan
+    stages: list[str]  #: their names, in order
+    notes: list[str]  #: what is wrong, one line each
+
+    def spent(self, stage: str) -> int | None:
+        """The steps of a stage when the run was finished; None if run.json does not say."""
+        stages = self.report.get("stages")
+        for each in stages if isinstance(stages, list) else ():
+            if isinstance(each, dict) and each.get("stage") == stage and number(each.get("steps")) is not None:
+                return int(each["steps"])
+        return None
 
 
 class RunState:
@@ -47,22 +66,21 @@ class RunState:
             return {"id": self.found.id, "name": self.found.name, "state": "unreadable", "notes": [first_line(error)]}
 
     def _summary(self) -> dict[str, Any]:
-        config, report, plan, notes = self.read()
-        names = self.stages(report, plan)
-        reached = [(name, self.glance(name)) for name in names]
+        run = self.read()
+        reached = [(name, self.glance(name)) for name in run.stages]
         current = next((i for i in range(len(reached) - 1, -1, -1) if reached[i][1].step is not None), 0)
         name, seen = reached[current] if reached else ("", Glance())
-        total = self._length(name, plan, report)
-        state = self._state(report, plan, names, name, seen)
+        total = self._length(run, name)
+        state = self._state(run, name, seen)
         points = self.measured()
         previews = self.previews(name) if name else []
         return {
             "id": self.found.id,
             "name": self.found.name,
             "state": state,
-            "method": plan.title or printable(config.get("method", "")),
-            "model": _model(config),
-            "recipe": printable(config.get("recipe", "")),
+            "method": run.plan.title or printable(run.config.get("method", "")),
+            "model": _model(run.config),
+            "recipe": printable(run.config.get("recipe", "")),
             "stage": name,
             "number": current + 1,
             "stages": len(reached),
@@ -70,29 +88,29 @@ class RunState:
             "steps": total,
             "share": _share(current, len(reached), seen.step, total),
             "rate": seen.rate,
-            "left": self._left(seen, total, names[current + 1 :], plan) if state == "running" else None,
+            "left": self._left(run, seen, total, run.stages[current + 1 :]) if state == "running" else None,
             "loss": loss_of(seen.values),
             "spark": seen.spark,
             "distance": points[-1]["distance"] if points else None,
-            "tflops": number(report.get("total_tflops")) if state == "done" else None,
+            "tflops": number(run.report.get("total_tflops")) if state == "done" else None,
             "skipped": int(seen.values.get("skipped", 0)),
             "starts": self.starts(),
             "preview": [current, previews[-1]] if previews else None,
             "changed": self._changed(name),
-            "notes": notes,
+            "notes": run.notes,
         }
 
-    def read(self) -> tuple[dict[str, Any], dict[str, Any], Plan, list[str]]:
-        """(config.json, run.json, the plan, what is wrong in one line each)."""
+    def read(self) -> Contents:
+        """What its settings and its report say now."""
         config, wrong = self.files.read(self.place / "config.json")
         report, also = self.files.read(self.place / REPORT)
         plan = plan_of(config) if config else Plan()
         notes = [line for line in (wrong, also, plan.problem) if line]
         if config is None and not wrong:
             notes.append("config.json is missing")
-        return config or {}, report or {}, plan, notes
+        return Contents(config or {}, report or {}, plan, self._stages(report or {}, plan), notes)
 
-    def stages(self, report: dict[str, Any], plan: Plan) -> list[str]:
+    def _stages(self, report: dict[str, Any], plan: Plan) -> list[str]:
         """Names of its stages, in order: as run.json says, else those that have a folder."""
         order = report.get("order")
         named = order if isinstance(order, list) else [each.name for each in plan.stages]
@@ -117,29 +135,26 @@ class RunState:
             known = self._glances[stage] = (stamp, glance(file))
         return known[1]
 
-    def _length(self, stage: str, plan: Plan, report: dict[str, Any]) -> int | None:
+    def _length(self, run: Contents, stage: str) -> int | None:
         """The steps of a stage: as run.json says, unless the run is being extended since it was written."""
-        spent = _spent(report, stage)
-        return plan.steps(stage) if spent is None or self._extended(stage, plan, report) else spent
+        spent = run.spent(stage)
+        return run.plan.steps(stage) if spent is None or self._extended(run, stage) else spent
 
-    def _extended(self, stage: str, plan: Plan, report: dict[str, Any]) -> bool:
+    def _extended(self, run: Contents, stage: str) -> bool:
         """Whether more steps of a stage are planned or logged than run.json reports."""
-        spent = _spent(report, stage)
-        return spent is not None and max(plan.steps(stage) or 0, self.glance(stage).step or 0) > spent
+        spent = run.spent(stage)
+        return spent is not None and max(run.plan.steps(stage) or 0, self.glance(stage).step or 0) > spent
 
-    def _state(self, report: dict[str, Any], plan: Plan, names: list[str], stage: str, seen: Glance) -> str:
+    def _state(self, run: Contents, stage: str, seen: Glance) -> str:
         """done, running, stopped, or begun: without a step that was logged."""
         if self.locked():
             return "running"
-        if "stages" in report and not any(self._extended(name, plan, report) for name in names):
+        if "stages" in run.report and not any(self._extended(run, name) for name in run.stages):
             return "done"
-        if self._age(stage) < max(RECENT, 4 * (seen.between or 0)):
-            return "running"
-        return "stopped" if seen.step is not None or not names else "begun"
-
-    def _age(self, stage: str) -> float:
         changed = self._changed(stage)
-        return time.time() - changed if changed is not None else float("inf")
+        if changed is not None and time.time() - changed < max(RECENT, 4 * (seen.between or 0)):
+            return "running"
+        return "stopped" if seen.step is not None or not run.stages else "begun"
 
     def _changed(self, stage: str) -> float | None:
         """When its log or, before there is one, its settings were written last."""
@@ -150,18 +165,23 @@ class RunState:
 
     def locked(self) -> bool:
         """Whether a process of this machine trains in it. Only looked up: taking the lock could stop a run that starts."""
-        stamp = (self.place / ".lock").stamp()
-        if stamp is None:
-            return False
         try:
-            lines = Path("/proc/locks").read_text().splitlines()
-        except OSError:  # another system, or one that does not show them
+            with (self.place / ".lock").open() as file:
+                about, owner = os.fstat(file.fileno()), file.read(20).decode("ascii", "replace").strip()
+            held = [line.split() for line in LOCKS.read_text().splitlines()]
+        except OSError:  # no lock, or a system that does not show who holds it
             return False
-        return any(line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{stamp[0]}") for line in lines if line)
+        own = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
+        for _, kind, _, _, process, file_id, *_ in held:
+            device, _, inode = file_id.rpartition(":")
+            # other file systems have the same numbers; some, of containers, show another device here than in `stat`
+            if kind == "FLOCK" and inode == str(about.st_ino) and (device == own or process == owner):
+                return True
+        return False
 
-    def _left(self, seen: Glance, total: int | None, later: list[str], plan: Plan) -> float | None:
+    def _left(self, run: Contents, seen: Glance, total: int | None, later: list[str]) -> float | None:
         """Seconds left, at the present rate, of this stage and of the later ones."""
-        rest = [plan.steps(name) for name in later]
+        rest = [run.plan.steps(name) for name in later]
         if not seen.rate or total is None or seen.step is None or None in rest:
             return None
         return (max(0.0, total - seen.step) + sum(filter(None, rest))) / seen.rate
@@ -186,25 +206,23 @@ class RunState:
             )
 
     def _detail(self) -> dict[str, Any]:
-        config, report, plan, _ = self.read()
-        found = self.summary()
-        names = self.stages(report, plan) if found["state"] != "unreadable" else []
+        run, found = self.read(), self.summary()
         changes, wrong = self.files.read(self.place / "changes.json", list)
         return found | {
             "path": printable(self.place.path, 1000),
-            "parts": [self._stage(name, plan, report) for name in names],
+            "parts": [self._stage(run, name) for name in run.stages],
             "measured": self.measured(),
             "changes": plain(changes or []),
-            "settings": plain(config),
-            "report": plain(report),
-            "notes": found["notes"] + [line for line in (wrong,) if line],
+            "settings": plain(run.config),
+            "report": plain(run.report),
+            "notes": found["notes"] + ([wrong] if wrong else []),
         }
 
-    def _stage(self, name: str, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
+    def _stage(self, run: Contents, name: str) -> dict[str, Any]:
         log = self.log(name)
         return {
             "name": name,
-            "steps": self._length(name, plan, report),
+            "steps": self._length(run, name),
             "step": log.steps[-1] if log.steps else None,
             "lines": len(log.steps),
             "damaged": log.damaged,
@@ -235,7 +253,7 @@ class RunState:
     def previews(self, stage: str) -> list[int]:
         """Steps that have a preview."""
         names = (each.name for each in (self.place / stage / "previews").entries())
-        return sorted(int(match[1]) for name in names if (match := STEP_PNG.fullmatch(name)))
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(STEP + r"\.png", name)))
 
     def preview(self, stage: str, step: int) -> Contained:
         """The file of a preview."""
@@ -244,7 +262,7 @@ class RunState:
     def checkpoints(self, stage: str) -> list[int]:
         """Steps that have a checkpoint; its content is not verified here."""
         names = (self.place / stage / "checkpoints").folders()
-        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{1,12}", name))
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(STEP, name)))
 
     def weights(self, stage: str, step: int, kind: str) -> Path:
         """The weights file of a checkpoint. ValueError where it is missing or reached through a symbolic link."""
@@ -267,22 +285,9 @@ class RunState:
         return [plain(point) for point in sorted(kept, key=lambda point: float(point["step"]))]
 
 
-def _spent(report: dict[str, Any], stage: str) -> int | None:
-    """The steps of a stage when the run was finished; None if run.json does not say."""
-    stages = report.get("stages")
-    for each in stages if isinstance(stages, list) else ():
-        if isinstance(each, dict) and each.get("stage") == stage and number(each.get("steps")) is not None:
-            return int(each["steps"])
-    return None
-
-
 def _share(stage: int, stages: int, step: float | None, total: int | None) -> float | None:
     """The share of a run that is done when stage number `stage` (from 0) is at `step` of `total`; None: unknown."""
     return None if not stages or not total or step is None else (stage + min(1.0, step / total)) / stages
-
-
-def _blocks(depth: Any) -> str:
-    return "1 block" if depth == 1 else f"{depth} blocks"
 
 
 def _model(config: dict[str, Any]) -> str:
@@ -290,5 +295,6 @@ def _model(config: dict[str, Any]) -> str:
     model = config.get("model")
     if not isinstance(model, dict):
         return ""
-    sizes = f", {_blocks(model['depth'])} of {model['width']}" if {"depth", "width"} <= model.keys() else ""
+    depth = model.get("depth")
+    sizes = f", {plural(depth, 'block')} of {model['width']}" if isinstance(depth, int) and "width" in model else ""
     return printable(f"{model.get('name', '')}{sizes}", 80)

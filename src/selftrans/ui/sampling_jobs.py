@@ -102,8 +102,8 @@ def _opened(
 ) -> tuple[LoadedModel, SampleConfig]:
     """The model, and its run's settings with the chosen ones in their place."""
     on_cpu = models.device.type == "cpu"
-    _, _, plan, _ = source.state.read()
-    own = plan.config.sample.precision if plan.config else "fp32"
+    config = source.state.read().plan.config
+    own = config.sample.precision if config else "fp32"
     precision = "fp32" if on_cpu else own
     loaded = models.load(source, job, cast=precision)
     settings = overridden(loaded, dict(chosen))
@@ -147,7 +147,7 @@ def preview_differences(states: Sequence[RunState]) -> list[str]:
 
 def _preview_settings(state: RunState) -> dict[str, Any]:
     """What the pictures of a run's previews depend on besides its weights."""
-    config, _, _, _ = state.read()
+    config = state.read().config
     data, _ = state.files.read(state.place / "data.json")
     parts: dict[str, tuple[str, ...]] = {
         "sample": PREVIEWED,

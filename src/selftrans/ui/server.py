@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 
 from selftrans.device import default_device
 from selftrans.messages import first_line
@@ -29,22 +29,14 @@ from selftrans.ui.found_runs import Folders
 from selftrans.ui.guard import Guard
 from selftrans.ui.jobs import Busy, Jobs
 from selftrans.ui.model_cache import ModelCache
-from selftrans.ui.picture_data import UPLOAD_BYTES, RunData
+from selftrans.ui.picture_data import UPLOAD_BYTES
 from selftrans.ui.run_state import PICTURE_BYTES, RunState
 from selftrans.ui.sampling_jobs import playground, preview_differences, side_by_side
 from selftrans.ui.tables import distances, measured_tables, stored_table
 
 MOST_BODY = 2 * UPLOAD_BYTES
 MOST_RUNS = 8  #: next to each other
-#: of the page itself: name -> media type
-STATIC = {
-    "": "text/html; charset=utf-8",
-    "style.css": "text/css; charset=utf-8",
-    "icon.svg": "image/svg+xml",
-} | {
-    f"{name}.js": "text/javascript; charset=utf-8"
-    for name in ("main", "dom", "chart", "runs", "run", "side", "play", "maps", "tables", "pictures")
-}
+STATIC = Path(__file__).parent / "static"  #: the page itself
 
 
 class Page:
@@ -53,7 +45,7 @@ class Page:
     def __init__(self, folders: Sequence[Path], *, device: torch.device | None = None) -> None:
         """ValueError for a folder that does not exist."""
         self.folders, self.files, self.jobs = Folders(folders), JsonFiles(), Jobs()
-        self.models, self.data = ModelCache(device or default_device()), RunData(self.folders.roots)
+        self.models = ModelCache(device or default_device())
         self._states: dict[str, RunState] = {}
         self._lock = threading.RLock()
 
@@ -98,10 +90,9 @@ class Page:
             states = [self.run(key) for key in keys]
             shown = []
             for state in states:
-                found, (_, report, plan, _) = state.summary(), state.read()
-                names = state.stages(report, plan)
+                names = state.read().stages
                 parts = {n: {"previews": state.previews(n), "checkpoints": state.checkpoints(n)} for n in names}
-                shown.append(found | {"parts": parts})
+                shown.append(state.summary() | {"parts": parts})
             return {"runs": shown, "differences": preview_differences(states), "distances": distances(states)}
 
     def tables(self) -> dict[str, Any]:
@@ -115,8 +106,7 @@ class Page:
         """The picture of a step. LookupError, OSError where there is none."""
         with self._lock:
             state = self.run(key)
-            _, report, plan, _ = state.read()
-            names = state.stages(report, plan)
+            names = state.read().stages
         if not 0 <= stage < len(names) or step < 0:
             raise LookupError("there is no such stage")
         content = state.preview(names[stage], step).read(PICTURE_BYTES)
@@ -135,7 +125,7 @@ class Page:
             elif kind == "side":
                 about, work = side_by_side(raw, self.run, self.models)
             elif kind == "maps":
-                about, work = features(raw, self.run, self.models, self.data)
+                about, work = features(raw, self.run, self.models, self.folders.roots)
             else:
                 raise ValueError("the kind of a job is sample, side or maps")
         return self.jobs.start(kind, about, work).shown()
@@ -143,13 +133,6 @@ class Page:
 
 def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None) -> Starlette:
     """The ASGI application of a page; it guards itself, see `Guard`."""
-    static = {name: _static(name or "index.html") for name in STATIC}
-
-    def fixed(name: str) -> Route:
-        async def answer(request: Request) -> Response:
-            return Response(static[name], media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
-
-        return Route(f"/{name}", answer)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> Any:
@@ -185,7 +168,6 @@ def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None
             raise LookupError("there is no such preview") from error
 
     routes = [
-        *map(fixed, STATIC),
         Route("/api/runs", _fresh(lambda request: page.runs())),
         Route("/api/runs/{key:str}", _fresh(lambda request: page.detail(request.path_params["key"]))),
         Route("/api/runs/{key:str}/previews/{stage:int}/{step:int}.png", preview),
@@ -195,6 +177,8 @@ def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None
         Route("/api/jobs", start, methods=["POST"]),
         Route("/api/jobs/{key:int}/cancel", cancel, methods=["POST"]),
         Route("/api/jobs/{key:int}/pictures/{number:int}.png", job_picture),
+        Route("/", lambda request: FileResponse(STATIC / "index.html")),
+        Mount("/", StaticFiles(directory=STATIC)),
     ]
     errors: dict[Any, Any] = {ValueError: _error(400), LookupError: _error(404), Busy: _error(409)}
     middleware = [Middleware(Guard, host=host, token=token), Middleware(GZipMiddleware, minimum_size=2048)]
@@ -229,10 +213,6 @@ def _json(content: Any, status: int = 200) -> Response:
     """An answer in ASCII: texts of files and requests may hold what UTF-8 does not."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return Response(text, status, media_type="application/json")
-
-
-def _static(name: str) -> bytes:
-    return (files("selftrans.ui") / "static" / name).read_bytes()
 
 
 def _png(content: bytes) -> Response:

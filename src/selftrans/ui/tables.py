@@ -83,15 +83,14 @@ def measured_tables(states: Iterable[RunState], stored: Collection[Contained] = 
         if Contained(state.place.root, state.place.parts[:-1]) in stored:
             continue
         match = SEEDED.fullmatch(state.place.parts[-1] if state.place.parts else state.place.root.name)
-        _, report, _, _ = state.read()
+        report = state.read().report
         # while a run is extended, run.json has the cost of its first finish: later points do not belong to it
         end = number(report.get("student_steps"))
         points = [point for point in state.measured() if end is None or point["step"] <= end]
         if not match or not points or number(report.get("student_tflops")) is None:
             continue
-        identity = json.dumps([points[-1].get(key) for key in IDENTITY], sort_keys=True)
         folder = printable("/".join(state.place.parts[:-1]) or state.place.root.name)
-        groups.setdefault((folder, identity), {})[match[1], int(match[2])] = (report, points)
+        groups.setdefault((folder, _identity(points[-1])), {})[match[1], int(match[2])] = (report, points)
     tables = []
     for (folder, _), results in sorted(groups.items()):
         if len(results) > 1:
@@ -140,20 +139,23 @@ def _shown(table: Any, metric: str, curves: Any, settings: dict[str, str]) -> di
 def distances(states: Sequence[RunState]) -> dict[str, Any]:
     """Measured distances of runs over steps and over total compute, by id: what is drawn below their pictures."""
     found: dict[str, Any] = {axis: {} for axis in AXES}
-    metrics = set()
+    metrics, identities = set(), set()
     for state in states:
-        points = state.measured()
-        _, report, _, _ = state.read()
-        for axis in AXES if points else ():
-            known = axis == "step" or all(
-                number(each) is not None
-                for each in (report.get("total_tflops"), report.get("student_tflops"), *(p.get(axis) for p in points))
-            )
-            if known:
-                found[axis][state.found.id] = curve((report, points), axis)
-        metrics |= {str(point.get("metric")) for point in points}
-    identities = {json.dumps([p.get(key) for key in IDENTITY], sort_keys=True) for s in states for p in s.measured()}
+        points, report = state.measured(), state.read().report
+        if not points:
+            continue
+        found["step"][state.found.id] = curve((report, points), "step")
+        compute = (report.get("total_tflops"), report.get("student_tflops"), *(p.get("tflops") for p in points))
+        if all(number(each) is not None for each in compute):
+            found["tflops"][state.found.id] = curve((report, points), "tflops")
+        metrics.add(str(points[-1].get("metric")))
+        identities.add(_identity(points[-1]))
     return found | {"metric": " or ".join(sorted(metrics)), "alike": len(identities) <= 1}
+
+
+def _identity(point: dict[str, Any]) -> str:
+    """What a measured point must share with another to be compared with it; all points of a run do."""
+    return json.dumps([point.get(key) for key in IDENTITY], sort_keys=True)
 
 
 def _text(value: Any) -> str:

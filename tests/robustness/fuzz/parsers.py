@@ -192,7 +192,7 @@ def _with_member(name: str, others: dict[str, bytes], data: bytes) -> bytes:
 def labelled(image: np.ndarray) -> bytes:
     with temporary() as folder:
         shaped = image.reshape(1, *image.shape[:2], -1)
-        samples_io._write_batch(folder, np.zeros(1, np.int64), np.ones(1, np.int64), shaped, 0, samples_io.PNG)
+        samples_io._SampleFolder(folder, 1).write_batch(np.zeros(1, np.int64), np.ones(1, np.int64), shaped)
         return (folder / "000000.png").read_bytes()
 
 
@@ -482,7 +482,7 @@ def samples_json(path: Path) -> None:
         _stored(path.parent)
     data = path.read_bytes()
     try:
-        samples_io._begin(path.parent, {"steps": 4, "guidance": {"scale": 1.5}}, 3, 0)
+        samples_io._SampleFolder(path.parent, 3).begin({"steps": 4, "guidance": {"scale": 1.5}})
     finally:
         put_anew(path, data)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from selftrans.cli.main import main, parse_command
-from selftrans.cli.overrides import override_type
+from selftrans.cli.overrides import default_overrides
 from selftrans.cli.parse import option_names
 from selftrans.config import RunConfig, from_json
 from selftrans.methods.registry import METHODS, sections_of
@@ -44,7 +44,7 @@ def test_help_of_a_recipe_lists_every_override_with_its_default(argv, capsys):
         assert text in " ".join(printed.replace("│", " ").split()), text  # wherever the lines are broken
     for text in ("--out RUN", "--data DIR", "--teacher RUN_OR_FILE", "selftrans prepare CIFAR10.zip", "RECIPE"):
         assert text in printed, text
-    overrides = set(option_names(override_type(RECIPES["cifar10"](), [])[1]))
+    overrides = set(option_names(default_overrides(RECIPES["cifar10"](), [])))
     assert len(overrides) > 80 and not {name for name in overrides if f"--{name} " not in printed}
     assert "--recipe" not in printed
 
@@ -132,16 +132,16 @@ def test_compare_takes_its_own_options_and_overrides(monkeypatch):
 
 def test_overrides_are_those_of_the_run_its_model_and_every_method():
     config = RECIPES["digits"]()
-    kind, default = override_type(config, ["--train.steps", "3"])
-    names = {field.name for field in dataclasses.fields(kind)}
+    default = default_overrides(config, ["--train.steps", "3"])
+    names = {field.name for field in dataclasses.fields(default)}
     assert names == {"method", "data", "model", "init", "lora", "train", "sample", "log"} | set(
         sections_of(METHODS.values())
     )
     assert (default.method, default.model, default.stage1) == (config.method, config.model, config.section(Stage1))
     with pytest.raises(ValueError, match="'magic' is unknown"):
-        override_type(config, ["--method=magic"])
+        default_overrides(config, ["--method=magic"])
     with pytest.raises(ValueError, match="'SiT-S/3' is unknown; did you mean"):
-        override_type(config, ["--model.name", "SiT-S/3"])
+        default_overrides(config, ["--model.name", "SiT-S/3"])
 
 
 def test_list_of_labels_is_kept_in_the_run_directory(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from selftrans.checkpoints.load import load_model
+from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
 from selftrans.interop.adapter_files import for_diffusers
 from selftrans.interop.exporting import export_run
@@ -66,6 +66,14 @@ def test_wrong_exports_are_refused(tmp_path, capsys, run, more, message):
     (tmp_path / "full" / "note.txt").write_text("x")
     assert main(["export", str(fine_tuning.adapted()), "--out", str(tmp_path / "full"), "--adapters"]) == 1
     assert "is not an export of adapters" in capsys.readouterr().err
+
+
+def test_what_a_weights_file_does_not_hold(tmp_path, capsys):
+    file = str(find(fine_tuning.adapted()))
+    assert main(["export", file, "--out", str(tmp_path / "stage"), "--adapters", "--stage", "stage7"]) == 1
+    assert "not of stage7" in capsys.readouterr().err and not (tmp_path / "stage").exists()
+    assert main(["export", file, "--out", str(tmp_path / "raw"), "--adapters", "--weights", "raw"]) == 0
+    assert "holds the moving average alone (ema), which is used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])

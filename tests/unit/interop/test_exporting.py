@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from selftrans.checkpoints.load import load_model
+from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
 from selftrans.interop.exporting import export_run
 from selftrans.interop.importing import import_run
@@ -123,6 +123,16 @@ def test_published_layout_is_not_accepted_as_a_run(tmp_path):
 def test_sit_layout_refuses_qk_norm(tmp_path, capsys):
     assert main(["export", str(toy.finished()), "--out", str(tmp_path / "out"), "--layout", "sit"]) == 1
     assert "QK-norm, which the original SiT lacks" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["export"], ["export", "--layout", "pipeline"], ["push", "me/digits", "--license", "mit", "--dry-run"]]
+)
+def test_weights_of_another_stage_are_refused(tmp_path, capsys, words):
+    command, *options = words
+    file = str(find(toy.finished()))
+    assert main([command, file, *options, "--out", str(tmp_path / "out"), "--stage", "stage1"]) == 1
+    assert "holds weights of stage2, not of stage1" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_export_replaces_only_an_earlier_export(tmp_path, capsys):

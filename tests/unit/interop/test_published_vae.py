@@ -156,7 +156,8 @@ def test_files_that_are_no_autoencoder_are_refused(tmp_path, capsys, change, mes
         ({"mean": MEAN, "std": [1.0, 0.0, 1.0]}, "std should be above zero"),
         ({"mean": [1.0, float("nan"), 1.0], "std": STD}, "mean should be 3 finite"),
         ({"mean": ["1", 2, 3], "std": STD}, "mean should be 3 finite"),
-        ([], "mean should be 3 finite"),
+        ({"mean": [10**400, 2, 3], "std": STD}, "mean should be 3 finite"),
+        ([], "holds no object; give json with mean and std"),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused(tmp_path, stats, message):

@@ -163,7 +163,7 @@ def test_processes_share_the_images_and_the_last_one_writes_the_npz(tmp_path, ca
 
 def test_pictures_are_written_by_another_thread_in_bounded_number(tmp_path, monkeypatch):
     threads, waiting, most, lock = set(), 0, 0, threading.Lock()
-    inner = samples_io._write_batch
+    inner = samples_io._SampleFolder.write_batch
 
     def spy(*args):
         nonlocal waiting
@@ -173,7 +173,7 @@ def test_pictures_are_written_by_another_thread_in_bounded_number(tmp_path, monk
             waiting -= 1
         return result
 
-    monkeypatch.setattr(samples_io, "_write_batch", spy)
+    monkeypatch.setattr(samples_io._SampleFolder, "write_batch", spy)
 
     def source(indices):
         nonlocal waiting, most

@@ -57,6 +57,20 @@ def test_states(tmp_path):
     assert state(toy.finished()).summary()["state"] == "done"
 
 
+@pytest.mark.parametrize(("device", "process", "locked"), [("own", 7, True), ("ff:ff", 41, True), ("ff:ff", 7, False)])
+def test_a_lock_of_a_file_with_the_same_inode_elsewhere_is_not_that_of_the_run(
+    tmp_path, monkeypatch, device, process, locked
+):
+    run = begun(tmp_path / "run")
+    (run / ".lock").write_text("41")
+    about = (run / ".lock").stat()
+    own = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
+    held = f"FLOCK ADVISORY WRITE {process} {own if device == 'own' else device}:{about.st_ino} 0 EOF"
+    (tmp_path / "locks").write_text(f"1: POSIX ADVISORY WRITE 1 {own}:{about.st_ino} 0 EOF\n1: -> {held}\n2: {held}\n")
+    monkeypatch.setattr("selftrans.ui.run_state.LOCKS", tmp_path / "locks")
+    assert state(run).locked() == locked
+
+
 def test_a_finished_run_that_is_extended(tmp_path):
     """run.json of the first finish stays until the second: its steps and totals are not those of the run any more."""
     run = begun(tmp_path / "run", {"train.steps": 20, "stage1.steps": 10})

@@ -99,10 +99,45 @@ export function store(name, value) {
 export const chip = (state) => h("span", { class: `chip ${state}` }, state);
 export const notes = (lines) => (lines || []).map((line) => h("p", { class: "note" }, line));
 export const field = (name, input, all = false) => h("label", { class: `field${all ? " all" : ""}` }, name, input);
+export const number = (value, min, max, step = 1) => h("input", { type: "number", value, min, max, step });
 export function select(options, value, onchange) {
   const node = h("select", { onchange: () => onchange?.(node.value) },
     options.map(([key, text]) => h("option", { value: key, selected: String(key) === String(value) }, text)));
   return node;
 }
-export const fraction = (done, total) => (total ? Math.min(1, done / total) : 0);
 export const meter = (share, name = "meter") => h("div", { class: name }, h("i", { style: { width: `${100 * (share || 0)}%` } }));
+
+// Starts a job and returns it; null where it is refused, and `place` says why.
+export async function start(job, place) {
+  place.replaceChildren();
+  try {
+    const started = await post("/api/jobs", job);
+    document.dispatchEvent(new Event("job-started"));
+    return started;
+  } catch (error) {
+    place.replaceChildren(...notes([error.message]));
+    return null;
+  }
+}
+
+// Calls `changed` with the job that runs or ran last, when that has changed. The event comes from main.js.
+export function onJob(signal, changed) {
+  let before = "";
+  document.addEventListener("job", ({ detail }) => {
+    const now = JSON.stringify(detail);
+    if (now === before) return;
+    before = now;
+    changed(detail);
+  }, { signal });
+}
+
+export const cancel = (job) => h("button", { class: "small", type: "button", onclick: () => post(`/api/jobs/${job.id}/cancel`) }, "Cancel");
+
+// How far a job is, and what went wrong.
+export function progress(job) {
+  const said = notes([job.error, ...job.notes].filter(Boolean));
+  if (job.state !== "running") return said;
+  const left = job.left ? `, ${duration(job.left)} left` : "";
+  return [meter(job.total ? Math.min(1, job.done / job.total) : 0, "progress"),
+    h("div", { class: "row" }, h("span", { class: "fine" }, job.doing + left), h("span", { class: "grow" }), cancel(job)), ...said];
+}

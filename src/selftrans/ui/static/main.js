@@ -1,5 +1,5 @@
 // Which page is shown, the theme, and the job that runs.
-import { duration, get, h, post, repeat, store, stored } from "./dom.js";
+import { cancel, duration, get, h, repeat, store, stored } from "./dom.js";
 import { mapsPage } from "./maps.js";
 import { playPage } from "./play.js";
 import { runPage } from "./run.js";
@@ -40,7 +40,7 @@ function theme() {
   show();
 }
 
-// pages that wait for a job listen to the event "job" of the document
+// pages learn of it by the event "job" of the document, see `onJob`
 let running = false;
 async function job() {
   const found = await get("/api/jobs");
@@ -49,8 +49,7 @@ async function job() {
   if (!running) place.replaceChildren();
   else {
     const share = found.total ? `${Math.floor((100 * found.done) / found.total)} %` : found.doing;
-    place.replaceChildren(h("span", {}, `${share}${found.left ? `, ${duration(found.left)} left` : ""}`),
-      h("button", { class: "small", type: "button", onclick: () => post(`/api/jobs/${found.id}/cancel`) }, "Cancel"));
+    place.replaceChildren(h("span", {}, `${share}${found.left ? `, ${duration(found.left)} left` : ""}`), cancel(found));
   }
   document.dispatchEvent(new CustomEvent("job", { detail: found }));
 }

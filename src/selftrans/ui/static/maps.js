@@ -1,23 +1,23 @@
 // Features of a picture as PCA maps over blocks and t: what the teacher sees, what the student sees.
-import { field, fraction, h, meter, notes, post, whole } from "./dom.js";
-import { address, Picker, runsWithModels, tile } from "./pictures.js";
+import { field, h, number, onJob, progress, start, whole } from "./dom.js";
+import { address, Picker, tile, trainedRuns } from "./pictures.js";
 
 let shown = null; // the last job of this kind
 
 export function mapsPage(main, { query, signal }) {
-  let [upload, models, last] = [null, null, null];
-  const row = h("input", { type: "number", min: 0, value: 0 });
+  let [upload, models] = [null, null];
+  const row = number(0, 0);
   const file = h("input", { type: "file", accept: "image/*", onchange: read });
   const label = h("select");
   const prompt = h("input", { type: "text", placeholder: "empty: the null condition" });
-  const scale = h("input", { type: "number", min: 0, max: 1000, step: 0.5, value: 1 });
+  const scale = number(1, 0, 1000, 0.5);
   const times = h("input", { type: "text", value: "0.2 0.4 0.6 0.8" });
   const taught = h("input", { type: "checkbox", checked: true });
   const go = h("button", { class: "main all", type: "submit" }, "Draw the maps");
   const said = h("div", { class: "all stack" });
   const place = { student: h("div", { class: "all" }), teacher: h("div", { class: "all" }), condition: h("div", { class: "all" }), hint: h("p", { class: "fine all" }) };
   const results = h("div", { class: "stack" });
-  const form = h("form", { class: "fields", onsubmit: (event) => { event.preventDefault(); start(); } }, place.student,
+  const form = h("form", { class: "fields", onsubmit: (event) => { event.preventDefault(); ask(); } }, place.student,
     h("label", { class: "row all fine" }, taught, "with the model that guides it"), place.teacher, field("row of its data", row), field("or a picture of your own", file, true), place.hint, place.condition,
     field("w of the teacher", scale), field("t (0 is data)", times), go, said);
   main.append(h("h1", {}, "Features"), h("div", { class: "form" }, h("section", { class: "card" }, form), results));
@@ -38,7 +38,7 @@ export function mapsPage(main, { query, signal }) {
     models = { ...found, of: value.run };
     if (!fresh) return;
     scale.value = found.scale ?? 1;
-    if (found.rows) row.max = found.rows - 1;
+    row.max = found.rows ? found.rows - 1 : "";
     const text = found.conditions === "text";
     label.replaceChildren(h("option", { value: "own" }, "label of the row"), h("option", { value: "null" }, "null (none)"), ...found.classes.map((name, i) => h("option", { value: i }, `label ${name}`)));
     place.condition.replaceChildren(...(text ? [field("prompt", prompt)] : found.conditions === "labels" ? [field("condition", label)] : []));
@@ -47,18 +47,12 @@ export function mapsPage(main, { query, signal }) {
     if (found.teacher) teacher.choose(found.teacher.run, found.teacher);
   }
 
-  async function start() {
+  async function ask() {
     const maps = { times: times.value.split(/[\s,;]+/).filter(Boolean).map(Number), row: Number(row.value), scale: Number(scale.value) };
     if (models?.conditions === "labels" && label.value === "null") maps.null = true;
     else if (models?.conditions === "labels" && label.value !== "own") maps.label = Number(label.value);
     if (models?.conditions === "text" && prompt.value.trim()) maps.prompt = prompt.value.trim();
-    said.replaceChildren();
-    try {
-      await post("/api/jobs", { kind: "maps", student: student.value, teacher: taught.checked ? teacher.value : null, maps, upload });
-      document.dispatchEvent(new Event("job-started"));
-    } catch (error) {
-      said.replaceChildren(...notes([error.message]));
-    }
+    await start({ kind: "maps", student: student.value, teacher: taught.checked ? teacher.value : null, maps, upload }, said);
   }
 
   function draw() {
@@ -74,8 +68,7 @@ export function mapsPage(main, { query, signal }) {
     if (first) first.style.width = "96px";
     results.replaceChildren(h("section", { class: "card stack" }, h("div", { class: "row" }, first, h("div", {}, h("h2", {}, shown.about.uploaded ? "A picture of your own" : `Row ${whole(shown.about.maps.row)} of the data`),
       h("p", { class: "fine" }, "as the autoencoder decodes it. Colours may be compared along a row of maps, not between rows or models."))),
-      shown.state === "running" ? meter(fraction(shown.done, shown.total), "progress") : null, shown.state === "running" ? h("p", { class: "fine" }, shown.doing) : null,
-      shown.error ? h("p", { class: "note" }, shown.error) : null, shown.state === "cancelled" ? h("p", { class: "fine" }, "cancelled") : null, ...notes(shown.notes)),
+      progress(shown), shown.state === "cancelled" ? h("p", { class: "fine" }, "cancelled") : null),
       h("div", { class: "pair" }, sheets.map((each) => sheet(each, each.role === "student" ? guided?.student || [] : guided?.teacher ? [guided.teacher] : []))));
   }
 
@@ -87,26 +80,21 @@ export function mapsPage(main, { query, signal }) {
       h("div", { class: "maps", style: { "grid-template-columns": `auto repeat(${each.columns}, minmax(0, 1fr))` } }, h("span"), each.times.map((t) => h("span", { class: "fine headed" }, `t = ${t}`)), cells));
   }
 
-  document.addEventListener("job", ({ detail }) => {
-    if (JSON.stringify(detail) === JSON.stringify(last)) return;
-    last = detail;
-    go.disabled = detail?.state === "running";
-    if (detail?.kind === "maps") { shown = detail; draw(); }
-  }, { signal });
+  onJob(signal, (job) => {
+    go.disabled = job?.state === "running";
+    if (job?.kind === "maps") { shown = job; draw(); }
+  });
 
   let [student, teacher] = [null, null];
   (async () => {
-    const runs = await runsWithModels(signal);
-    if (!runs.length) { main.replaceChildren(h("section", { class: "card empty" }, "No run has trained yet.")); return; }
-    student = new Picker("student", runs, take);
-    teacher = new Picker("teacher", runs);
+    const found = await trainedRuns(main, query, signal);
+    if (!found) return;
+    student = new Picker("student", found.runs, take);
+    teacher = new Picker("teacher", found.runs);
     place.student.append(student.node);
     place.teacher.append(teacher.node);
     draw();
-    const newest = [...runs].sort((a, b) => (b.changed || 0) - (a.changed || 0));
-    const wanted = query.get("run");
-    const start_ = runs.some((run) => run.id === wanted) ? wanted : newest[0].id;
-    await teacher.choose(start_);
-    await student.choose(start_);
+    await teacher.choose(found.first);
+    await student.choose(found.first);
   })();
 }

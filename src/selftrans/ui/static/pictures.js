@@ -23,8 +23,8 @@ export function tile(url, result, number) {
   return canvas;
 }
 
-export function tiles(url, result, most = Infinity) {
-  const numbers = Array.from({ length: Math.min(result.count, most) }, (_, i) => i);
+export function tiles(url, result) {
+  const numbers = Array.from({ length: result.count }, (_, i) => i);
   return h("div", { class: "tiles" }, numbers.map((i) => h("figure", { title: result.captions?.[i] || "" }, tile(url, result, i), result.captions?.[i] ? h("figcaption", {}, result.captions[i]) : null)));
 }
 
@@ -66,4 +66,13 @@ export class Picker {
   }
 }
 
-export const runsWithModels = async (signal) => (await get("/api/runs", signal)).runs.filter((run) => run.state !== "unreadable" && run.step !== null);
+// {runs that have trained, id of the one to begin with: that in the address, else the newest}; null, and said in `main`, where there is none.
+export async function trainedRuns(main, query, signal) {
+  const runs = (await get("/api/runs", signal)).runs.filter((run) => run.state !== "unreadable" && run.step !== null);
+  if (!runs.length) {
+    main.replaceChildren(h("section", { class: "card empty" }, "No run has trained yet."));
+    return null;
+  }
+  const newest = runs.reduce((a, b) => ((b.changed || 0) > (a.changed || 0) ? b : a));
+  return { runs, first: (runs.find((run) => run.id === query.get("run")) || newest).id };
+}

@@ -1,27 +1,28 @@
 // The playground: one model, sampled with chosen labels or prompts, guidance, sampler and seed.
-import { duration, field, fraction, h, meter, notes, post, Refused, short } from "./dom.js";
-import { address, Picker, runsWithModels, tiles } from "./pictures.js";
+import { duration, field, h, number, onJob, progress, select, short, start } from "./dom.js";
+import { address, Picker, tiles, trainedRuns } from "./pictures.js";
 
 const made = []; // finished and running jobs of this page, newest first; {id, job}
 
 export function playPage(main, { query, signal }) {
   const chosen = new Set();
-  const inputs = {};
-  const number = (name, value, low, high, by = 1) => (inputs[name] = h("input", { type: "number", value, min: low, max: high, step: by }));
-  const sampler = (inputs.sampler = h("select", {}, ["heun", "euler", "sde"].map((name) => h("option", { value: name }, name === "sde" ? "sde (Euler–Maruyama)" : name === "heun" ? "heun (ode)" : name))));
+  const inputs = {
+    guidance_scale: number(1, 0, 100, 0.1), low: number(0, 0, 1, 0.05), high: number(1, 0, 1, 0.05), steps: number(25, 1, 1000), num: number(16, 1, 64),
+    seed: number(0, 0, 2 ** 31), sampler: select([["heun", "heun (ode)"], ["euler", "euler"], ["sde", "sde (Euler–Maruyama)"]], "heun"),
+  };
   const conditions = h("div", { class: "all stack" });
   const go = h("button", { class: "main all", type: "submit" }, "Sample");
   const said = h("div", { class: "all stack" });
   const results = h("div", { class: "stack" });
-  let [models, last] = [null, null];
+  let models = null;
 
-  const scale = number("guidance_scale", 1, 0, 100, 0.1);
+  const scale = inputs.guidance_scale;
   const slide = h("input", { type: "range", min: 1, max: 10, step: 0.1, value: 1, "aria-label": "guidance", oninput: () => { scale.value = slide.value; } });
   scale.addEventListener("input", () => { slide.value = scale.value; });
-  const fields = h("form", { class: "fields", onsubmit: (event) => { event.preventDefault(); start(); } },
-    h("div", { class: "all", id: "model" }), conditions, field("guidance (1: none)", scale), h("label", { class: "field" }, " ", slide),
-    field("guided from t", number("low", 0, 0, 1, 0.05)), field("to t (1 is noise)", number("high", 1, 0, 1, 0.05)), field("sampler", sampler), field("time steps", number("steps", 25, 1, 1000)),
-    field("pictures", number("num", 16, 1, 64)), field("seed", number("seed", 0, 0, 2 ** 31)), go, said);
+  const fields = h("form", { class: "fields", onsubmit: (event) => { event.preventDefault(); sample(); } },
+    h("div", { class: "all", id: "model" }), conditions, field("guidance (1: none)", scale), h("label", { class: "field" }, "\u00a0", slide),
+    field("guided from t", inputs.low), field("to t (1 is noise)", inputs.high), field("sampler", inputs.sampler), field("time steps", inputs.steps),
+    field("pictures", inputs.num), field("seed", inputs.seed), go, said);
   main.append(h("h1", {}, "Playground"), h("div", { class: "form" }, h("section", { class: "card" }, fields), results));
 
   function take(value, found) {
@@ -51,23 +52,17 @@ export function playPage(main, { query, signal }) {
     } else conditions.replaceChildren(h("p", { class: "fine" }, "This model has no conditions."));
   }
 
-  async function start() {
-    const settings = { num: Number(inputs.num.value), steps: Number(inputs.steps.value), sampler: sampler.value, seed: Number(inputs.seed.value), guidance_scale: Number(scale.value) };
+  async function sample() {
+    const settings = { num: Number(inputs.num.value), steps: Number(inputs.steps.value), sampler: inputs.sampler.value, seed: Number(inputs.seed.value), guidance_scale: Number(scale.value) };
     if (settings.guidance_scale !== 1) settings.guidance_interval = [Number(inputs.low.value), Number(inputs.high.value)];
     if (chosen.size) settings.labels = [...chosen].sort((a, b) => a - b);
     const prompts = (inputs.prompts?.value || "").split("\n").map((line) => line.trim()).filter(Boolean);
     if (models?.conditions === "text" && prompts.length) settings.prompts = prompts;
-    said.replaceChildren();
-    try {
-      const job = await post("/api/jobs", { kind: "sample", model: picker.value, settings });
-      made.unshift(job);
-      made.length = Math.min(made.length, 8);
-      document.dispatchEvent(new Event("job-started"));
-      draw();
-    } catch (error) {
-      said.replaceChildren(...notes([error.message]));
-      if (!(error instanceof Refused)) throw error;
-    }
+    const job = await start({ kind: "sample", model: picker.value, settings }, said);
+    if (!job) return;
+    made.unshift(job);
+    made.length = Math.min(made.length, 8);
+    draw();
   }
 
   function draw() {
@@ -78,31 +73,25 @@ export function playPage(main, { query, signal }) {
     results.replaceChildren(...made.map((job) => {
       const { settings } = job.about;
       const guided = settings.guidance_scale === 1 ? "no guidance" : `guidance ${short(settings.guidance_scale)}${settings.guidance_interval ? ` on t in [${settings.guidance_interval.join(", ")}]` : ""}`;
-      const running = job.state === "running";
       return h("section", { class: "card stack" }, h("div", { class: "row" }, h("h2", {}, job.about.name), h("span", { class: "fine" }, `${guided} · ${settings.sampler}, ${settings.steps} steps · seed ${settings.seed}`),
         h("span", { class: "grow" }), h("span", { class: "fine" }, job.state === "done" ? duration(job.seconds) : job.state)),
-        running ? h("div", { class: "stack" }, meter(fraction(job.done, job.total), "progress"), h("div", { class: "row" }, h("span", { class: "fine" }, `${job.doing}${job.left ? `, ${duration(job.left)} left` : ""}`), h("span", { class: "grow" }),
-          h("button", { class: "small", type: "button", onclick: () => post(`/api/jobs/${job.id}/cancel`) }, "Cancel"))) : null,
-        job.error ? h("p", { class: "note" }, job.error) : null, ...notes(job.notes), ...job.results.map((result) => tiles(address(job.id, result), result)));
+        progress(job), job.results.map((result) => tiles(address(job.id, result), result)));
     }));
   }
 
-  document.addEventListener("job", ({ detail }) => {
-    if (JSON.stringify(detail) === JSON.stringify(last)) return;
-    last = detail;
-    go.disabled = detail?.state === "running";
-    const at = made.findIndex((job) => job.id === detail?.id);
-    if (at >= 0) { made[at] = detail; draw(); }
-  }, { signal });
+  onJob(signal, (job) => {
+    go.disabled = job?.state === "running";
+    const at = made.findIndex((each) => each.id === job?.id);
+    if (at >= 0) { made[at] = job; draw(); }
+  });
 
   let picker;
   (async () => {
-    const runs = await runsWithModels(signal);
-    if (!runs.length) { main.replaceChildren(h("section", { class: "card empty" }, "No run has trained yet.")); return; }
-    picker = new Picker("model", runs, take);
+    const found = await trainedRuns(main, query, signal);
+    if (!found) return;
+    picker = new Picker("model", found.runs, take);
     fields.querySelector("#model").append(picker.node);
     draw();
-    const wanted = query.get("run");
-    await picker.choose(runs.some((run) => run.id === wanted) ? wanted : [...runs].sort((a, b) => (b.changed || 0) - (a.changed || 0))[0].id);
+    await picker.choose(found.first);
   })();
 }

@@ -1,6 +1,6 @@
 // Runs next to each other at equal steps, from the same noise and conditions; distances below.
 import { Chart } from "./chart.js";
-import { chip, field, fraction, get, h, meter, notes, post, repeat, select, store, stored, whole } from "./dom.js";
+import { chip, get, h, notes, number, onJob, progress, repeat, select, start, store, stored, whole } from "./dom.js";
 import { address, tiles } from "./pictures.js";
 
 const sampled = new Map(); // `run:stage:step` -> {url, result}, of the last job
@@ -26,11 +26,9 @@ export function sidePage(main, { query, signal }) {
   const card = h("section", { class: "card stack" }, h("div", { class: "row" }, sources, h("span", { class: "grow" }), form), why, h("div", { class: "slider" }, play, slider, at), figures);
   const below = h("div", { class: "charts" }, charts.step.node, charts.tflops.node);
 
-  const number = (name, value, low, high, by = 1) => h("input", { type: "number", name, value, min: low, max: high, step: by, class: "short", "aria-label": name });
-  const asked = { num: number("pictures", 16, 1, 64), steps: number("time steps", 25, 1, 1000), guidance_scale: number("guidance", 1, 0, 50, 0.1), seed: number("seed", 0, 0, 2 ** 31) };
+  const asked = { num: ["pictures", number(16, 1, 64)], steps: ["time steps", number(25, 1, 1000)], guidance_scale: ["guidance", number(1, 0, 50, 0.1)], seed: ["seed", number(0, 0, 2 ** 31)] };
   const begin = h("button", { class: "main", type: "button", onclick: sample }, "Sample");
-  form.append(...Object.values(asked).map((input) => h("label", { class: "row fine" }, input.name, input)), begin);
-  for (const input of Object.values(asked)) input.style.width = "76px";
+  form.append(...Object.values(asked).map(([name, input]) => h("label", { class: "row fine" }, name, input)), begin);
 
   function halt() { clearInterval(timer); timer = 0; play.textContent = "Play"; }
   function go() {
@@ -83,8 +81,7 @@ export function sidePage(main, { query, signal }) {
     step = steps.includes(before) ? before : steps[steps.length - 1] ?? null;
     const said = source === "previews" && found.runs.length > 1 ? found.differences.map((line) => `These previews are not of the same noise and conditions: ${line}. Sample from checkpoints instead.`) : [];
     if (!steps.length) said.push(source === "previews" ? "These runs have no previews at the same steps; sample from their checkpoints instead." : "These runs have no checkpoints at the same steps.");
-    why.replaceChildren(...notes(said.slice(0, 3)), ...(last?.state === "running" && last.kind === "side" ? [meter(fraction(last.done, last.total), "progress"), h("p", { class: "fine" }, last.doing)] : []),
-      ...(last?.kind === "side" && last.error ? [h("p", { class: "note" }, last.error)] : []), ...(last?.kind === "side" ? notes(last.notes) : []));
+    why.replaceChildren(...notes(said.slice(0, 3)), ...(last?.kind === "side" ? progress(last) : []));
     begin.disabled = !steps.length || last?.state === "running";
     begin.textContent = `Sample at ${steps.length} training step${steps.length === 1 ? "" : "s"}`;
     play.disabled = slider.disabled = steps.length < 2;
@@ -118,25 +115,20 @@ export function sidePage(main, { query, signal }) {
   }
 
   async function sample() {
-    const settings = Object.fromEntries(Object.entries(asked).map(([name, input]) => [name, Number(input.value)]));
+    const settings = Object.fromEntries(Object.entries(asked).map(([name, [, input]]) => [name, Number(input.value)]));
     const conditions = found.runs.map((run) => ({ run: run.id, stage: stageOf(run), weights: "ema" }));
     const most = Math.max(1, Math.floor(64 / conditions.length));
     const every = Math.ceil(steps.length / most);
-    try {
-      sampled.clear();
-      await post("/api/jobs", { kind: "side", models: conditions, steps: steps.filter((_, i) => (steps.length - 1 - i) % every === 0), settings: { ...settings, sampler: "heun" } });
-      document.dispatchEvent(new Event("job-started"));
-    } catch (error) {
-      why.replaceChildren(...notes([error.message]));
-    }
+    sampled.clear();
+    await start({ kind: "side", models: conditions, steps: steps.filter((_, i) => (steps.length - 1 - i) % every === 0), settings: { ...settings, sampler: "heun" } }, why);
   }
 
-  document.addEventListener("job", ({ detail }) => {
-    const changed = JSON.stringify(detail) !== JSON.stringify(last);
-    last = detail;
-    if (detail?.kind === "side") for (const result of detail.results) sampled.set(`${result.of.run}:${result.of.stage}:${result.of.step}`, { url: address(detail.id, result), result });
-    if (changed && detail?.kind === "side" && source === "sampled") draw();
-  }, { signal });
+  onJob(signal, (job) => {
+    last = job;
+    if (job?.kind !== "side") return;
+    for (const result of job.results) sampled.set(`${result.of.run}:${result.of.stage}:${result.of.step}`, { url: address(job.id, result), result });
+    if (source === "sampled") draw();
+  });
 
   (async () => {
     all = (await get("/api/runs", signal)).runs.filter((run) => run.state !== "unreadable");
