@@ -135,7 +135,9 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_at_many_places_equals_uninterrupted(tmp_path, monkeypatch, place):
     owner, name, before = PLACES[place]
-    config = toy.toy({"train.preview_every": 2} if owner is Preview else {})  # first: the shared data are prepared for it
+    config = toy.toy(
+        {"train.preview_every": 2} if owner is Preview else {}
+    )  # first: the shared data are prepared for it
     original, calls = getattr(owner, name), itertools.count(1)
 
     def killing(*args, **kwargs):
