@@ -59,6 +59,10 @@ class Guidance(nn.Module):
         """
         raise NotImplementedError
 
+    def acts(self, step: int | Tensor) -> bool:
+        """Whether it acts at this step. A tensor is not read: then the caller has retired what has ended."""
+        return isinstance(step, Tensor) or self.until_step is None or step < self.until_step
+
     def null_rows(self, d: Draw) -> Tensor | None:
         """Samples (N,), true where the student gets the null condition, besides those dropped. Default None: no others.
 

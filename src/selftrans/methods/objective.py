@@ -79,7 +79,7 @@ class Objective(nn.Module):
     def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:
         """Loss and report of a draw that was already made (`flow.draw`)."""
         d = d._replace(step=step)
-        active = [g for g in self.guidances if isinstance(step, Tensor) or g.until_step is None or step < g.until_step]
+        active = [g for g in self.guidances if g.acts(step)]
         for g in active:
             rows = g.null_rows(d)
             if rows is not None:
@@ -115,7 +115,7 @@ class Objective(nn.Module):
         and its heads get no gradient, which DDP refuses: retire, and wrap again. Before `load_state_dict`, retire at the step
         of the checkpoint.
         """
-        staying = [g for g in self.guidances if g.until_step is None or step < g.until_step]
+        staying = [g for g in self.guidances if g.acts(step)]
         ended = len(staying) < len(self.guidances)
         if ended:
             self.guidances = nn.ModuleList(staying)

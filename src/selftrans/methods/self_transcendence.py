@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -185,21 +185,20 @@ class SelfGuidance(Guidance):
         return {"head": m * len(self.taps), "teacher": m if self.config.scale == 1 else 2 * m}
 
 
+# ---- the stages of a run
+
+
 def default_teacher_block(depth: int) -> int:
     """Two thirds of the depth: 8 of 12, 16 of 24, 18 of 28, as published."""
     return max(1, depth * 2 // 3)
 
 
-def _stage1(config: RunConfig, steps: int, settings: Mapping[str, Any]) -> Stage:
+def _stage1(config: RunConfig, steps: int, **more: Any) -> Stage:
     def guide(student: Backbone, teacher: None) -> Sequence[Guidance]:
         return [StructureGuidance(student, config.section(Stage1))]
 
     # stream 1: a teacher that shared the student's initial weights would be easier to match than an independent one
-    return Stage("stage1", steps, guide, (Stage1,), stream=1, settings=settings)
-
-
-def _structure(config: RunConfig) -> list[Stage]:
-    return [_stage1(config, config.train.steps, {})]
+    return Stage("stage1", steps, guide, (Stage1,), stream=1, **more)
 
 
 def _teacher_settings(config: RunConfig) -> dict[str, Any]:
@@ -243,7 +242,7 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
         option="stage2.teacher",
     )
     return [
-        _stage1(config, steps, _teacher_settings(config)),
+        _stage1(config, steps, settings=_teacher_settings(config)),
         Stage("stage2", config.train.steps, guide, (Stage2,), teacher),
     ]
 
@@ -263,7 +262,13 @@ def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
 
 
 #: stage 1 alone, to train.steps
-STRUCTURE = MethodSpec("structure", "stage 1 only", _structure, (Stage1,), published_heads=published_heads)
+STRUCTURE = MethodSpec(
+    "structure",
+    "stage 1 only",
+    lambda config: [_stage1(config, config.train.steps)],
+    (Stage1,),
+    published_heads=published_heads,
+)
 SELF_TRANSCENDENCE = MethodSpec(
     "self_transcendence", "Self-Transcendence", _self_transcendence, (Stage1, Stage2), _settle
 )
