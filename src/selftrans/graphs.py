@@ -69,9 +69,14 @@ class Recorded:
             raise failed
         self._graph = graph
 
-    def drop(self) -> None:
-        """Forget the graph and free its memory; the device must have finished with it."""
-        self._graph = self._out = None
+    @property
+    def replays(self) -> bool:
+        """Whether the next call is a replay."""
+        return self._graph is not None
+
+    def launch(self) -> None:
+        """Free the graph, with which the device must have finished; from now on the function is called as it is."""
+        self._graph = self._out = self.stream = None
 
 
 @contextlib.contextmanager
