@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selftrans.flow import PATHS, Path, check_times
@@ -56,6 +57,21 @@ def checked_guidances(guidances: Iterable[Guidance], student: Backbone) -> list[
             "model.early_block gives the student a second output, which this method does not train; omit it"
         )
     return listed
+
+
+def checked_cells(student: Backbone) -> int:
+    """How many numbers of a latent a token covers. ValueError where the student's `patchify` and `grid` disagree."""
+    cells = math.prod(student.shape) // student.tokens
+    # patchify may use weights, and those may be on the meta device
+    like = next(student.parameters(), torch.empty(0))
+    with torch.no_grad():
+        cut = tuple(student.patchify(like.new_zeros(1, *student.shape)).shape)
+    if cut != (1, student.tokens, cells):
+        raise ValueError(
+            f"{type(student).__name__}.patchify cuts a latent of {tuple(student.shape)} into {cut}; expected "
+            f"(N, T, cells) = {(1, student.tokens, cells)}, by its grid {tuple(student.grid)}"
+        )
+    return cells
 
 
 def check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ...]) -> None:
