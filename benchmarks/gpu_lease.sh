@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Nine minutes of one GPU in one command: correctness first, then speed of S/2, B/2, S/4 and XL/2 as a fraction of the measured
 # peak, with memory, first steps and sampling; XL/2 at batch 256 in 80 GB; other choices for the same step; time to the first
-# step, and what surrounds the step. A short table last.
+# step, what surrounds the step, and kernels that inductor chooses by timing them. A short table last.
 #
 #     bash benchmarks/gpu_lease.sh [OUT]          default: docs/bench/lease
 #
@@ -19,8 +19,8 @@ out=${1:-${OUT:-$here/../docs/bench/lease}}
 python=${PYTHON:-python3}
 budget=${BUDGET:-520}
 closing=10  # seconds for the table, and for ending a part that does not stop by itself
-parts="correctness s2 b2 s4 xl2 memory variants sampling first_step around"
-declare -A limits=([correctness]=130 [s2]=90 [b2]=100 [s4]=70 [xl2]=90 [memory]=80 [variants]=150 [sampling]=75 [first_step]=120 [around]=60)
+parts="correctness s2 b2 s4 xl2 memory variants sampling first_step around tuned"
+declare -A limits=([correctness]=130 [s2]=90 [b2]=100 [s4]=70 [xl2]=90 [memory]=80 [variants]=150 [sampling]=75 [first_step]=120 [around]=60 [tuned]=300)
 export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 
 gpu() {  # torch takes seconds to ask; nvidia-smi is not in every container

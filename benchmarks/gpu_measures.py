@@ -353,6 +353,7 @@ PARTS: dict[str, Callable[[Any], None]] = {
     "first_step": first_step,
     "sampling": sampling,
     "around": around,
+    "tuned": gpu_variants.tuned,
 }
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     python benchmarks/gpu_parts.py PART --out DIR [--limit SECONDS] [--into DIR] [--toy]
 
 Parts: correctness, s4, s2, b2, xl2, memory (XL/2 at batch 256 in 80 GB), variants (other choices for the same step), sampling,
-first_step, around (what surrounds the training step: a classifier, its features, decoding, encoding), table. `gpu_measures.py`
-and `gpu_variants.py` have the measurements. This file imports no torch: a table takes a moment, the time of a part counts from
-its start, and a part that cannot be imported says so in its json. `--into` is where all results are put after every write, in
-two files: gpu_lease.json, and lease.tgz with json and logs. `--toy`, for a machine without a GPU, takes tiny models in float32
-and shows only that the parts run.
+first_step, around (what surrounds the training step: a classifier, its features, decoding, encoding), tuned (kernels that
+inductor chooses by timing them), table. `gpu_measures.py` and `gpu_variants.py` have the measurements. This file imports no
+torch: a table takes a moment, the time of a part counts from its start, and a part that cannot be imported says so in its json.
+`--into` is where all results are put after every write, in two files: gpu_lease.json, and lease.tgz with json and logs.
+`--toy`, for a machine without a GPU, takes tiny models in float32 and shows only that the parts run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from selftrans.storage import atomic_write, write_json
 from selftrans.train.interrupted import Interrupted
 
 MODELS = ("s2", "b2", "s4", "xl2")
-PARTS = ("correctness", *MODELS, "memory", "variants", "sampling", "first_step", "around")
+PARTS = ("correctness", *MODELS, "memory", "variants", "sampling", "first_step", "around", "tuned")
 NO_GPU = 3  #: exit status where torch cannot use a GPU
 
 

@@ -1,4 +1,5 @@
-"""Two parts of `gpu_parts.py`: other choices for the same training step, and SiT-XL/2 at batch 256 in 80 GB.
+"""Three parts of `gpu_parts.py`: other choices for the same training step, those that inductor tunes by timing its kernels, and
+SiT-XL/2 at batch 256 in 80 GB.
 
 Every variant is a captured step of vanilla training, built and measured as the rows of `selftrans bench`, one after the other
 in one process. A variant that fails says so, and the next one is measured.
@@ -7,7 +8,7 @@ in one process. A variant that fails says so, and the next one is measured.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -51,14 +52,24 @@ def inductor(**settings: Any) -> contextlib.AbstractContextManager[Any]:
     return config.patch({name.replace("__", "."): value for name, value in settings.items()})
 
 
+Choice = tuple[Callable[[], contextlib.AbstractContextManager[Any]], dict[str, Any]]
+PRODUCTS = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
 #: name -> what is different while it is measured, and settings of the run
-VARIANTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager[Any]], dict[str, Any]]] = {
+VARIANTS: dict[str, Choice] = {
     "as it is": (contextlib.nullcontext, {}),
     "norms by inductor": (lambda: mock.patch.object(fused_norm, "FUSED_NORMS", False), {}),
     "without cuDNN": (without_cudnn, {}),
     "kernels joined": (lambda: inductor(combo_kernels=True), {}),
     "fewer partial sums": (lambda: inductor(triton__mix_order_reduction_split_size=1024), {}),
     "fp8": (contextlib.nullcontext, {"train.fp8": "rowwise"}),
+}
+#: as `VARIANTS`; some twenty Triton kernels for each product of a block are compiled and timed, with GELU in their epilogue and
+#: against cuBLAS without, or several versions of each other kernel
+TUNED: dict[str, Choice] = {
+    "as it is": VARIANTS["as it is"],
+    "products tuned": (lambda: inductor(**PRODUCTS), {}),
+    "products tuned, TMA": (lambda: inductor(**PRODUCTS, triton__enable_persistent_tma_matmul=True), {}),
+    "other kernels tuned": (lambda: inductor(coordinate_descent_tuning=True), {}),
 }
 
 
@@ -73,22 +84,34 @@ def measured(job: Any, folder: str, name: str, model: SiTConfig, rows: tuple[str
 
 def variants(job: Any) -> None:
     """Milliseconds a step of each variant and model; the largest model first, where most time is spent."""
-    for model, tokens, batch in [("toy", 16, 4)] if job.toy else [MODELS[part] for part in ("b2", "s2", "s4")]:
-        for name in VARIANTS:
-            if job.left < 15 or (job.toy and VARIANTS[name][1]):  # eight bits need bf16
-                continue
-            job.attempt(f"{model}, {name}", partial(variant, job, model, tokens, batch, name))
+    for part in ("b2",) if job.toy else ("b2", "s2", "s4"):
+        compared(job, part, VARIANTS)
 
 
-def variant(job: Any, model: str, tokens: int, batch: int, name: str) -> dict[str, float]:
+def tuned(job: Any) -> None:
+    """The same of SiT-B/2 with kernels that inductor has timed; their first step takes minutes."""
+    compared(job, "b2", TUNED)
+
+
+def compared(job: Any, part: str, choices: Mapping[str, Choice]) -> None:
+    """Milliseconds of a step, and seconds of the first one, of the model of a part with each of these choices."""
+    model, tokens, batch = ("toy", 16, 4) if job.toy else MODELS[part]
+    for name, choice in choices.items():
+        if job.left < 15 or (job.toy and choice[1]):  # eight bits need bf16
+            continue
+        job.attempt(f"{model}, {name}", partial(variant, job, model, tokens, batch, name, choice))
+
+
+def variant(job: Any, model: str, tokens: int, batch: int, name: str, choice: Choice) -> dict[str, float]:
     """One variant of one model."""
-    changed, over = VARIANTS[name]
+    changed, over = choice
     config = TOY if job.toy else SiTConfig(name=model)
     given = {"batch_size": batch, "tokens": tokens, "seconds": 0.0 if job.toy else 3.0, "limit": job.left}
     given |= {"quick": job.toy, "overrides": over}
     with changed():
         found = measured(job, f"{model} {name}", model, config, ("captured_vanilla",), **given)
-    return {f"{model}, {name}, ms": found["rows"]["captured_vanilla"]["ms"]}
+    row = found["rows"]["captured_vanilla"]
+    return {f"{model}, {name}, ms": row["ms"], f"{model}, {name}, first step s": row["first_step_s"]}
 
 
 def memory(job: Any) -> None:

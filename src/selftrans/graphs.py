@@ -69,28 +69,33 @@ class Recorded:
             raise failed
         self._graph = graph
 
-    def drop(self) -> None:
-        """Forget the graph and free its memory; the device must have finished with it."""
-        self._graph = self._out = None
+    @property
+    def replays(self) -> bool:
+        """Whether the next call is a replay."""
+        return self._graph is not None
+
+    def launch(self) -> None:
+        """Free the graph, with which the device must have finished; from now on the function is called as it is."""
+        self._graph = self._out = self.stream = None
 
 
 @contextlib.contextmanager
 def recordings(device: torch.device, waits: list[str]) -> Iterator[None]:
-    """Around recordings on a device: no garbage is collected, and its stream stays current.
+    """Around recordings on a device: no garbage is collected; device and stream are afterwards those of before.
 
     RuntimeError where `waits` names an operation (`noted_waits` of the call before), and for random numbers of the CPU.
     """
     if waits:
         raise RuntimeError(f"an operation waits for the device at {waits[0]}, which a graph cannot")
-    stream, collecting, drawn = torch.cuda.current_stream(device), gc.isenabled(), torch.get_rng_state()
+    collecting, drawn = gc.isenabled(), torch.get_rng_state()
     gc.collect()  # a graph of an earlier owner that is freed during a recording can end it
     gc.disable()
     try:
-        yield
+        with torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves its own stream current
+            yield
     finally:
         if collecting:
             gc.enable()
-        torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own current when a capture fails
     if not torch.equal(drawn, torch.get_rng_state()):
         torch.set_rng_state(drawn)
         raise RuntimeError("random numbers are drawn on the CPU, which a graph would repeat")

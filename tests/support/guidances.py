@@ -1,8 +1,9 @@
 """Small guidances of both stages for a stub student, and a random batch."""
 
 import torch
+from torch import nn
 
-from selftrans.methods.guidance import Frozen
+from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.types import Batch
 from tests.support.stub import Stub
@@ -28,3 +29,18 @@ def stage2(student, teacher, **options):
 
 def frozen_stub(**options):
     return Frozen(Stub(abc=(1.25, 0.75, -0.5), **options), 3)
+
+
+class Ridge(Guidance):
+    """A guidance outside the package: the mean square of the features of one block times a learned number."""
+
+    def __init__(self, name="ridge", block=1, weight=0.5, until_step=None):
+        super().__init__(weight, (block,), until_step=until_step)
+        self.name = name
+        self.strength = nn.Parameter(torch.tensor(2.0))
+        self.seen = []
+
+    def forward(self, draw, feats):
+        self.seen.append(draw)
+        assert tuple(feats) == self.taps or set(self.taps) < set(feats)
+        return self.strength * feats[self.taps[0]].square().mean(), {"norm": feats[self.taps[0]].detach().norm()}

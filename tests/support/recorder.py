@@ -25,7 +25,6 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "current_stream": lambda *_: STREAM,
         "stream": lambda _: contextlib.nullcontext(),
         "graph_pool_handle": lambda: (0, 0),
-        "set_stream": lambda _: None,
         "synchronize": lambda *_: None,
         "max_memory_allocated": lambda _: 30,
         "memory_allocated": lambda _: 10,

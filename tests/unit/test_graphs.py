@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,3 +79,23 @@ def test_recordings_that_cannot_be_right_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError, match=f"^{said}"):
         record()
     assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_a_recording_on_another_device_leaves_device_and_streams_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own `torch.cuda.stream`, on two pretended devices; `torch.cuda.set_stream` also sets the device."""
+    zero, one = (torch.device("cuda", index) for index in (0, 1))
+    streams = {device: SimpleNamespace(device=device, name=f"of {device}") for device in (zero, one)}
+    before, here = dict(streams), [zero]
+
+    def set_stream(stream: Any) -> None:
+        here[:], streams[stream.device] = [stream.device], stream
+
+    monkeypatch.setattr(torch.cuda, "_get_device_index", lambda *_: here[0].index)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[device or here[0]])
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    with contextlib.suppress(RuntimeError), recordings(one, []):
+        assert here == [one] and streams == before
+        set_stream(SimpleNamespace(device=one, name="of a capture that fails"))
+        raise RuntimeError
+    assert here == [zero] and streams == before

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ from selftrans.methods.guidance import Guidance, Report, check_term, token_norm
 from selftrans.methods.spec import MethodSpec, single_stage
 from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Draw
-
-if TYPE_CHECKING:
-    from selftrans.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -80,8 +76,9 @@ def squared_distances(x: Tensor) -> Tensor:
     return distances * (1 - torch.eye(len(x), device=x.device))
 
 
-def _guidance(student: Backbone, config: RunConfig) -> Guidance:
-    return DispersiveGuidance(student, config.section(Dispersive))
-
-
-DISPERSIVE = MethodSpec("dispersive", "Dispersive", single_stage(Dispersive, _guidance), (Dispersive,))
+DISPERSIVE = MethodSpec(
+    "dispersive",
+    "Dispersive",
+    single_stage(Dispersive, lambda student, run: DispersiveGuidance(student, run.section(Dispersive))),
+    (Dispersive,),
+)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
@@ -60,6 +59,10 @@ class Guidance(nn.Module):
         """
         raise NotImplementedError
 
+    def acts(self, step: int | Tensor) -> bool:
+        """Whether it acts at this step. A tensor is not read: then the caller has retired what has ended."""
+        return isinstance(step, Tensor) or self.until_step is None or step < self.until_step
+
     def null_rows(self, d: Draw) -> Tensor | None:
         """Samples (N,), true where the student gets the null condition, besides those dropped. Default None: no others.
 
@@ -102,13 +105,9 @@ class Frozen:
         in_place: bool = False,
     ) -> None:
         check_backbone(model, "the teacher")
-        try:
-            number = operator.index(block)
-        except TypeError:
-            number = 0
-        if not 1 <= number <= model.depth:
+        if block not in range(1, model.depth + 1):
             raise ValueError(f"teacher block {block} is outside the teacher's 1..{model.depth}; change teacher_block")
-        block = number
+        block = int(block)  # of numpy, or 2.0
         if in_place:
             model.truncate(block)
             model.remove_early()

@@ -65,10 +65,6 @@ def default_block(depth: int) -> int:
     return max(1, min(8, depth // 3))
 
 
-def _guidance(student: Backbone, config: RunConfig) -> Guidance:
-    return InternalGuidance(student, config.section(Internal))
-
-
 def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
     """Set model.early_block, so that weights files say which block the second output reads. ValueError where it is unknown."""
     if config.model.early_block is not None:
@@ -79,5 +75,9 @@ def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
 
 
 INTERNAL_GUIDANCE = MethodSpec(
-    "internal_guidance", "Internal Guidance", single_stage(Internal, _guidance), (Internal,), _settle
+    "internal_guidance",
+    "Internal Guidance",
+    single_stage(Internal, lambda student, run: InternalGuidance(student, run.section(Internal))),
+    (Internal,),
+    _settle,
 )

@@ -9,7 +9,6 @@ Shape legend: N batch, T tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,9 +16,6 @@ from selftrans.methods.guidance import Guidance, Report, check_term, feature_err
 from selftrans.methods.spec import MethodSpec, single_stage
 from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Draw
-
-if TYPE_CHECKING:
-    from selftrans.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,9 @@ class LayerSyncGuidance(Guidance):
         return term, {"feature_norm": token_norm(shallow), "target_norm": token_norm(deep)}
 
 
-def _guidance(student: Backbone, config: RunConfig) -> Guidance:
-    return LayerSyncGuidance(student, config.section(LayerSync))
-
-
-LAYERSYNC = MethodSpec("layersync", "LayerSync", single_stage(LayerSync, _guidance), (LayerSync,))
+LAYERSYNC = MethodSpec(
+    "layersync",
+    "LayerSync",
+    single_stage(LayerSync, lambda student, run: LayerSyncGuidance(student, run.section(LayerSync))),
+    (LayerSync,),
+)

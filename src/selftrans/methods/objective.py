@@ -5,7 +5,6 @@ Shape legend: N batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.flow import LINEAR, PATHS, Path, check_times, draw
+from selftrans.flow import LINEAR, Path, draw
+from selftrans.methods.contract import check_options, check_output, checked_guidances, checked_term
 from selftrans.methods.guidance import Guidance, Report
-from selftrans.types import Backbone, Batch, Draw, Output, check_backbone, check_latents, where_cond
-
-#: entries of a log line besides the terms of guidances
-LOGGED = ("stage", "step", "loss", "flow", "grad_norm", "lr", "seconds", "tflops", "skipped", "skips")
+from selftrans.types import Backbone, Batch, Draw, check_backbone, check_latents, where_cond
 
 
 class Objective(nn.Module):
@@ -52,23 +49,11 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(student, "the student")
-        _check_options(path, times, drop, cosine)
-        guidances = _checked_guidances(guidances)
+        check_options(path, times, drop, cosine)
         self.student = student
-        self.guidances = nn.ModuleList(guidances)
+        self.guidances = nn.ModuleList(checked_guidances(guidances, student))
         self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
         self._unchecked = True  # labels on a GPU are checked in the first call only, since the check takes kernels
-        if student.early is not None and not any(guidance.trains_early for guidance in guidances):
-            raise ValueError(
-                "model.early_block gives the student a second output, which this method does not train; omit it"
-            )
-        for guidance in guidances:
-            wrong = [k for k in guidance.taps if not 1 <= k <= student.depth]
-            if wrong:
-                raise ValueError(
-                    f"guidance {guidance.name} reads block {wrong[0]}, but the student has blocks 1..{student.depth}; "
-                    "change the method's option for the block"
-                )
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
 
@@ -94,14 +79,14 @@ class Objective(nn.Module):
     def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:
         """Loss and report of a draw that was already made (`flow.draw`)."""
         d = d._replace(step=step)
-        active = [g for g in self.guidances if isinstance(step, Tensor) or g.until_step is None or step < g.until_step]
+        active = [g for g in self.guidances if g.acts(step)]
         for g in active:
             rows = g.null_rows(d)
             if rows is not None:
                 d = d._replace(dropped=where_cond(rows, d.null, d.dropped))
         taps = tuple(sorted({k for g in active for k in g.taps}))
         out = self.student(d.zt, d.t, d.dropped, taps=taps)
-        _check_output(out, d.zt, self.student, taps)
+        check_output(out, d.zt, self.student, taps)
         assert out.v is not None
         loss = F.mse_loss(out.v.float(), d.v.float())
         report = {"flow": loss.detach()}
@@ -110,7 +95,7 @@ class Objective(nn.Module):
             loss = loss + self.cosine * direction
             report["flow/cosine"] = direction.detach()
         for g in active:
-            term, details = _checked_term(g.name, g(d, out.feats))
+            term, details = checked_term(g.name, g(d, out.feats))
             loss = loss + g.weight * term
             report |= {g.name: term.detach()} | {f"{g.name}/{key}": value.detach() for key, value in details.items()}
         return loss, report
@@ -130,77 +115,8 @@ class Objective(nn.Module):
         and its heads get no gradient, which DDP refuses: retire, and wrap again. Before `load_state_dict`, retire at the step
         of the checkpoint.
         """
-        staying = [g for g in self.guidances if g.until_step is None or step < g.until_step]
+        staying = [g for g in self.guidances if g.acts(step)]
         ended = len(staying) < len(self.guidances)
         if ended:
             self.guidances = nn.ModuleList(staying)
         return ended
-
-
-def _checked_guidances(guidances: Iterable[Guidance] | None) -> tuple[Guidance, ...]:
-    """The guidances of an iterable. ValueError unless each is a `Guidance` with a name that no other has."""
-    if isinstance(guidances, Guidance):
-        raise ValueError(f"guidances are a list, also of a single one: [{guidances.name}]")
-    if guidances is None:
-        raise ValueError("guidances are a list of Guidance objects, not None; () for none")
-    listed = tuple(guidances)
-    for guidance in listed:
-        if not isinstance(guidance, Guidance):
-            found = repr(guidance) if isinstance(guidance, type) else type(guidance).__name__
-            raise ValueError(f"guidances are a list of Guidance objects, not of {found}; () for none")
-        if not guidance.name:
-            raise ValueError(
-                f"{type(guidance).__name__} has no name: set one in the class, under which the log shows its term"
-            )
-        if guidance.name in LOGGED:
-            raise ValueError(f"{type(guidance).__name__}.name '{guidance.name}' is that of another entry of the log")
-    names = [guidance.name for guidance in listed]
-    if len(set(names)) < len(names):
-        raise ValueError(f"guidances are called {', '.join(names)}; give each a name of its own")
-    return listed
-
-
-def _check_options(path: Path, times: str, drop: float, cosine: float) -> None:
-    """ValueError for an option of `Objective` out of range."""
-    if isinstance(path, str):
-        raise ValueError(f"path {path!r} must be a Path: one of selftrans.PATHS, which are {', '.join(PATHS)}")
-    check_times(times)
-    if not 0 <= drop <= 1 or not 0 <= cosine < math.inf:
-        raise ValueError(f"drop {drop} must be in [0, 1], and cosine {cosine} a number from 0")
-
-
-def _check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ...]) -> None:
-    """ValueError unless a student returned the velocity of latents x (N, C, *S) and the tokens (N, T, D) after each tap.
-
-    T is known for latents of the model's own shape only. Only shapes are read, so the host does not wait for a device.
-    """
-    name = type(student).__name__
-    if not isinstance(out, Output):
-        raise ValueError(f"{name}.forward must return an Output, not {type(out).__name__}")
-    found = tuple(out.v.shape) if isinstance(out.v, Tensor) else out.v
-    if found != tuple(x.shape):
-        raise ValueError(f"{name} returned a velocity of shape {found}; expected that of its input, {tuple(x.shape)}")
-    own = tuple(x.shape[1:]) == tuple(student.shape)
-    for k in taps:
-        if k not in out.feats:
-            raise ValueError(f"{name} returned no features of block {k}; feats must hold each block of taps (1-based)")
-        feature = tuple(getattr(out.feats[k], "shape", ()))
-        expected = (x.shape[0], student.tokens if own else (*feature, 0, 0)[1], student.width)
-        if feature != expected:
-            raise ValueError(
-                f"{name} returned features of shape {feature} after block {k}; expected (N, T, D) = {expected}: the tokens "
-                "of the latent alone, without class, text and register tokens"
-            )
-
-
-def _checked_term(name: str, returned: Any) -> tuple[Tensor, Report]:
-    """What a guidance returned. ValueError unless it is its term (0-d) and 0-d tensors for the log, by name."""
-    if not isinstance(returned, tuple | list) or len(returned) != 2 or not isinstance(returned[1], dict):
-        raise ValueError(
-            f"the guidance {name} must return its term and a dict for the log, not a {type(returned).__name__}"
-        )
-    for what, value in (("term", returned[0]), *returned[1].items()):
-        if not isinstance(value, Tensor) or value.dim():
-            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"'{what}' of the guidance {name} must be a tensor without dimensions (0-d), not {found}")
-    return returned[0], returned[1]

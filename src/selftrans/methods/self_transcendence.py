@@ -15,15 +15,15 @@ Shape legend: N batch, M samples in the range, T tokens, D width, (C, *S) latent
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, PATHS, Path, equal_snr_range
+from selftrans.methods.contract import checked_cells
 from selftrans.methods.conv_head import ConvHead
 from selftrans.methods.guidance import (
     Frozen,
@@ -63,19 +63,10 @@ class StructureGuidance(Guidance):
         self.range = TimestepRange(config.timestep_range, config.range_mode)
         super().__init__(config.weight, (config.block,))
         self.config, self.patchify, self.selects = config, student.patchify, self.range.selects
-        cells = math.prod(student.shape) // student.tokens  # numbers of a latent that one token covers
-        # patchify may use weights, and those may be on the meta device
-        like = next(student.parameters(), torch.empty(0))
-        with torch.no_grad():
-            cut = tuple(student.patchify(like.new_zeros(1, *student.shape)).shape)
-        if cut != (1, student.tokens, cells):
-            raise ValueError(
-                f"{type(student).__name__}.patchify cuts a latent of {tuple(student.shape)} into {cut}; expected "
-                f"(N, T, cells) = {(1, student.tokens, cells)}, by its grid {tuple(student.grid)}"
-            )
         projection = projector(student.width, student.width, config.head_width)
         norm = nn.LayerNorm(student.width, elementwise_affine=False, eps=1e-6)
-        self.head = initialised(nn.Sequential(projection, norm, nn.Linear(student.width, cells)))  # W LN(P(h))
+        to_cells = nn.Linear(student.width, checked_cells(student))
+        self.head = initialised(nn.Sequential(projection, norm, to_cells))  # W LN(P(h))
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
         picked = self.range.gate(d)
@@ -142,10 +133,10 @@ class SelfGuidance(Guidance):
         hidden = [picked.take(feats[s]) for s in self.taps]  # (M, T, D) each
         guided = self._adjusted(self.guided_features(d, picked.rows), d, picked)
         targets = guided.split(self.teacher.width, dim=-1)  # (M, T, D of the teacher) each
-        errors = []  # (M,) each
-        for h, head, i in zip(hidden, (self.head, *self.more_heads), self.target_index, strict=True):
-            prediction = head(h, self.grid_of(d.zt.shape[2:])) if self.config.head == "conv" else head(h)
-            errors.append(feature_error(prediction.float(), targets[i], self.config.target_norm))
+        grid = (self.grid_of(d.zt.shape[2:]),) if self.config.head == "conv" else ()
+        predictions = [head(h, *grid).float() for head, h in zip((self.head, *self.more_heads), hidden, strict=True)]
+        pairs = zip(predictions, self.target_index, strict=True)
+        errors = [feature_error(p, targets[i], self.config.target_norm) for p, i in pairs]  # (M,) each
         term = picked.mean(torch.stack(errors).mean(dim=0))
         share = remaining(d.step, self.until_step, self.config.fade)
         term = term * (share.to(term.dtype) if isinstance(share, Tensor) else share)
@@ -185,21 +176,20 @@ class SelfGuidance(Guidance):
         return {"head": m * len(self.taps), "teacher": m if self.config.scale == 1 else 2 * m}
 
 
+# ---- the stages of a run
+
+
 def default_teacher_block(depth: int) -> int:
     """Two thirds of the depth: 8 of 12, 16 of 24, 18 of 28, as published."""
     return max(1, depth * 2 // 3)
 
 
-def _stage1(config: RunConfig, steps: int, settings: Mapping[str, Any]) -> Stage:
+def _stage1(config: RunConfig, steps: int, **more: Any) -> Stage:
     def guide(student: Backbone, teacher: None) -> Sequence[Guidance]:
         return [StructureGuidance(student, config.section(Stage1))]
 
     # stream 1: a teacher that shared the student's initial weights would be easier to match than an independent one
-    return Stage("stage1", steps, guide, (Stage1,), stream=1, settings=settings)
-
-
-def _structure(config: RunConfig) -> list[Stage]:
-    return [_stage1(config, config.train.steps, {})]
+    return Stage("stage1", steps, guide, (Stage1,), stream=1, **more)
 
 
 def _teacher_settings(config: RunConfig) -> dict[str, Any]:
@@ -243,7 +233,7 @@ def _self_transcendence(config: RunConfig) -> list[Stage]:
         option="stage2.teacher",
     )
     return [
-        _stage1(config, steps, _teacher_settings(config)),
+        _stage1(config, steps, settings=_teacher_settings(config)),
         Stage("stage2", config.train.steps, guide, (Stage2,), teacher),
     ]
 
@@ -263,7 +253,13 @@ def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
 
 
 #: stage 1 alone, to train.steps
-STRUCTURE = MethodSpec("structure", "stage 1 only", _structure, (Stage1,), published_heads=published_heads)
+STRUCTURE = MethodSpec(
+    "structure",
+    "stage 1 only",
+    lambda config: [_stage1(config, config.train.steps)],
+    (Stage1,),
+    published_heads=published_heads,
+)
 SELF_TRANSCENDENCE = MethodSpec(
     "self_transcendence", "Self-Transcendence", _self_transcendence, (Stage1, Stage2), _settle
 )

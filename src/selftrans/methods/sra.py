@@ -9,7 +9,7 @@ Both see the same, perhaps dropped, condition. Shape legend: N batch, T tokens, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,6 @@ from selftrans.methods.guidance import Frozen, Guidance, Report, check_term, fea
 from selftrans.methods.spec import MethodSpec, single_stage
 from selftrans.sections import Section, checked, setting
 from selftrans.types import Backbone, Draw
-
-if TYPE_CHECKING:
-    from selftrans.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,9 @@ class SRAGuidance(Guidance):
         return {"head": n, "teacher": n}
 
 
-def _guidance(student: Backbone, config: RunConfig) -> Guidance:
-    return SRAGuidance(student, config.section(SRA), PATHS[config.train.path])
-
-
-SRA_METHOD = MethodSpec("sra", "SRA", single_stage(SRA, _guidance), (SRA,))
+SRA_METHOD = MethodSpec(
+    "sra",
+    "SRA",
+    single_stage(SRA, lambda student, run: SRAGuidance(student, run.section(SRA), PATHS[run.train.path])),
+    (SRA,),
+)

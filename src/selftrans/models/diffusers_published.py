@@ -258,13 +258,8 @@ def _published(file: PublishedFile, name: str, found: Described) -> Published:
         conditions=text,
         convention="diffusers",
         reason=f"from its {CONFIG}",
-        path=None,
-        recipe=None,
         source={"heads": config.heads},
-        is_head=lambda key: False,
-        is_fixed=lambda key: False,
         translate=translate,
-        cells=lambda layer: layer,
     )
 
 

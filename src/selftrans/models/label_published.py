@@ -135,14 +135,6 @@ def check_tensors(where: str, named: Named, network: Named, constants: Callable[
             raise ValueError(f"{where}: {name} is not the fixed table of sines and cosines (off by {error:.2g})")
 
 
-def _check(where: str, named: Named, family: Family, found: Sizes, constants: Callable[[], Named]) -> None:
-    """As `check_tensors`, for a file of a family."""
-    own = {"learn_sigma": found.learn_sigma} | family.own(named)
-    with torch.device("meta"):  # the sizes may be wrong: nothing is allocated before the shapes agree
-        network = dict(family.Model(found.shape, found.classes, **found.arguments, **own).state_dict())
-    check_tensors(where, named, network, constants)
-
-
 def check_arguments(file: PublishedFile, classes: int) -> str | None:
     """The path that a file was trained on, if it says so. ValueError when it was trained with unsupported options."""
     args = file.args
@@ -186,10 +178,12 @@ def describe(
     def tables() -> Named:
         return {"pos_embed": sincos_positions(found.width, found.grid)[None], **constants()}
 
-    for kind, tensors in file.weights.items():
-        where = f"{file.path} ({kind} weights)" if len(file.weights) > 1 else str(file.path)
-        _check(where, tensors, family, found, tables)
     own, settings = found.arguments, family.own(file.named)
+    for kind, tensors in file.weights.items():
+        options = {"learn_sigma": found.learn_sigma} | family.own(tensors)
+        with torch.device("meta"):  # the sizes may be wrong: nothing is allocated before the shapes agree
+            network = dict(family.Model(found.shape, found.classes, **own, **options).state_dict())
+        check_tensors(file.where(kind), tensors, network, tables)
     known = next((name for name, made in family.Config.published.items() if made == own), None)
     fields: dict[str, Any] = {"name": known} if known else own
     given = {
@@ -198,8 +192,6 @@ def describe(
         "config": family.Config(**fields, **settings),
         "shape": found.shape,
         "conditions": Conditions("labels" if found.classes else "none", found.classes),
-        "path": None,
-        "recipe": None,
         "source": {"heads": found.heads},
         "is_head": is_head,
         "is_fixed": ("pos_embed", *buffers).__contains__,

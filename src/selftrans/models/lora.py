@@ -79,11 +79,6 @@ def trained_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def plain_name(name: str) -> str:
-    """The name that a parameter of a model with adapters has in the plain model; not for the adapters themselves."""
-    return name.replace(BASE, "", 1)
-
-
 def pairs(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Weight of the plain model -> its (A, B). ValueError for half a pair, or one whose shapes do not fit each other."""
     found = {}
@@ -99,7 +94,7 @@ def pairs(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 def trained_in_full(named: Mapping[str, Tensor]) -> Named:
     """The tensors among those of `trained_names` that are no adapters, by their names in the plain model."""
-    return {plain_name(name): tensor for name, tensor in named.items() if A not in name and B not in name}
+    return {name.replace(BASE, "", 1): tensor for name, tensor in named.items() if A not in name and B not in name}
 
 
 def merged(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], factor: float) -> Named:

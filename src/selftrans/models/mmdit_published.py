@@ -42,9 +42,8 @@ def read(file: PublishedFile, heads: int | None, chosen: str | None) -> Publishe
         network = {name: tensor for name, tensor in model.state_dict().items() if name not in null}
     sizes = config.sizes()
     for kind, tensors in file.weights.items():
-        where = f"{file.path} ({kind} weights)" if len(file.weights) > 1 else str(file.path)
         shared.check_tensors(
-            where, tensors, network, lambda: {"pos_embed": sincos_positions(model.width, model.grid)[None]}
+            file.where(kind), tensors, network, lambda: {"pos_embed": sincos_positions(model.width, model.grid)[None]}
         )
     known = config.name if config.width is None else None
     return Published(

@@ -56,6 +56,10 @@ class PublishedFile(NamedTuple):
         """The trained weights, or else their average."""
         return self.weights.get("raw") or self.weights["ema"]
 
+    def where(self, kind: str) -> str:
+        """How messages call its weights of this kind."""
+        return f"{self.path} ({kind} weights)" if len(self.weights) > 1 else str(self.path)
+
 
 class Published(NamedTuple):
     """A published file as a model of a family: how to build the model and load the weights."""
@@ -67,14 +71,15 @@ class Published(NamedTuple):
     conditions: Conditions
     convention: str  #: whose time and sign the weights have
     reason: str  #: what shows it
-    path: str | None  #: probability path (`flow.PATHS`), where the file says it
-    recipe: str | None  #: the recipe that such a model was published with, if there is one
     source: dict[str, Any]  #: what else the import depends on, for the record
-    is_head: Callable[[str], bool]  #: whether a tensor belongs to a projection head, by its name
-    is_fixed: Callable[[str], bool]  #: whether a tensor is a constant of the model, which is not stored
     translate: Callable[[Named, bool], Named]  #: (tensors of the file, whether they are squares) -> our backbone's
-    cells: Callable[[Tensor], Tensor]  #: rows of a layer that predicts a token's cells, in `Backbone.patchify`'s order
+    path: str | None = None  #: probability path (`flow.PATHS`), where the file says it
+    recipe: str | None = None  #: the recipe that such a model was published with, if there is one
+    is_head: Callable[[str], bool] = lambda name: False  #: whether a tensor belongs to a projection head, by its name
+    is_fixed: Callable[[str], bool] = lambda name: False  #: whether it is a constant of the model, which is not stored
     is_buffer: Callable[[str], bool] = lambda name: False  #: whether a constant is no parameter for their optimiser
+    #: rows of a layer that predicts a token's cells, in `Backbone.patchify`'s order
+    cells: Callable[[Tensor], Tensor] = lambda layer: layer
 
 
 class Layout(NamedTuple):

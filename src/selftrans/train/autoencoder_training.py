@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from selftrans.plain_json import to_plain
 from selftrans.precision import PRECISIONS
 from selftrans.train.autoencoder_network import AutoencoderLoss, PerceptualDistance, build_autoencoder
 from selftrans.train.autoencoder_settings import AutoencoderSettings
-from selftrans.train.batches import Loaded, Stream, seed_step
+from selftrans.train.batches import Loaded, Stream, derived_seed, seed_step
 from selftrans.train.ema import EMA
 from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
 from selftrans.train.optim import load_optimizer, optimizer_tensors, set_learning_rate, update
@@ -68,8 +67,9 @@ class AutoencoderTraining:
         self.objective = AutoencoderLoss(vae, settings, distance and distance.to(device)).to(device)
         self.ema = EMA(cast(Any, vae), settings.ema)
         self.optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
-        seed = int(np.random.SeedSequence([settings.seed, ORDER]).generate_state(1)[0])
-        self.stream = Stream(data, batch_size=settings.batch_size, accumulate=1, seed=seed)
+        self.stream = Stream(
+            data, batch_size=settings.batch_size, accumulate=1, seed=derived_seed(settings.seed, ORDER)
+        )
         self.window, self.step, self.seconds = RunningMeans(), 0, 0.0
         self._good: list[Tensor] = []  #: for each update since the last log line whether it was finite, 0-d boolean
         self._restore()

@@ -174,6 +174,11 @@ class Stream:
                 ahead.append(pool.submit(read, at + 1))
 
 
+def derived_seed(*numbers: int) -> int:
+    """A seed for random numbers of their own: from the seed of a run, and what the numbers are for."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def seed_step(seed: int, stream: int, step: int, micro: int, rank: int) -> None:
     """Seed torch's default generators for one micro-step: everything random in it follows."""
     state = np.random.SeedSequence([seed, stream, step, micro, rank]).generate_state(1, np.uint64)[0]

@@ -87,7 +87,7 @@ class CapturedStep:
     @property
     def replaying(self) -> bool:
         """Whether the next step is a replay of graphs."""
-        return self._micro._graph is not None and self._update._graph is not None
+        return self._micro.replays and self._update.replays
 
     @property
     def expendable(self) -> bool:
@@ -255,8 +255,7 @@ class CapturedStep:
         torch.cuda.synchronize(self.device)
         self._stream, self._held = None, []
         for function in (self._micro, self._update):
-            function.drop()
-            function.stream = None
+            function.launch()
         for p in self._graded:  # they are made within the graph
             p.grad = None
         gc.collect()

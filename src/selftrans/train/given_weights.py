@@ -135,29 +135,28 @@ def _settings(model: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value, _, _ in fields_of(model)}
 
 
-def check_given_path(given: Given, config: RunConfig) -> None:
-    """ValueError where the weights were trained on another probability path than the run's."""
-    ours = config.train.path
-    if given.path not in (None, ours):
+def check_path(what: str, path: str | None, config: RunConfig) -> None:
+    """ValueError where `path`, on which a model was trained, is another than the run's; None: it is not known.
+
+    `what` begins the message, such as "the teacher RUN was".
+    """
+    if path not in (None, config.train.path):
         raise ValueError(
-            f"the weights {config.init.path} were trained on the {given.path} path, and train.path is {ours}: the same t is "
-            f"another noise level; give weights of that path, or --train.path {given.path}"
+            f"{what} trained on the {path} path, and train.path is {config.train.path}: the same t is another noise level; "
+            f"give weights of that path, or --train.path {path}"
         )
 
 
-def check_given_conditions(given: Given, config: RunConfig, manifest: Manifest) -> None:
-    """ValueError where the weights are of a model of text and the data have no text, or the other way round."""
-    theirs, ours = given.conditions, manifest.conditions
-    if (theirs.kind == "text") != (ours.kind == "text"):
-        raise ValueError(
-            f"the weights {config.init.path} are those of a model of {theirs}, the data have {ours}; give weights of a model "
-            f"{'of text' if ours.kind == 'text' else 'without text'}, or start without --init"
-        )
-
-
-def warn_of_encoders(given: Given, config: RunConfig, manifest: Manifest) -> None:
-    """Warn where the weights may have been trained on other latents or text tokens than those of the data."""
+def check_weights_fit(given: Given, config: RunConfig, manifest: Manifest) -> None:
+    """ValueError where the weights were trained on another probability path, or with text where the data have none, or the
+    other way round. A warning where they may have been trained on other latents or text tokens than those of the data."""
     theirs, own = given.conditions, manifest.conditions
+    check_path(f"the weights {config.init.path} were", given.path, config)
+    if (theirs.kind == "text") != (own.kind == "text"):
+        raise ValueError(
+            f"the weights {config.init.path} are those of a model of {theirs}, the data have {own}; give weights of a model "
+            f"{'of text' if own.kind == 'text' else 'without text'}, or start without --init"
+        )
     if theirs.sha256 and own.sha256 and theirs.sha256 != own.sha256:
         warnings.warn(
             f"the weights {config.init.path} were trained on text of the encoder {printable(theirs.encoder)} (sha256 "

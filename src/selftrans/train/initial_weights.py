@@ -12,7 +12,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -25,15 +24,9 @@ from selftrans.data.manifest import Manifest
 from selftrans.models.lora import add_adapters
 from selftrans.models.spec import Named
 from selftrans.storage import recorded, sha256_file
+from selftrans.train.batches import derived_seed
 from selftrans.train.fitting import fit
-from selftrans.train.given_weights import (
-    Given,
-    check_given_conditions,
-    check_given_path,
-    read_given,
-    warn_of_encoders,
-    with_model_of,
-)
+from selftrans.train.given_weights import Given, check_weights_fit, read_given, with_model_of
 from selftrans.train.recompute import chosen_blocks
 from selftrans.types import Backbone
 
@@ -104,7 +97,6 @@ def resolve_init(
     if before is not None:
         return with_model_of(config, before.model, typed), None
     given = read_given(config.init)
-    check_given_path(given, config)
     return with_model_of(config, given.model, typed), given
 
 
@@ -114,10 +106,9 @@ def initial_weights(config: RunConfig, dataset: Dataset, out: Path, given: Given
         return None
     if given is None:
         return InitialWeights(out / START, _recorded(out))
-    check_given_conditions(given, config, dataset.manifest)
-    warn_of_encoders(given, config, dataset.manifest)
+    check_weights_fit(given, config, dataset.manifest)
     # for the parameters that the given weights do not have
-    torch.manual_seed(int(np.random.SeedSequence([config.train.seed, 2]).generate_state(1)[0]))
+    torch.manual_seed(derived_seed(config.train.seed, 2))
     fitted = fit(config, dataset.manifest, given, _random_student(config, dataset))
     return InitialWeights(out / START, fitted.record, fitted.tensors)
 

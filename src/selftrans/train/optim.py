@@ -12,10 +12,8 @@ from selftrans.config import Train
 from selftrans.messages import first_line
 from selftrans.train.fsdp import local, shard_like
 
-SMALLEST, BLOCK = (
-    4096,
-    256,
-)  #: of bitsandbytes: values of the smallest tensor with 8-bit moments; values that share a scale
+#: of bitsandbytes: values of the smallest tensor with 8-bit moments; values that share a scale
+SMALLEST, BLOCK = 4096, 256
 
 
 def build_optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:

@@ -50,15 +50,18 @@ def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
             raise ValueError(
                 f"{out} was started with other settings: {'; '.join(changes)}; use those, or another --out{consent}"
             )
-        if data.exists() and _read(data, _hashes) != _hashes(manifest.to_json()):
-            raise ValueError(
-                f"{out} was trained on other data than {config.data.path}; give the data it was trained on, or another --out"
-            )
-        if data.exists() and (was := _read(data, _latent_space)) != _latent_space(manifest.to_json()):
-            raise ValueError(
-                f"{out} was trained on latents with {was}, those of the data are now {_latent_space(manifest.to_json())}; "
-                "prepare the data again as they were, or choose another --out"
-            )
+        if data.exists():
+            (shards, scale), (shards_now, scale_now) = _read(data, _identity), _identity(manifest.to_json())
+            if shards != shards_now:
+                raise ValueError(
+                    f"{out} was trained on other data than {config.data.path}; give the data it was trained on, or another "
+                    "--out"
+                )
+            if scale != scale_now:
+                raise ValueError(
+                    f"{out} was trained on latents with {scale}, those of the data are now {scale_now}; prepare the data again "
+                    "as they were, or choose another --out"
+                )
     return config
 
 
@@ -146,14 +149,11 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
         raise ValueError(f"{path} cannot be used ({error}); restore it, or choose another --out") from error
 
 
-def _hashes(manifest: str) -> list[str]:
-    return [shard["sha256"] for shard in json.loads(manifest)["shards"]]
-
-
-def _latent_space(manifest: str) -> str:
-    """Shift and scale; pixels that are the same on disk may be standardised or not."""
-    space = json.loads(manifest)["latent_space"]
-    return f"shift {space['shift']} and scale {space['scale']}"
+def _identity(manifest: str) -> tuple[list[str], str]:
+    """Hashes of the shards, and the scale of latents: pixels that are the same on disk may be standardised or not."""
+    found = json.loads(manifest)
+    space = found["latent_space"]
+    return [shard["sha256"] for shard in found["shards"]], f"shift {space['shift']} and scale {space['scale']}"
 
 
 def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:

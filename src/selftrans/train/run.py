@@ -239,19 +239,19 @@ def _begin(
 ) -> bool:
     """Write settings, data, order of the stages and initial weights of a run; true if the initial weights are new."""
     accelerator.wait_for_everyone()  # every process has read what was there before
-    new = initial is not None and initial.new
+    fresh = initial if initial and initial.new else None
     if accelerator.is_main_process:
         report = {"method": config.method, "order": [stage.name for stage in plan]}
-        if initial is not None and initial.new:  # before config.json: a run that has one has its initial weights, too
-            initial.write(config, manifest)
-            write_json(out / REPORT, report | {INIT: initial.record})
+        if fresh:  # before config.json: a run that has one has its initial weights, too
+            fresh.write(config, manifest)
+            write_json(out / REPORT, report | {INIT: fresh.record})
         record(config, out, manifest)
         if not (out / REPORT).exists():
             write_json(out / REPORT, report | ({INIT: initial.record} if initial else {}))
     accelerator.wait_for_everyone()
-    if new and initial is not None:
-        initial.release()
-    return new
+    if fresh:
+        fresh.release()
+    return fresh is not None
 
 
 def _check_stages(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:

@@ -20,6 +20,7 @@ from selftrans.messages import printable
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import Stage, TeacherSpec
 from selftrans.precision import PRECISIONS
+from selftrans.train.given_weights import check_path
 
 
 class StoredFeatures:
@@ -103,12 +104,8 @@ def training_cost(spec: TeacherSpec) -> dict[str, Any] | None:
 
 def check_given(found: LoadedModel, config: RunConfig, manifest: Manifest) -> None:
     """ValueError where a teacher was trained on another path than the student; a warning where its latents may differ."""
-    source, path, theirs = found.source["path"], found.config.train.path, found.autoencoder
-    if path != config.train.path:
-        raise ValueError(
-            f"the teacher {source} was trained on the {path} path, the student's train.path is {config.train.path}: the same t "
-            f"is another noise level; give a teacher of that path, or --train.path {path}"
-        )
+    source, theirs = found.source["path"], found.autoencoder
+    check_path(f"the teacher {source} was", found.config.train.path, config)
     ours = config.data.autoencoder or manifest.autoencoder
     check_scale(f"the teacher {source}", theirs, manifest.autoencoder)
     if theirs and ours and not same_latents(theirs, ours):

@@ -14,7 +14,7 @@ import secrets
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,41 +27,35 @@ RECORD = "trackers.json"
 IDENTIFIER = re.compile(r"[\w-]{1,100}")
 
 
-class Place(NamedTuple):
-    """Which run a tracker is started for."""
-
-    out: Path  #: the run directory
-    id: str | None  #: of the run at the tracker, from an earlier start; None: a new run
-
-
-def _tensorboard(place: Place) -> tuple[Any, str]:
+def _tensorboard(out: Path, known: str | None) -> tuple[Any, str]:
     from accelerate.tracking import TensorBoardTracker
 
-    return TensorBoardTracker("tensorboard", str(place.out)), ""
+    return TensorBoardTracker("tensorboard", str(out)), ""
 
 
-def _wandb(place: Place) -> tuple[Any, str]:
+def _wandb(out: Path, known: str | None) -> tuple[Any, str]:
     from accelerate.tracking import WandBTracker
 
-    run = place.id or secrets.token_hex(4)
-    return WandBTracker(PROJECT, name=place.out.name, id=run, resume="allow", dir=str(place.out)), run
+    run = known or secrets.token_hex(4)
+    return WandBTracker(PROJECT, name=out.name, id=run, resume="allow", dir=str(out)), run
 
 
-def _trackio(place: Place) -> tuple[Any, str]:
+def _trackio(out: Path, known: str | None) -> tuple[Any, str]:
     from accelerate.tracking import TrackioTracker
 
-    run = place.id or f"{re.sub(r'[^A-Za-z0-9_-]', '-', place.out.name)[:60]}-{secrets.token_hex(4)}"
+    run = known or f"{re.sub(r'[^A-Za-z0-9_-]', '-', out.name)[:60]}-{secrets.token_hex(4)}"
     return TrackioTracker(PROJECT, name=run, resume="allow"), run
 
 
-def _mlflow(place: Place) -> tuple[Any, str]:
+def _mlflow(out: Path, known: str | None) -> tuple[Any, str]:
     from accelerate.tracking import MLflowTracker
 
-    return MLflowTracker(PROJECT, run_id=place.id, run_name=place.out.name), ""
+    return MLflowTracker(PROJECT, run_id=known, run_name=out.name), ""
 
 
-#: name -> accelerate's tracker, not started, and the id of the run at it (empty: known only after the start)
-KINDS: dict[str, Callable[[Place], tuple[Any, str]]] = {
+#: name -> makes accelerate's tracker, not started, for a run directory and the id of the run at it from an earlier start (None:
+#: a new run); with the id of the run (empty: known only after the start)
+KINDS: dict[str, Callable[[Path, str | None], tuple[Any, str]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,
@@ -95,7 +89,7 @@ class Trackers:
                 continue
             try:
                 new = not (self.out / name).is_dir() if name == "tensorboard" else name not in known
-                tracker, run = KINDS[name](Place(self.out, known.get(name)))
+                tracker, run = KINDS[name](self.out, known.get(name))
                 tracker.start()
                 self._running[name] = tracker
                 if name != "tensorboard":

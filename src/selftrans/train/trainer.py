@@ -28,7 +28,7 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.spec import Stage
 from selftrans.models.compiling import compile_model
 from selftrans.train import checkpointing, fp8, fsdp
-from selftrans.train.batches import Loaded, Stream
+from selftrans.train.batches import Loaded, Stream, derived_seed
 from selftrans.train.captured_step import captured_step
 from selftrans.train.ema import EMA
 from selftrans.train.flops import flops_until, step_flops
@@ -82,7 +82,7 @@ class Trainer:
         self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or StopSignal()
         self.bar, self.order, self.trackers = bar, order or [stage.name], trackers
         train, manifest = config.train, shards.manifest
-        torch.manual_seed(int(np.random.SeedSequence([train.seed, stage.stream]).generate_state(1)[0]))
+        torch.manual_seed(derived_seed(train.seed, stage.stream))
         found, self.initial = common_checkpoint(self.checkpoints, accelerator), initial
         student = build_student(config, shards, initial, fresh=found is None)
         for shape in shards.shapes if len(shards.shapes) > 1 else ():
@@ -125,7 +125,7 @@ class Trainer:
             self.shards,
             batch_size=train.batch_size,
             accumulate=train.accumulate,
-            seed=int(np.random.SeedSequence([train.seed, self.stage.stream, 1]).generate_state(1)[0]),
+            seed=derived_seed(train.seed, self.stage.stream, 1),
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             window=self.config.data.window,

@@ -135,6 +135,9 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_at_many_places_equals_uninterrupted(tmp_path, monkeypatch, place):
     owner, name, before = PLACES[place]
+    config = toy.toy(
+        {"train.preview_every": 2} if owner is Preview else {}
+    )  # first: the shared data are prepared for it
     original, calls = getattr(owner, name), itertools.count(1)
 
     def killing(*args, **kwargs):
@@ -145,10 +148,9 @@ def test_killed_at_many_places_equals_uninterrupted(tmp_path, monkeypatch, place
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, killing)
-    preview = {"train.preview_every": 2} if owner is Preview else {}
     damaged = pytest.warns(UserWarning, match="damaged")
     with damaged if before is half_removed else contextlib.nullcontext():
-        assert visits(toy.toy(preview), tmp_path, Killed) > 2
+        assert visits(config, tmp_path, Killed) > 2
     monkeypatch.undo()
     if before is half_removed:
         train(toy.toy(), tmp_path, quiet=True)

@@ -78,7 +78,7 @@ def test_given_teacher_of_another_path_is_refused_and_of_another_autoencoder_war
     teacher = load_teacher(toy.finished(), spec(), manifest)
     check_given(teacher, toy.toy(), manifest)
     with pytest.raises(
-        ValueError, match=r"trained on the linear path, the student's train\.path is cosine.*--train\.path linear"
+        ValueError, match=r"trained on the linear path, and train\.path is cosine.*--train\.path linear"
     ):
         check_given(teacher, toy.toy({"train.path": "cosine"}), manifest)
     with pytest.warns(UserWarning, match=r"names the autoencoder pixel\(.*\), the data other/vae"):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from accelerate.state import AcceleratorState
 
 from selftrans.models import fused_norm
@@ -80,7 +81,7 @@ def test_first_step_is_one_launched_step(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_other_choices_for_the_step_are_measured_one_by_one(tmp_path: Path) -> None:
     parts = script("gpu_parts")
-    for part in ("memory", "variants"):
+    for part in ("memory", "variants", "tuned"):
         assert parts.main([part, "--out", str(tmp_path), "--toy"]) == 0
     found = read(tmp_path / "memory.json")["models"]
     assert {name: set(each["rows"]) for name, each in found.items()} == {
@@ -88,7 +89,16 @@ def test_other_choices_for_the_step_are_measured_one_by_one(tmp_path: Path) -> N
     }  # fmt: skip
     choices = ("as it is", "norms by inductor", "without cuDNN", "kernels joined", "fewer partial sums")
     found = read(tmp_path / "variants.json")
-    assert {name for name in found if name.startswith("toy")} == {f"toy, {each}, ms" for each in choices}
+    shown = ("ms", "first step s")
+    assert {name for name in found if name.startswith("toy")} == {
+        f"toy, {each}, {k}" for each in choices for k in shown
+    }
+    choices = ("as it is", "products tuned", "products tuned, TMA", "other kernels tuned")
+    found = read(tmp_path / "tuned.json")
+    assert {name for name in found if name.startswith("toy")} == {
+        f"toy, {each}, {k}" for each in choices for k in shown
+    }
+    assert not inductor.max_autotune_gemm and not inductor.coordinate_descent_tuning, "as before"
     assert (importlib.util.find_spec("triton") is not None) == fused_norm.FUSED_NORMS, "as before"
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -156,7 +166,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         "correctness  not measured", "s2           failed: not enough memory", "b2           not measured",
         "s4           not measured", "xl2          not measured", "memory       not measured",
         "variants     not measured", "sampling     not measured",
-        "first_step   not measured", "around       unfinished; features_per_s 1.23e+03",
+        "first_step   not measured", "around       unfinished; features_per_s 1.23e+03", "tuned        not measured",
     ]  # fmt: skip
 
 
@@ -276,7 +286,7 @@ def lease(tmp_path: Path) -> Any:
 
 
 def test_lease_continues_with_what_is_missing_and_then_what_failed(lease: Any) -> None:
-    code, shown, parts = lease.run(SKIP="around xl2", FAILS="s2", KILLED="b2")
+    code, shown, parts = lease.run(SKIP="around xl2 tuned", FAILS="s2", KILLED="b2")
     assert parts == ["correctness", "s2", "b2", "s4", "memory", "variants", "sampling", "first_step", "table"]
     assert (
         code == 1 and shown[-1] == "the table" and "why" in shown and any("b2: stopped after" in each for each in shown)
@@ -286,7 +296,7 @@ def test_lease_continues_with_what_is_missing_and_then_what_failed(lease: Any) -
     assert all(each[1] == "--toy" for each in toys[:-1]) and all(each[-1].endswith("/src") for each in toys)
     assert [path.name for path in lease.out.iterdir()] == ["lease.tgz"]
     code, shown, parts = lease.run()
-    assert parts == ["xl2", "around", "s2", "b2", "table"] and code == 0 and "s4: measured already" in shown
+    assert parts == ["xl2", "around", "tuned", "s2", "b2", "table"] and code == 0 and "s4: measured already" in shown
     assert lease.run(ONLY="b2", FRESH="1")[2] == ["b2", "table"]
     code, shown, parts = lease.run(FRESH="1", BUDGET="5")
     assert "s2: skipped, the time is over" in shown and parts == ["table"] and code == 1

@@ -1,0 +1,111 @@
+"""What an objective checks of its parts: its options, its guidances, and what a student and a guidance return.
+
+Only types and shapes are read, so the host does not wait for a device. Shape legend: N batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftrans.flow import PATHS, Path, check_times
+from selftrans.methods.guidance import Guidance, Report
+from selftrans.types import Backbone, Output
+
+#: entries of a log line besides the terms of guidances
+LOGGED = ("stage", "step", "loss", "flow", "grad_norm", "lr", "seconds", "tflops", "skipped", "skips")
+
+
+def check_options(path: Path, times: str, drop: float, cosine: float) -> None:
+    """ValueError for an option of `Objective` out of range."""
+    if isinstance(path, str):
+        raise ValueError(f"path {path!r} must be a Path: one of selftrans.PATHS, which are {', '.join(PATHS)}")
+    check_times(times)
+    if not 0 <= drop <= 1 or not 0 <= cosine < math.inf:
+        raise ValueError(f"drop {drop} must be in [0, 1], and cosine {cosine} a number from 0")
+
+
+def checked_guidances(guidances: Iterable[Guidance], student: Backbone) -> list[Guidance]:
+    """The guidances. ValueError unless each is a `Guidance` with a name that no other has, on blocks that the student has, and
+    one of them trains the student's second output, if it has one."""
+    listed = list(guidances) if isinstance(guidances, Iterable) else [None]
+    if not all(isinstance(each, Guidance) for each in listed):
+        found = repr(guidances).partition("\n")[0]
+        raise ValueError(
+            f"guidances are a list of Guidance objects, also of a single one, and () for none, not {found:.100}"
+        )
+    names = [each.name for each in listed]
+    for each in listed:
+        kind = type(each).__name__
+        if not each.name:
+            raise ValueError(f"{kind} has no name: set one in the class, under which the log shows its term")
+        if each.name in LOGGED:
+            raise ValueError(f"{kind}.name '{each.name}' is that of another entry of the log")
+        if wrong := [k for k in each.taps if not 1 <= k <= student.depth]:
+            raise ValueError(
+                f"guidance {each.name} reads block {wrong[0]}, but the student has blocks 1..{student.depth}; change the "
+                "method's option for the block"
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"guidances are called {', '.join(names)}; give each a name of its own")
+    if student.early is not None and not any(each.trains_early for each in listed):
+        raise ValueError(
+            "model.early_block gives the student a second output, which this method does not train; omit it"
+        )
+    return listed
+
+
+def checked_cells(student: Backbone) -> int:
+    """How many numbers of a latent a token covers. ValueError where the student's `patchify` and `grid` disagree."""
+    cells = math.prod(student.shape) // student.tokens
+    # patchify may use weights, and those may be on the meta device
+    like = next(student.parameters(), torch.empty(0))
+    with torch.no_grad():
+        cut = tuple(student.patchify(like.new_zeros(1, *student.shape)).shape)
+    if cut != (1, student.tokens, cells):
+        raise ValueError(
+            f"{type(student).__name__}.patchify cuts a latent of {tuple(student.shape)} into {cut}; expected "
+            f"(N, T, cells) = {(1, student.tokens, cells)}, by its grid {tuple(student.grid)}"
+        )
+    return cells
+
+
+def check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ...]) -> None:
+    """ValueError unless a student returned the velocity of latents x (N, C, *S) and the tokens (N, T, D) after each tap.
+
+    T is known for latents of the model's own shape only.
+    """
+    name = type(student).__name__
+    if not isinstance(out, Output):
+        raise ValueError(f"{name}.forward must return an Output, not {type(out).__name__}")
+    found = tuple(out.v.shape) if isinstance(out.v, Tensor) else out.v
+    if found != tuple(x.shape):
+        raise ValueError(f"{name} returned a velocity of shape {found}; expected that of its input, {tuple(x.shape)}")
+    own = tuple(x.shape[1:]) == tuple(student.shape)
+    for k in taps:
+        if k not in out.feats:
+            raise ValueError(f"{name} returned no features of block {k}; feats must hold each block of taps (1-based)")
+        feature = tuple(getattr(out.feats[k], "shape", ()))
+        expected = (x.shape[0], student.tokens if own else (*feature, 0, 0)[1], student.width)
+        if feature != expected:
+            raise ValueError(
+                f"{name} returned features of shape {feature} after block {k}; expected (N, T, D) = {expected}: the tokens "
+                "of the latent alone, without class, text and register tokens"
+            )
+
+
+def checked_term(name: str, returned: Any) -> tuple[Tensor, Report]:
+    """What a guidance returned. ValueError unless it is its term (0-d) and 0-d tensors for the log, by name."""
+    if not isinstance(returned, tuple | list) or len(returned) != 2 or not isinstance(returned[1], dict):
+        raise ValueError(
+            f"the guidance {name} must return its term and a dict for the log, not a {type(returned).__name__}"
+        )
+    for what, value in (("term", returned[0]), *returned[1].items()):
+        if not isinstance(value, Tensor) or value.dim():
+            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"'{what}' of the guidance {name} must be a tensor without dimensions (0-d), not {found}")
+    return returned[0], returned[1]
