@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from selftrans import __version__
@@ -132,6 +133,17 @@ def test_unknown_commands(argv, expected, capsys):
         (OSError(errno.EIO, "Input/output error", "a"), 1, "a: Input/output error"),
         (OSError(errno.EIO, "Input/output error"), 1, "[Errno 5] Input/output error"),
         (KeyboardInterrupt("stopped by SIGINT"), 130, "stopped by SIGINT"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            1,
+            "out of memory (CUDA out of memory. Tried); work on fewer samples at a time (--batch-size), or on smaller ones",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"),
+            1,
+            "out of memory (DefaultCPUAllocator: can't allocate memory: 9 bytes); work on fewer samples at a time "
+            "(--batch-size), or on smaller ones",
+        ),
     ],
 )
 def test_exit_status_of_each_error(error, status, line, monkeypatch, capsys):
