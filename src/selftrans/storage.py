@@ -197,7 +197,9 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
     try:
         file = open(path, "a+", errors="replace", opener=no_symlink)  # noqa: SIM115 - open for the block below
     except OSError as error:
-        raise ValueError(f"{path} cannot be opened ({error.strerror}); remove it, or choose another --out") from error
+        removable = os.path.lexists(path) and error.errno != errno.EROFS
+        remedy = "remove it, or choose another --out" if removable else "choose another --out"
+        raise ValueError(f"{path} cannot be opened ({error.strerror}); {remedy}") from error
     with file:
         try:
             _flock(file, shared=shared, wait=wait)

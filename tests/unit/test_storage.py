@@ -326,6 +326,21 @@ def test_lock_that_is_a_symlink_is_refused(tmp_path):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("number", "there"), [(errno.EROFS, True), (errno.EACCES, False)])
+def test_lock_that_cannot_be_made_is_not_said_to_be_removable(number, there, tmp_path, monkeypatch):
+    def refuse(path, flags):
+        raise OSError(number, os.strerror(number), path)
+
+    if there:
+        (tmp_path / ".lock").touch()
+    monkeypatch.setattr(storage, "no_symlink", refuse)
+    with (
+        pytest.raises(ValueError, match=r".lock cannot be opened \([\w -]+\); choose another"),
+        lock_file(tmp_path / ".lock"),
+    ):
+        pass
+
+
 def test_file_system_without_locks_warns(tmp_path, monkeypatch):
     def none(file, how):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
