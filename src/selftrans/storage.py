@@ -118,6 +118,10 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary = temporary_for(path)
     try:
         temporary.mkdir(parents=True)
+    except OSError as error:
+        error.filename = str(path)  # the temporary name means nothing to a user
+        raise
+    try:
         yield temporary
         for written in (*temporary.rglob("*"), temporary):
             sync(written)

@@ -209,6 +209,13 @@ def test_directory_appears_complete_or_not_at_all(tmp_path):
     assert names(out.parent) == ["out"] and (out / "sub" / "x").read_text() == "1"
 
 
+def test_directory_that_cannot_be_made_is_named_and_not_its_temporary(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory") as error, atomic_directory(tmp_path / "file" / "out"):
+        pass
+    assert error.value.filename == str(tmp_path / "file" / "out")
+
+
 def test_directory_replaces_another_only_when_asked(tmp_path):
     (tmp_path / "out").mkdir()
     with atomic_directory(tmp_path / "out") as directory:  # an empty directory may be replaced

@@ -33,6 +33,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "; give a shorter name",
     errno.ENOSPC: "; free disk space, then repeat the command",
     errno.EDQUOT: "; free disk space, then repeat the command",
+    errno.EROFS: "; choose another folder",
 }
 TEXTS = ("prompts",)  #: options whose values are sentences, which may name a page with a query
 
@@ -129,6 +130,8 @@ def _system_error(error: OSError) -> str:
 
     remedy = REMEDIES.get(error.errno or 0, "")
     if error.filename is None:
+        if error.errno == errno.ENOENT:  # of a relative path
+            remedy = ": the working directory may have been removed; change into another"
         return f"{error.strerror}{remedy}" if remedy else str(error)
     return f"{printable(os.fsdecode(error.filename))}: {error.strerror}{remedy}"
 

@@ -127,6 +127,8 @@ def write_samples(
 def _begin(out: Path, settings: dict[str, Any], num: int, rank: int, kind: SampleFile = PNG) -> bool:
     """Compare `out` with the settings, and write samples.json; True when samples.json marks the folder as complete."""
     record = out / "samples.json"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder; choose another --out")
     if record.exists():
         earlier = _read_json(record)
         differing = _differences(earlier["settings"], settings)
