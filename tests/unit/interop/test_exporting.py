@@ -98,7 +98,9 @@ def test_export_and_import_are_inverse(tmp_path, layout):
     file, lines = export_run(run, tmp_path / "out", layout=layout), []
     import_run(file, tmp_path / "back", heads=2, say=lines.append)
     assert f"those of {layout.upper()}, from its header" in lines[0]
-    was, now = (load_model(place).model.state_dict() for place in (run, tmp_path / "back"))
+    loaded = [load_model(place) for place in (run, tmp_path / "back")]
+    assert loaded[0].autoencoder == loaded[1].autoencoder
+    was, now = (each.model.state_dict() for each in loaded)
     turned = "t_embedder.mlp.0.weight"
     assert (was[turned] - now[turned]).abs().max() < (1e-9 if layout == "repa" else 2e-7)
     for tensors in (was, now):
