@@ -118,6 +118,10 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary = temporary_for(path)
     try:
         temporary.mkdir(parents=True)
+    except OSError as error:
+        error.filename = str(path)  # the temporary name means nothing to a user
+        raise
+    try:
         yield temporary
         for written in (*temporary.rglob("*"), temporary):
             sync(written)
@@ -197,7 +201,9 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
     try:
         file = open(path, "a+", errors="replace", opener=no_symlink)  # noqa: SIM115 - open for the block below
     except OSError as error:
-        raise ValueError(f"{path} cannot be opened ({error.strerror}); remove it, or choose another --out") from error
+        removable = os.path.lexists(path) and error.errno != errno.EROFS
+        remedy = "remove it, or choose another --out" if removable else "choose another --out"
+        raise ValueError(f"{path} cannot be opened ({error.strerror}); {remedy}") from error
     with file:
         try:
             flock(file.fileno(), shared=shared, wait=wait)

@@ -111,7 +111,7 @@ def test_samples_have_the_size_that_is_asked_for(tmp_path, capsys):
         ({"data.on_device": True}, "holds buckets of several sizes; leave data.on_device off"),
         ({"method": "repa", "repa.encoder": "owner/vit"}, "external encoder's features are on one square grid"),
         ({"method": "repa"}, "external encoder's features are on one square grid"),
-        ({"model.patch": 4}, "does not divide into patches of 4"),
+        ({"model.patch": 4}, r"does not divide into patches of 4.*--bucket-multiple"),
         (
             {"model.name": "diffusers-dit", "model.layers": 2, "model.heads": 2, "model.head_dim": 8, "model.patch": 2},
             "the model",

@@ -209,6 +209,13 @@ def test_directory_appears_complete_or_not_at_all(tmp_path):
     assert names(out.parent) == ["out"] and (out / "sub" / "x").read_text() == "1"
 
 
+def test_directory_that_cannot_be_made_is_named_and_not_its_temporary(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory") as error, atomic_directory(tmp_path / "file" / "out"):
+        pass
+    assert error.value.filename == str(tmp_path / "file" / "out")
+
+
 def test_directory_replaces_another_only_when_asked(tmp_path):
     (tmp_path / "out").mkdir()
     with atomic_directory(tmp_path / "out") as directory:  # an empty directory may be replaced
@@ -324,6 +331,21 @@ def test_lock_that_is_a_symlink_is_refused(tmp_path):
     ):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("number", "there"), [(errno.EROFS, True), (errno.EACCES, False)])
+def test_lock_that_cannot_be_made_is_not_said_to_be_removable(number, there, tmp_path, monkeypatch):
+    def refuse(path, flags):
+        raise OSError(number, os.strerror(number), path)
+
+    if there:
+        (tmp_path / ".lock").touch()
+    monkeypatch.setattr(storage, "no_symlink", refuse)
+    with (
+        pytest.raises(ValueError, match=r".lock cannot be opened \([\w -]+\); choose another"),
+        lock_file(tmp_path / ".lock"),
+    ):
+        pass
 
 
 def test_file_system_without_locks_warns(tmp_path, monkeypatch):

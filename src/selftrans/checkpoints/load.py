@@ -70,7 +70,9 @@ def header(
     `order`: the stages of the run in order. `prompts`: of a model of text, sampled where no others are given. `present`: the
     classes that occur in the data, if these are not all.
     """
-    encoder = encoder_name(config.data.text_encoder or conditions.encoder)
+    # the name that the data store is "" without text, else independent of the working directory
+    moved = config.data.text_encoder
+    encoder = encoder_name(moved) if moved else conditions.encoder
     return {
         "stage": stage,
         "step": step,

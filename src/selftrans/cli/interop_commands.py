@@ -42,7 +42,8 @@ class Import(Command):
     path: Literal["linear", "cosine"] | None = None
     """path of the run, for a file that serves both (DiT predicts noise); None: linear, or as the file says"""
     autoencoder: str | None = None
-    """what decodes its latents; None: stabilityai/sd-vae-ft-mse for 4 channels, pixel for 1 or 3"""
+    """what decodes its latents; None: what a file of `selftrans export` names, else stabilityai/sd-vae-ft-mse for 4
+    channels, pixel for 1 or 3"""
     keep_heads: bool = False
     """keep projectors that the run cannot use, in projectors.safetensors"""
 

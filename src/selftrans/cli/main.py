@@ -33,6 +33,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "; give a shorter name",
     errno.ENOSPC: "; free disk space, then repeat the command",
     errno.EDQUOT: "; free disk space, then repeat the command",
+    errno.EROFS: "; choose another folder",
 }
 TEXTS = ("prompts",)  #: options whose values are sentences, which may name a page with a query
 
@@ -63,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _reported(str(error), WRONG_ARGUMENTS)
     except OSError as error:
         return _reported(_system_error(error), FAILED)
-    except RuntimeError as error:  # before Python 3.13, of a path that is resolved
-        if not str(error).startswith("Symlink loop"):
-            raise
-        return _reported(f"{error}: its symbolic links lead in a circle; give another path", FAILED)
+    except RuntimeError as error:
+        return _reported(_runtime_error(error), FAILED)
     except (ValueError, FloatingPointError, ImportError, MemoryError) as error:
         return _reported(str(error) or "out of memory", FAILED)
     except KeyboardInterrupt as stopped:
@@ -131,8 +130,22 @@ def _system_error(error: OSError) -> str:
 
     remedy = REMEDIES.get(error.errno or 0, "")
     if error.filename is None:
+        if error.errno == errno.ENOENT:  # of a relative path
+            remedy = ": the working directory may have been removed; change into another"
         return f"{error.strerror}{remedy}" if remedy else str(error)
     return f"{printable(os.fsdecode(error.filename))}: {error.strerror}{remedy}"
+
+
+def _runtime_error(error: RuntimeError) -> str:
+    """One line for a path that cannot be resolved and for a device without memory; other errors are raised again."""
+    if str(error).startswith("Symlink loop"):  # before Python 3.13
+        return f"{error}: its symbolic links lead in a circle; give another path"
+    from selftrans.messages import first_line
+    from selftrans.train.out_of_memory import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        raise error
+    return f"out of memory ({first_line(error)}); work on fewer samples at a time (--batch-size), or on smaller ones"
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -177,7 +177,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise ValueError(f"no classifier file at {path}; give a .safetensors file written by SmallClassifier.save")
+        raise ValueError(f"no classifier file at {path}; give one that `selftrans classifier` wrote")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +58,7 @@ class Cluster:
             "local-gbps": self.local,
         }
         for option, value in given.items():
-            if not value > 0:
-                raise ValueError(f"--{option} is {value:g}; it must be above zero")
+            _above_zero(option, value)
         if self.gpus > self.per_machine and self.gpus % self.per_machine:
             raise ValueError(
                 f"{plural(self.gpus, 'GPU')} do not divide into machines of {self.per_machine}; give --gpus-per-machine"
@@ -72,6 +72,11 @@ class Cluster:
         """Time of a ring in which each GPU sends `sent` bytes; between machines one GPU of each passes them on."""
         slowest = min(self.link, self.local) if self.machines > 1 else self.local
         return 8 * sent / (slowest * 1e9)
+
+
+def _above_zero(option: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"--{option} is {value:g}; it must be a number above zero")
 
 
 @dataclass
@@ -124,6 +129,12 @@ def scale_plan(
     ValueError where neither is given, for a batch that does not divide, and for what `train` refuses.
     """
     cluster.check()
+    if (measured is None) == (rate is None):
+        raise ValueError(
+            "give --measured bench.json, made by `selftrans bench` on one such GPU, or --rate IMAGES_PER_S"
+        )
+    if rate is not None:
+        _above_zero("rate", rate)
     config = config.restricted().check()
     train, world = config.train, cluster.gpus
     if train.batch_size % (world * train.accumulate):
@@ -131,13 +142,14 @@ def scale_plan(
             f"train.batch_size {train.batch_size} does not divide among {plural(world, 'GPU')} x "
             f"{plural(train.accumulate, 'micro-batch')}; choose a multiple of {world * train.accumulate}"
         )
-    if (measured is None) == (rate is None) or (rate is not None and not rate > 0):
-        raise ValueError(
-            "give --measured bench.json, made by `selftrans bench` on one such GPU, or --rate IMAGES_PER_S"
-        )
     assumed: list[str] = []
     shape, conditions, samples, row = _data(config, assumed)
-    built = [_built(config, stage, shape, conditions) for stage in stages(config)]
+    try:
+        built = [_built(config, stage, shape, conditions) for stage in stages(config)]
+    except ValueError as error:
+        if not assumed:
+            raise
+        raise ValueError(f"{error}. Without --data, latents as ImageNet's are assumed: give --data DIR") from error
     figures = read_measured(measured, str(config.model.name)) if measured else None
     costs = [_cost(config, world, each, built[-1], figures, rate) for each in built]
     found = [_stage(config, cluster, each, cost) for each, cost in zip(built, costs, strict=True)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import ADAPTERS
 from selftrans.checkpoints.load import EXPORTED, PIPELINE, PREFIX, Weights, find_asked, load_model
-from selftrans.interop.published_file import LAYOUT
+from selftrans.interop.published_file import AUTOENCODER, LAYOUT
 from selftrans.models import registry as models
 from selftrans.storage import atomic_directory, write_json
 from selftrans.suggest import nearest
@@ -62,7 +62,8 @@ def export_run(
         }
         if published.folder:
             config, target = arguments, out / published.folder
-        tensors, metadata = published.tensors(loaded.model), {LAYOUT: layout, "format": "pt"}
+        tensors = published.tensors(loaded.model)
+        metadata = {LAYOUT: layout, AUTOENCODER: loaded.autoencoder, "format": "pt"}
     checkpoint.write_tensors(target, tensors, metadata)
     write_json(out / "config.json", config)
     remove_earlier(out, names - {target.name})

@@ -52,12 +52,14 @@ def import_run(
     without guidance and without heads (`keep_heads` writes them to projectors.safetensors). AdamW's moments are kept if they
     fit, converted like the weights. `name` is the expected published size, `convention` the time convention of the weights
     (None: read from the file or guessed, which is printed), `heads` the number of attention heads, `step` the steps trained,
-    `path` the path of the run, for weights that predict noise and fit any path.
+    `path` the path of the run, for weights that predict noise and fit any path, `autoencoder` what decodes the latents (None:
+    what our own export names, else the usual one).
 
     Written atomically. ValueError for any other file and for an `out` that holds anything else; repeating an import does
     nothing.
     """
     out, published = Path(out), read(Path(file))
+    autoencoder = autoencoder or published.autoencoder
     model = recognised(published, heads, convention)
     if path is not None and model.path not in (None, path):
         raise ValueError(f"{file} was trained on the path {model.path}, by its stored options; omit --path {path}")

@@ -28,12 +28,14 @@ HARMLESS: list[Any] = [argparse.Namespace]
 #: top-level entries whose tensors are not weights
 HELPERS = re.compile(r"(opt|optim|optimi[sz]ers?|(lr_)?schedulers?|(grad_?)?scaler|rng)(_|$)", re.IGNORECASE)
 MOST = 20  #: entries of a file that a message lists
-LAYOUT = "layout"  #: header entry of files that `selftrans export` wrote in a published layout
+#: header entries of files that `selftrans export` wrote in a published layout: its name, and what decodes the latents
+LAYOUT, AUTOENCODER = "layout", "autoencoder"
 
 
 def read(path: Path) -> PublishedFile:
     """Read `path`. ValueError, without executing anything, when it has none of the layouts or holds other types."""
-    content, layout = load_content(path)
+    content, entries = load_content(path)
+    layout = entries.get(LAYOUT) if any(entries.get(LAYOUT) in spec.layouts for spec in MODELS.every()) else None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict, or one with model and ema")
     named = {kind: content[key] for kind, key in (("raw", "model"), ("ema", "ema")) if key in content}
@@ -47,16 +49,17 @@ def read(path: Path) -> PublishedFile:
     steps = _count(stored)
     if stored is not None and steps is None:
         unused.append("steps")
-    return PublishedFile(path, weights, optimizer, _options(args), steps, layout, unused)
+    autoencoder = entries.get(AUTOENCODER) if layout else None
+    return PublishedFile(path, weights, optimizer, _options(args), steps, layout, unused, autoencoder)
 
 
-def load_content(path: Path) -> tuple[Any, str | None]:
-    """What a .pt or .safetensors file holds, and the layout that its header names. ValueError as `read`."""
+def load_content(path: Path) -> tuple[Any, dict[str, str]]:
+    """What a .pt or .safetensors file holds, and the entries of its header, if it has one. ValueError as `read`."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected a published checkpoint, .pt or .safetensors")
     with open(path, "rb") as file:
         packed = file.read(4) == b"PK\x03\x04"
-    return (_archive(path), None) if packed else _safetensors(path)
+    return (_archive(path), {}) if packed else _safetensors(path)
 
 
 def _unused(path: Path, content: Mapping[Any, Any], nested: bool) -> list[str]:
@@ -133,8 +136,8 @@ def _archive(path: Path) -> Any:
         ) from error
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The content of a safetensors file; names that begin with `model.` and `ema.` are two state dicts."""
+def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The content and header of a safetensors file; names that begin with `model.` and `ema.` are two state dicts."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -146,15 +149,13 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
         ) from error
     if "selftrans" in metadata:
         raise ValueError(f"{path} is already a selftrans weights file; use it directly in place of a run")
-    layouts = {name for spec in MODELS.every() for name in spec.layouts}
-    layout = metadata.get(LAYOUT) if metadata.get(LAYOUT) in layouts else None
     if {name.partition(".")[0] for name in tensors} - {"model", "ema"}:
-        return dict(tensors), layout
+        return dict(tensors), metadata
     content: dict[str, Any] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         content.setdefault(kind, {})[rest] = tensor
-    return content, layout
+    return content, metadata
 
 
 def _tensors(path: Path, named: Any) -> Named:

@@ -121,7 +121,7 @@ class PatchTransformer(Backbone):
             size, cells = ("x".join(map(str, each)) for each in (sides, own))
             raise ValueError(
                 f"a latent of {size} does not divide into patches of {cells}; change model.patch, or take latents whose sides "
-                f"are multiples of {cells}"
+                f"are multiples of {cells} (prepare --resolution, --bucket-multiple or, of sounds, --length)"
             )
         return tuple(side // p for side, p in zip(sides, self.cells, strict=True))
 

@@ -50,6 +50,7 @@ class PublishedFile(NamedTuple):
     steps: int | None
     layout: str | None  #: a key of `ModelSpec.layouts`, where our own export says so
     unused: list[str]  #: its top-level entries that nothing here reads, safe to print
+    autoencoder: str | None = None  #: what decodes its latents, where our own export says so
 
     @property
     def named(self) -> Named:

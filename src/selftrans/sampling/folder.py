@@ -138,6 +138,8 @@ class _SampleFolder:
     def begin(self, settings: dict[str, Any]) -> bool:
         """Compare the folder with the settings, and write samples.json; True when that marks the folder as complete."""
         record = self.out / "samples.json"
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out} is not a folder; choose another --out")
         if record.exists():
             earlier = _read_json(record)
             differing = _differences(earlier["settings"], settings)

@@ -237,7 +237,7 @@ class Sampler:
             sampler = SAMPLERS[settings.sampler]
             shift = settings.time_shift
             z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise, shift=shift)
-        _check_finite(z0, indices, settings.precision)
+        _check_finite(z0, indices, settings)
         # outside autocast: an autoencoder can overflow in float16
         return decode_images(self.autoencoder, z0, settings.rounding)
 
@@ -246,15 +246,16 @@ class NotFinite(ValueError):
     """Samples that are not finite."""
 
 
-def _check_finite(z0: Tensor, indices: np.ndarray, precision: str) -> None:
+def _check_finite(z0: Tensor, indices: np.ndarray, settings: SampleConfig) -> None:
     """`NotFinite` for latents (N, C, *S) that are not finite: as pictures they would be black, and be measured."""
     bad = ~torch.isfinite(z0).flatten(start_dim=1).all(dim=1)
     if bad.any():
         first = int(indices[int(bad.int().argmax())])
-        overflow = (
-            "fp16 may overflow (set the precision of sampling to bf16 or fp32), or " if precision == "fp16" else ""
-        )
-        raise NotFinite(f"sample {first} is not finite: {overflow}the weights of the model have diverged")
+        causes = ["fp16 may overflow (set the precision of sampling to bf16 or fp32)"] * (settings.precision == "fp16")
+        if settings.guidance_scale != 1:
+            causes.append(f"the guidance scale {settings.guidance_scale:g} is too large")
+        causes.append("the weights of the model have diverged")
+        raise NotFinite(f"sample {first} is not finite: {', or '.join(causes)}")
 
 
 def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:

@@ -51,7 +51,8 @@ def test_single_weights_file_can_be_loaded(tmp_path):
     file = shutil.copy(toy.checkpoint(toy.finished()) / "ema.safetensors", tmp_path / "renamed.bin")
     found = load_model(file)
     assert found.step == 8 and found.config == toy.toy() and found.prompts == ()
-    assert "prompts" not in header_of(file), "of a model of classes"
+    header = header_of(file)
+    assert "prompts" not in header and header["conditions"]["encoder"] == "", "of a model of classes, from any folder"
 
 
 def test_raw_weights_of_a_file_with_the_average_alone_cause_a_warning(recwarn):

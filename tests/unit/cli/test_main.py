@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from selftrans import __version__
@@ -129,9 +130,26 @@ def test_unknown_commands(argv, expected, capsys):
         (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
         (OSError(errno.ENOSPC, "No space left"), 1, "No space left; free disk space, then repeat the command"),
         (OSError(errno.ENOSPC, "No space left", "a"), 1, "a: No space left; free disk space, then repeat the command"),
+        (OSError(errno.EROFS, "Read-only", "a"), 1, "a: Read-only; choose another folder"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file"),  # of os.getcwd()
+            1,
+            "No such file: the working directory may have been removed; change into another",
+        ),
         (OSError(errno.EIO, "Input/output error", "a"), 1, "a: Input/output error"),
         (OSError(errno.EIO, "Input/output error"), 1, "[Errno 5] Input/output error"),
         (KeyboardInterrupt("stopped by SIGINT"), 130, "stopped by SIGINT"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            1,
+            "out of memory (CUDA out of memory. Tried); work on fewer samples at a time (--batch-size), or on smaller ones",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"),
+            1,
+            "out of memory (DefaultCPUAllocator: can't allocate memory: 9 bytes); work on fewer samples at a time "
+            "(--batch-size), or on smaller ones",
+        ),
     ],
 )
 def test_exit_status_of_each_error(error, status, line, monkeypatch, capsys):

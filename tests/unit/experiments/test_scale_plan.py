@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from selftrans.experiments.bench.read_report import read_measured
 from selftrans.experiments.scale_plan import Cluster, StageScale, scale_plan, text
 from selftrans.experiments.step_cost import wire_bytes
 from selftrans.methods.registry import meta_objective, stages
+from selftrans.recipes import recipe
 from selftrans.train.flops import forward_flops
 from selftrans.types import Conditions
 from tests.support import toy
@@ -258,15 +260,25 @@ def test_rows_of_graphs_are_for_runs_that_have_them(
     [
         (7, {"rate": 1.0}, "train.batch_size 80 does not divide among 7 GPUs x 1 micro-batch"),
         (20, {"rate": 1.0}, "20 GPUs do not divide into machines of 8"),
-        (0, {"rate": 1.0}, "must be above zero"),
+        (0, {"rate": 1.0}, "--gpus is 0; it must be a number above zero"),
         (8, {}, "give --measured bench.json, made by `selftrans bench`"),
-        (8, {"rate": 0.0}, "or --rate IMAGES_PER_S"),
+        (8, {"rate": 0.0}, "--rate is 0; it must be a number above zero"),
+        (8, {"rate": math.nan}, "--rate is nan; it must be a number above zero"),
+        (8, {"rate": math.inf}, "--rate is inf; it must be a number above zero"),
+        (8, {"rate": 1.0, "measured": Path("missing.json")}, "give --measured bench.json"),
         (8, {"measured": Path("missing.json")}, "missing.json is not a bench.json"),
     ],
 )
 def test_what_is_refused(gpus: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         scale_plan(config(), Cluster(gpus), **options)
+
+
+def test_links_are_finite_and_assumed_data_are_named_where_the_model_takes_others() -> None:
+    with pytest.raises(ValueError, match="--link-gbps is inf; it must be a number above zero"):
+        scale_plan(config(), Cluster(2, link=math.inf), rate=1.0)  # plan.json would not be json
+    with pytest.raises(ValueError, match=r"is conditioned on text.*are assumed: give --data DIR"):
+        scale_plan(recipe("mmdit_coco"), Cluster(1), rate=1.0)
 
 
 @pytest.mark.parametrize(

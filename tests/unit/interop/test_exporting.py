@@ -18,11 +18,14 @@ from tests.support.toy import quick  # noqa: F401 - a fixture
 quiet = {"say": lambda _: None}
 
 
+SCALED = "pixel(shift=0.5,scale=2.0)"  #: not what is assumed of one channel
+
+
 def a_run(tmp_path, *, qk_norm=False, **more):
     """A run with random weights, different for raw and ema."""
     raw, ema = (state(**TINY | more, qk_norm=qk_norm, seed=k) for k in (1, 2))
     file = published_files.save(tmp_path / "a.pt", {"model": raw, "ema": ema, "args": options("repa"), "steps": 4})
-    import_run(file, tmp_path / "run", heads=2, **quiet)
+    import_run(file, tmp_path / "run", heads=2, autoencoder=SCALED, **quiet)
     return tmp_path / "run", raw, ema
 
 
@@ -98,7 +101,9 @@ def test_export_and_import_are_inverse(tmp_path, layout):
     file, lines = export_run(run, tmp_path / "out", layout=layout), []
     import_run(file, tmp_path / "back", heads=2, say=lines.append)
     assert f"those of {layout.upper()}, from its header" in lines[0]
-    was, now = (load_model(place).model.state_dict() for place in (run, tmp_path / "back"))
+    loaded = [load_model(place) for place in (run, tmp_path / "back")]
+    assert loaded[0].autoencoder == loaded[1].autoencoder == SCALED
+    was, now = (each.model.state_dict() for each in loaded)
     turned = "t_embedder.mlp.0.weight"
     assert (was[turned] - now[turned]).abs().max() < (1e-9 if layout == "repa" else 2e-7)
     for tensors in (was, now):

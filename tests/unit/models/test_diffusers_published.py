@@ -98,7 +98,7 @@ def test_a_trained_run_is_exported_and_imported_again(tmp_path, capsys):
     own = {"model.name": "diffusers-dit", "model.layers": 2, "model.heads": 2, "model.head_dim": 12, "model.patch": 2}
     kept = {key: value for key, value in toy.TOY.items() if not key.startswith("model.")}
     config = recipe("digits").override(
-        own | kept | {"data.path": str(toy.plain_digits()), "method": "vanilla", "train.steps": 2}
+        own | kept | {"data.path": str(toy.digits()), "method": "vanilla", "train.steps": 2}
     )
     train(config.restricted(), tmp_path / "run", quiet=True)
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])  # a layout with another weights file
@@ -115,6 +115,7 @@ def test_a_trained_run_is_exported_and_imported_again(tmp_path, capsys):
     main(["import", str(tmp_path / "out" / WEIGHTS), "--out", str(tmp_path / "back")])
     back = load_model(tmp_path / "back")
     assert back.config.model == config.model and back.model.prediction == "v"  # the release would predict noise
+    assert back.autoencoder == toy.PIXELS  # with the scale of its data: plain pixels would be other pictures
     assert torch.equal(back.model(x, t, labels).v, ours(x, t, labels).v)
     main(["sample", str(tmp_path / "back"), "--out", str(tmp_path / "images"), "--num=2", "--steps=2"])
 

@@ -132,6 +132,12 @@ def test_moved_run_of_the_same_weights_continues(tmp_path):
         write(tmp_path, 3, settings=other)
 
 
+def test_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "samples").touch()
+    with pytest.raises(ValueError, match="samples is not a folder; choose another --out"):
+        write(tmp_path / "samples", 2)
+
+
 def test_fewer_images_than_begun_are_refused(tmp_path):
     write(tmp_path, 3)
     with pytest.raises(ValueError, match="begun for 3 samples"):
@@ -276,8 +282,8 @@ def test_full_disk_leaves_complete_files_and_one_clear_error(tmp_path, side, lim
 
 def test_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"file.samples.json cannot be written \(File exists\)"):
-        write(tmp_path / "file", 2)
+    with pytest.raises(ValueError, match=r"file.samples.samples.json cannot be written \(Not a directory\)"):
+        write(tmp_path / "file" / "samples", 2)
 
 
 def test_npz_is_streamed(tmp_path):

@@ -145,6 +145,13 @@ def test_samples_that_are_not_finite_are_refused(precision):
     )
     with pytest.raises(ValueError, match=f"^sample 4 is not finite: {overflow}the weights of the model have diverged$"):
         next(batches)
+    guided = Sampler(model, identity("pixel"), dataclasses.replace(config, guidance_scale=2.5), device="cpu").sample(
+        np.array([4])
+    )
+    with pytest.raises(
+        ValueError, match=r"the guidance scale 2\.5 is too large, or the weights of the model have diverged"
+    ):
+        next(guided)
     with pytest.raises(ValueError, match="the autoencoder pixel decodes latents to values that are not finite"):
         gather(small_model(), SampleConfig(num=1, steps=2), Broken("pixel"))
 

@@ -88,7 +88,11 @@ def read_sound(stream: BinaryIO, rate: int, most: int) -> np.ndarray:
     from scipy.signal import resample_poly
 
     _check_size(stream)
-    with soundfile().SoundFile(stream) as file:
+    try:
+        opened = soundfile().SoundFile(stream)
+    except soundfile().LibsndfileError as error:  # its text names the stream, with its address in memory
+        raise ValueError(error.error_string) from error
+    with opened as file:
         if file.format not in FORMATS:
             raise ValueError(f"it is {file.format}, not wav or flac")
         if not file.frames:

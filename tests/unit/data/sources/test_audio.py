@@ -81,7 +81,9 @@ def test_damaged_files_stop_or_are_skipped(tmp_path: Path, name: str, data, reas
     with pytest.raises(ValueError, match=rf"^low/{name}.wav: cannot be read as a sound \(.*{reason}.*--skip-bad$"):
         prepare(root, tmp_path / "out", progress=False)
     manifest = prepare(root, tmp_path / "out", skip_bad=True, progress=False)
-    assert manifest.count == 4 and [skipped[0] for skipped in manifest.skipped] == [f"low/{name}.wav"]
+    ((skipped, why),) = manifest.skipped
+    assert manifest.count == 4 and skipped == f"low/{name}.wav"
+    assert "0x" not in why and "<" not in why  # no address in memory: the manifest would differ from run to run
 
 
 def test_sounds_without_samples_and_with_nan_are_named(tmp_path: Path) -> None:
