@@ -64,12 +64,8 @@ def import_run(
     if path is not None and model.path not in (None, path):
         raise ValueError(f"{file} was trained on the path {model.path}, by its stored options; omit --path {path}")
     config, guided = _config(published, model._replace(path=path or model.path), name)
-    source = {
-        "path": str(published.path.resolve()),
-        "sha256": sha256_file(published.path),
-        "convention": model.convention,
-    }
-    source |= {} if path is None else {"path_of_run": path}
+    source = {"path": str(published.path.resolve()), "sha256": sha256_file(published.path)}
+    source |= {"convention": model.convention} | ({} if path is None else {"path_of_run": path})
     source |= model.source | {"step": step, "autoencoder": autoencoder, "keep_heads": keep_heads}
     source |= {"unused": listed(published.unused, MOST)} if published.unused else {}
     if _occupied(out, source):
