@@ -26,7 +26,7 @@ CHUNK = 256  #: rows read at a time
 CONSTANT = 1e-3  #: a channel of smaller deviation, an eighth of a grey level, is constant: it is shifted only
 OPTION = "standardise"  #: among the manifest's options
 #: a folder, its plan or manifest, and its finished shards
-Part: TypeAlias = tuple[Path, Manifest, Iterable[Shard]]
+Prepared: TypeAlias = tuple[Path, Manifest, Iterable[Shard]]
 
 
 def standardise_option(
@@ -76,14 +76,14 @@ def share_statistics(folders: Sequence[Path], progress: bool) -> None:
         write_text(folder / FILE, with_statistics(manifest, space).to_json(), remedy=WRITE_REMEDY)
 
 
-def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:
+def statistics(folders: Sequence[Prepared], progress: bool) -> LatentSpace:
     """Shift and scale per channel that give all these shards zero mean and unit variance, each of six digits.
 
     One pass over the shards, with sums in float64. A constant channel has scale 1.
     """
-    channels, count = parts[0][1].shape[0], 0
+    channels, count = folders[0][1].shape[0], 0
     origin, total, squares = (np.zeros(channels) for _ in range(3))
-    for rows in _rows(parts, progress):  # (n, C, cells)
+    for rows in _rows(folders, progress):  # (n, C, cells)
         values = rows.astype(np.float64)
         if not count:
             origin = values.mean(axis=(0, 2))  # squares of distances from it lose no digits where the mean is large
@@ -98,14 +98,14 @@ def statistics(parts: Sequence[Part], progress: bool) -> LatentSpace:
     return LatentSpace(tuple(map(rounded, origin + mean)), tuple(map(rounded, scale)), stochastic=False)
 
 
-def _rows(parts: Sequence[Part], progress: bool) -> Iterator[np.ndarray]:
+def _rows(folders: Sequence[Prepared], progress: bool) -> Iterator[np.ndarray]:
     """The moments of all shards, without mirrored copies, which have the same statistics: (n, C, cells).
 
     In order of the shards, so that sums are the same however they were made.
     """
     from tqdm import tqdm
 
-    shards = [(f, m, shard) for f, m, each in parts for shard in sorted(each, key=lambda shard: shard.index)]
+    shards = [(f, m, shard) for f, m, each in folders for shard in sorted(each, key=lambda shard: shard.index)]
     total = sum(shard.count for *_, shard in shards)
     with tqdm(total=total, desc="mean and deviation", unit=" samples", disable=not progress) as bar:
         for folder, manifest, shard in shards:

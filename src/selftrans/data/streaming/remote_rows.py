@@ -114,11 +114,11 @@ class RandomAccess(View):
     """
 
     def __init__(self, of: Dataset, store: Store) -> None:
-        parts = [RemoteShard(store, of.manifest, shard) for shard in of.manifest.shards]
+        shards = [RemoteShard(store, of.manifest, each) for each in of.manifest.shards]
         stored = [name for name in of._tensors if name in of.manifest.layout]  # without features
-        tensors: Any = {name: [RemoteRows(part, name) for part in parts] for name in stored}
+        tensors: Any = {name: [RemoteRows(shard, name) for shard in shards] for name in stored}
         super().__init__(of, of.labels, of.counts)
-        self._tensors, self._store, self._parts = tensors, store, parts
+        self._tensors, self._store, self._shards = tensors, store, shards
 
     def __reduce__(self) -> tuple[Any, ...]:
         return attrgetter("random_access"), (self._dataset,)
@@ -126,10 +126,10 @@ class RandomAccess(View):
     def _gather(self, name: str, rows: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         tensors, by_shard = self._tensors[name], list(by_part(self._starts, rows))
         with ThreadPoolExecutor(AT_A_TIME) as pool:
-            list(pool.map(lambda k: self._parts[k].spans, [k for k, *_ in by_shard]))  # their headers
+            list(pool.map(lambda k: self._shards[k].spans, [k for k, *_ in by_shard]))  # their headers
             jobs: list[tuple[int, list[tuple[int, int]]]] = []
             for k, at, local in by_shard:
                 spans = tensors[k].spans(local if which is None else (local, which[at]))
                 jobs += [(k, [span]) for span in set(spans)] if self._store.ranges else [(k, spans)]
-            list(pool.map(lambda job: self._parts[job[0]].contents(job[1]), jobs))
+            list(pool.map(lambda job: self._shards[job[0]].contents(job[1]), jobs))
         return super()._gather(name, rows, which)

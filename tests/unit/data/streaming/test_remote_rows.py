@@ -85,7 +85,7 @@ def test_rows_are_read_at_the_same_time(tmp_path: Path) -> None:
     with serving(folder) as server:
         data = open_data(server.url, cache=CacheOptions(str(tmp_path), 1e-6)).random_access
         assert isinstance(data, RandomAccess) and data.captions(np.array([0]))
-        store = data._parts[0].store
+        store = data._shards[0].store
         whole = store.parts
 
         def parts(name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
