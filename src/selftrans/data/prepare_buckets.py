@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,15 @@ def prepare_buckets(
     report_source(opened, progress, flip=bool(options.get("flip")))
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)
+    options |= {"autoencoder": autoencoder, "device": device, "text": text, "skip_bad": skip_bad, "progress": progress}
+    encode = partial(prepare, source, **chosen_as, **options)
     bucket_of, made = assigned(opened, sizes, progress), []
-    options |= {"autoencoder": autoencoder, "device": device, "text": text} | chosen_as
-    options |= {"skip_bad": skip_bad, "progress": progress}
     for k in np.unique(bucket_of):
         name, rows = size_text(sizes[k]), np.flatnonzero(bucket_of == k)
         say(f"{name}: {plural(len(rows), 'picture')}", progress)
         pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
-        of_bucket = options | {"resolution": pictures.resolution, "pictures": pictures}
         try:
-            prepare(source, out / name, **of_bucket)
+            encode(out / name, resolution=pictures.resolution, pictures=pictures)
             made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
