@@ -48,7 +48,7 @@ def folder_entries(root: Path, suffixes: Collection[str]) -> Entries:
     ignored: Counter[str] = Counter()
     found = sorted(walk(root, suffixes, ignored))
     names = [name for name, _ in found]
-    return Entries(names, names, [size for _, size in found], lambda i: SizedFile.open(root / names[i]), dict(ignored))
+    return Entries(names, [size for _, size in found], lambda i: SizedFile.open(root / names[i]), dict(ignored))
 
 
 def _tables(root: Path, most: int) -> Iterator[tuple[str, bytes]]:

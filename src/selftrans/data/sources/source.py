@@ -82,18 +82,20 @@ class Entries(NamedTuple):
     """Files of a folder, or of an archive."""
 
     names: list[str]  #: sorted by code point
-    heads: list[str]  #: the names, beginning with the class folder
     sizes: list[int]  #: bytes
     open: Callable[[int], BinaryIO]  #: file i, to be closed; safe from any thread
     ignored: dict[str, int]  #: reason for ignoring files -> how many
+    head: Callable[[str], str] = str  #: a name from its class folder on
+
+    @property
+    def heads(self) -> list[str]:
+        """The names, beginning with the class folder."""
+        return list(map(self.head, self.names))
 
     def chosen(self, at: Sequence[int]) -> Entries:
         """The files with these numbers, in this order."""
         return self._replace(
-            names=[self.names[i] for i in at],
-            heads=[self.heads[i] for i in at],
-            sizes=[self.sizes[i] for i in at],
-            open=lambda i: self.open(at[i]),
+            names=[self.names[i] for i in at], sizes=[self.sizes[i] for i in at], open=lambda i: self.open(at[i])
         )
 
     def pictures(self) -> Source:

@@ -49,7 +49,7 @@ def class_root(names: Sequence[str], split: str | None, where: str) -> str:
             return f"{outer}{split}/"
         below = {name.removeprefix(outer).split("/", 1)[0] for name in names if "/" in name.removeprefix(outer)}
         _without_split(split, filter(is_split, below), where)
-    parts = [name.split("/", 2) for name in names]
+    parts = [name.split("/", 2) for name in names] if only else []
     return only if all(len(part) == 3 for part in parts) and len({part[1] for part in parts}) > 1 else ""
 
 

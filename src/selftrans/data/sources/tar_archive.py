@@ -43,10 +43,12 @@ def tar_entries(tars: list[Path], suffixes: Collection[str], split: str | None =
             if (inside := f"{path.name}/{name}") in members:
                 raise ValueError(f"{path} holds {printable(inside)} twice; make the tar again")
             members[inside] = path, info.offset_data, info.size
-    in_tar = {name: name.partition("/")[2] for name in members}
-    top = class_root([*in_tar.values()], split, str(tars[0]))
-    names = sorted(name for name in members if in_tar[name].startswith(top))
-    heads = [in_tar[name].removeprefix(top) for name in names]
+
+    def in_tar(name: str) -> str:
+        return name.partition("/")[2]
+
+    top = class_root(list(map(in_tar, members)), split, str(tars[0]))
+    names = sorted(name for name in members if in_tar(name).startswith(top))
 
     def read(i: int) -> BinaryIO:
         path, offset, size = members[names[i]]
@@ -54,7 +56,8 @@ def tar_entries(tars: list[Path], suffixes: Collection[str], split: str | None =
             file.seek(offset)
             return io.BytesIO(file.read(size))
 
-    return Entries(names, heads, [members[name][2] for name in names], read, dict(ignored))
+    sizes = [members[name][2] for name in names]
+    return Entries(names, sizes, read, dict(ignored), lambda name: in_tar(name).removeprefix(top))
 
 
 def walk_tar(path: Path, suffixes: Collection[str], ignored: Counter[str]) -> Iterator[tuple[str, tarfile.TarInfo]]:

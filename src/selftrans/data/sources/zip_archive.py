@@ -89,7 +89,6 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
             entries[name] = info
     top = class_root(sorted(entries), split, str(path))
     names = sorted(name for name in entries if name.startswith(top))
-    heads = [name.removeprefix(top) for name in names]
     infos = [entries[name] for name in names]
     lock = threading.Lock()  # ZipFile counts its readers without one
 
@@ -98,8 +97,9 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
             # never read more than the claimed size, whatever the compressed stream expands to
             return io.BytesIO(file.read(infos[i].file_size))
 
-    files = Entries(names, heads, [info.file_size for info in infos], open_entry, dict(ignored))
-    classes = {head.split("/", 1)[0] for head in heads if "/" in head}
+    sizes = [info.file_size for info in infos]
+    files = Entries(names, sizes, open_entry, dict(ignored), lambda name: name.removeprefix(top))
+    classes = {head.split("/", 1)[0] for head in files.heads if "/" in head}
     below = {folder.removeprefix(top).split("/", 1)[0] for folder in folders if folder.startswith(top)}
     return ZipEntries(archive, files, top, sorted(below - classes - {""}) if classes else [], label_files, tables)
 

@@ -86,7 +86,7 @@ def test_missing_halves_and_invalid_files_are_named(tmp_path: Path, packed: bool
 def test_file_above_the_limit_is_not_read() -> None:
     """An archive reads a member as a whole."""
     opened = list[int]()
-    source = captioned(Entries(["a.png", "a.txt"], ["a.png", "a.txt"], [1, MAX_FILE_BYTES + 1], opened.append, {}))  # type: ignore[arg-type]
+    source = captioned(Entries(["a.png", "a.txt"], [1, MAX_FILE_BYTES + 1], opened.append, {}))  # type: ignore[arg-type]
     assert source.faults == {0: f"its captions take more than {MAX_FILE_BYTES} bytes"} and not opened
 
 
