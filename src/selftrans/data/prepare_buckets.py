@@ -82,7 +82,7 @@ def prepare_buckets(
         say(f"{name}: {plural(len(rows), 'picture')}", progress)
         pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
         try:
-            encode(out / name, resolution=pictures.resolution, pictures=pictures)
+            encode(out=out / name, resolution=pictures.resolution, pictures=pictures)
             made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
