@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.data.dataset import NUMBERS
 from selftrans.data.encode_captions import CaptionEncoder
 from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
 from selftrans.data.resolution import sides, size_text
-from selftrans.data.shard_file import write_shard
+from selftrans.data.shard_file import NUMBERS, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.npz import NpzValues

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selftrans.data.dataset import NUMBERS
 from selftrans.data.manifest import Manifest
 from selftrans.data.manifest_text import (
     CAPTION,
@@ -28,7 +27,7 @@ from selftrans.data.manifest_text import (
     Store,
     Text,
 )
-from selftrans.data.shard_file import VIEWS, row_bytes, write_shard
+from selftrans.data.shard_file import NUMBERS, VIEWS, row_bytes, write_shard
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.text import BUILT_IN, TextEncoder
