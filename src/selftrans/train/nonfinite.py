@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from selftrans.checkpoints import format as checkpoint
 from selftrans.messages import plural
 from selftrans.train.fsdp import any_rank, local
 
@@ -110,6 +112,17 @@ def check_step(losses: list[Tensor], norm: Tensor, accelerator: Accelerator) -> 
     if accelerator.num_processes > 1:
         bad = accelerator.reduce(bad, reduction="sum").clamp(max=1)
     return torch.stack([bad, loss.float(), norm.float()])
+
+
+def with_remedy(error: FloatingPointError, checkpoints: Path) -> FloatingPointError:
+    """The error with the last valid checkpoint and what to change."""
+    found = checkpoint.newest(checkpoints)
+    remedy = "a lower train.lr (or the stage's own) or guidance weight, or train.precision bf16 or fp32"
+    if found is None:
+        return FloatingPointError(f"{error}, before the first checkpoint in {checkpoints}; use {remedy}")
+    return FloatingPointError(
+        f"{error}; the last good checkpoint is {found.path}; to continue from there: {remedy}, and --train.allow-changes True"
+    )
 
 
 def check_weights(parameters: list[Tensor], where: str) -> None:

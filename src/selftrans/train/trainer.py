@@ -35,7 +35,7 @@ from selftrans.train.flops import flops_until, step_flops
 from selftrans.train.initial_weights import InitialWeights, build_student
 from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
 from selftrans.train.memory_use import memory_use
-from selftrans.train.nonfinite import NonFiniteSteps, check_weights
+from selftrans.train.nonfinite import NonFiniteSteps, check_weights, with_remedy
 from selftrans.train.optim import build_optimizer, forget, learning_rate, optimizer_tensors
 from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
@@ -81,24 +81,18 @@ class Trainer:
         self.config = config = config.override(stage.settings)
         self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or StopSignal()
         self.bar, self.order, self.trackers = bar, order or [stage.name], trackers
-        train, manifest = config.train, shards.manifest
-        torch.manual_seed(derived_seed(train.seed, stage.stream))
+        train = config.train
         found, self.initial = common_checkpoint(self.checkpoints, accelerator), initial
-        student = build_student(config, shards, initial, fresh=found is None)
-        for shape in shards.shapes if len(shards.shapes) > 1 else ():
-            check_takes(student, shape)
-        guidances = stage.guide(student, teacher)
-        self.objective = Objective(
-            student, guidances, path=PATHS[train.path], times=train.times, drop=train.drop, cosine=train.cosine
-        ).to(accelerator.device)
+        self.objective = self._new_objective(fresh=found is None)
         self.ends = [g.until_step for g in self.objective.guidances]
         self.ema = EMA(self.objective.student, train.ema)
         self.objective.watch(self.ema.model)
-        self.stream = self._stream()
+        self.stream = self._new_stream()
         micros = train.batch_size // self.stream.micro
-        each = step_flops(self.objective, manifest.conditions.example(), self.stream.micro)
+        each = step_flops(self.objective, shards.manifest.conditions.example(), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
-        fp8.convert(student, train.fp8, accelerator.device, self.stream.micro)  # average and count do not use it
+        # the average, and the count of operations, do not use it
+        fp8.convert(self.objective.student, train.fp8, accelerator.device, self.stream.micro)
         self.sharded = train.shard and accelerator.num_processes > 1
         if self.sharded:
             fsdp.shard_models(
@@ -119,7 +113,18 @@ class Trainer:
         self._wrap()
         self.captured = captured_step(self)
 
-    def _stream(self) -> Stream:
+    def _new_objective(self, *, fresh: bool) -> Objective:
+        """The student with initial weights, if `fresh`, and its guidances, on the device."""
+        train, shards = self.config.train, self.shards
+        torch.manual_seed(derived_seed(train.seed, self.stage.stream))
+        student = build_student(self.config, shards, self.initial, fresh=fresh)
+        for shape in shards.shapes if len(shards.shapes) > 1 else ():
+            check_takes(student, shape)
+        guidances = self.stage.guide(student, self.teacher)
+        options: dict[str, Any] = {"times": train.times, "drop": train.drop, "cosine": train.cosine}
+        return Objective(student, guidances, path=PATHS[train.path], **options).to(self.accelerator.device)
+
+    def _new_stream(self) -> Stream:
         train, accelerator = self.config.train, self.accelerator
         return Stream(
             self.shards,
@@ -242,19 +247,8 @@ class Trainer:
         try:
             self.nonfinite.sync(self.stage.name)
         except FloatingPointError as error:
-            raise self._with_remedy(error) from None
+            raise with_remedy(error, self.checkpoints) from None
         self.seconds += time.perf_counter() - started
-
-    def _with_remedy(self, error: FloatingPointError) -> FloatingPointError:
-        """The error with the last valid checkpoint and what to change."""
-        found = checkpoint.newest(self.checkpoints)
-        remedy = "a lower train.lr (or the stage's own) or guidance weight, or train.precision bf16 or fp32"
-        if found is None:
-            return FloatingPointError(f"{error}, before the first checkpoint in {self.checkpoints}; use {remedy}")
-        return FloatingPointError(
-            f"{error}; the last good checkpoint is {found.path}; to continue from there: {remedy}, and --train.allow-changes "
-            "True"
-        )
 
     def _means(self, window: RunningMeans) -> dict[str, float]:
         """Means over steps and processes, without skipped updates."""
@@ -305,7 +299,7 @@ class Trainer:
             where = f"step {self.step} of {self.stage.name}"
             between_steps(self, "a checkpoint", lambda: check_weights(list(self.objective.parameters()), where))
         except FloatingPointError as error:
-            raise self._with_remedy(error) from None
+            raise with_remedy(error, self.checkpoints) from None
         flow = self._means(self.span).get("flow") if self.due else None  # the mean of a few steps would be noise
         windows = {"window": self.window.state(self.accelerator), "flow": flow}
         if self.due:
