@@ -134,7 +134,10 @@ def _descriptions_on_one_line() -> Iterator[None]:
 
 
 def _check_for_empty_values(words: Sequence[str], see: str) -> None:
-    """Raise UsageError for an empty value, as of an unset variable: `--out "$RUN"` would write to the current directory."""
+    """Raise UsageError for an empty value, as of an unset variable: `--out "$RUN"` would write to the current directory,
+    and `sample "$RUN"` would read from it."""
+    if list(words[:1]) == [""]:
+        raise UsageError("the first argument is empty", see)
     for at, word in enumerate(words):
         if word.startswith("--") and (word.endswith("=") or ("=" not in word and list(words[at + 1 : at + 2]) == [""])):
             raise UsageError(f"{word.removesuffix('=')} needs a value", see)

@@ -20,11 +20,11 @@ from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.prepare import NoneReadable, load, prepare
 from selftrans.data.reports import check_faults, report_source, say
-from selftrans.data.resolution import Resolution, resolution_of, size_text
+from selftrans.data.resolution import MAX_RESOLUTION, Resolution, resolution_of, size_text
 from selftrans.data.resumable import LOCK
 from selftrans.data.sources.clips import kind_of
 from selftrans.data.sources.decode import STANDARD, Reading, none_readable, upright_size
-from selftrans.data.sources.open_source import MAX_RESOLUTION, open_source
+from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
 from selftrans.encoders.identity import identity_kind

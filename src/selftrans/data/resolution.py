@@ -7,10 +7,18 @@ from typing import TypeAlias
 
 Resolution: TypeAlias = int | tuple[int, int]  #: the side of a square, or (height, width)
 
+MAX_RESOLUTION = 16_384
+
 
 def sides(resolution: Resolution) -> tuple[int, int]:
     """(height, width) of a resolution; a number is the side of a square."""
     return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def check_range(resolution: Resolution) -> None:
+    """ValueError for a side to which nothing is resized."""
+    if not all(1 <= side <= MAX_RESOLUTION for side in sides(resolution)):
+        raise ValueError(f"resolution {size_text(resolution)} is not between 1 and {MAX_RESOLUTION}")
 
 
 def check_square(resolution: Resolution | None) -> None:

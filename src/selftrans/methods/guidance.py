@@ -189,8 +189,10 @@ def remaining(step: int | Tensor, until_step: int | None, fraction: float) -> fl
 
 def check_term(section: Section, weight: float, head_width: int = 1) -> None:
     """ValueError unless lambda is a number from 0 and the head has a width."""
-    if not 0 <= weight < math.inf or head_width < 1:
-        raise ValueError(f"{section.key}.weight must be a number from 0 and {section.key}.head_width at least 1")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"{section.key}.weight must be a number from 0, not {weight:g}")
+    if head_width < 1:
+        raise ValueError(f"{section.key}.head_width must be at least 1, not {head_width}")
 
 
 def projector(width: int, out: int, hidden: int = 2048) -> nn.Sequential:

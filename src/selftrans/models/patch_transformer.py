@@ -119,9 +119,10 @@ class PatchTransformer(Backbone):
         if len(sides) != len(self.cells) or any(side % p for side, p in zip(sides, self.cells, strict=True)):
             own = self.cells[:1] if len(set(self.cells)) == 1 else self.cells
             size, cells = ("x".join(map(str, each)) for each in (sides, own))
+            patch = "model.patch or model.patch_frames" if len(self.cells) == 3 else "model.patch"
             raise ValueError(
-                f"a latent of {size} does not divide into patches of {cells}; change model.patch, or take latents whose sides "
-                f"are multiples of {cells} (prepare --resolution, --bucket-multiple or, of sounds, --length)"
+                f"a latent of {size} does not divide into patches of {cells}; change {patch}, or take latents whose sides "
+                f"are multiples of {cells} (prepare --resolution, --bucket-multiple, --length, --frames)"
             )
         return tuple(side // p for side, p in zip(sides, self.cells, strict=True))
 

@@ -116,6 +116,12 @@ def test_unknown_commands(argv, expected, capsys):
     assert one_line(capsys) == f"selftrans: {expected}\n"
 
 
+@pytest.mark.parametrize("command", ["sample", "prepare", "classifier", "export", "import"])
+def test_empty_first_argument_is_not_the_working_directory(command, tmp_path, capsys):
+    assert main([command, "", "--out", str(tmp_path / "out")]) == 2
+    assert one_line(capsys) == f"selftrans: the first argument is empty (see selftrans {command} --help)\n"
+
+
 # ---- exit statuses
 
 

@@ -53,6 +53,11 @@ def test_default_block_is_the_published_one(depth, block):
     assert DispersiveGuidance(student, Dispersive()).block == block
 
 
+def test_weight_is_refused_without_a_word_of_a_head():
+    with pytest.raises(ValueError, match=r"^dispersive\.weight must be a number from 0, not -1$"):
+        Dispersive(weight=-1.0).check()
+
+
 def test_temperature_of_zero_is_refused():
     with pytest.raises(ValueError, match="above zero"):
         DispersiveGuidance(Stub(), Dispersive(temperature=0))

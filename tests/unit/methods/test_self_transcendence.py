@@ -614,7 +614,7 @@ def test_teacher_keeps_the_deepest_of_its_blocks():
     [
         (lambda: Stage1(target="latents"), r"stage1\.target should be one of 'velocity', 'latent', not 'latents'"),
         (lambda: Stage1(weight=-1.0), r"stage1\.weight must be a number from 0"),
-        (lambda: Stage1(head_width=0), r"stage1\.head_width at least 1"),
+        (lambda: Stage1(head_width=0), r"stage1\.head_width must be at least 1, not 0"),
         (lambda: Stage1(block=2.0), r"stage1\.block should be int, not 2\.0"),
         (lambda: Stage1, r"the settings must be Stage1\(\.\.\.\), not the class Stage1"),
         (lambda: {"block": 2}, r"the settings must be Stage1\(\.\.\.\), not dict"),

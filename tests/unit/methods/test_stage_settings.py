@@ -11,7 +11,7 @@ from selftrans.methods.stage_settings import Stage1, Stage2
     ("options", "message"),
     [
         ({"weight": -1.0}, r"stage2\.weight must be a number from 0"),
-        ({"head_width": 0}, r"stage2\.head_width at least 1"),
+        ({"head_width": 0}, r"stage2\.head_width must be at least 1, not 0"),
         ({"scale": math.inf}, r"stage2\.scale must be a number, not inf"),
         ({"spatial_gamma": math.nan}, r"stage2\.spatial_gamma must be a number, not nan"),
         ({"null_rows": -0.1}, r"stage2\.null_rows is a fraction of the guided samples, in \[0, 1\], not -0\.1"),

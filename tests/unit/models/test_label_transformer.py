@@ -229,7 +229,11 @@ def test_another_grid_is_compiled_without_graph_breaks():
     [
         ((4, 9, 9), {}, "patches of 2; change model.patch, or take .* sides are multiples of 2"),
         ((4, 9), {}, "a latent of 9 does not"),
-        ((4, 4, 3, 4), {"patch_frames": 2}, "4x3x4 does not divide into patches of 2;"),
+        (
+            (4, 4, 3, 4),
+            {"patch_frames": 2},
+            "4x3x4 does not divide into patches of 2; change model.patch or model.patch_frames,",
+        ),
         ((4, 4, 3, 4), {"patch_frames": 4}, "4x3x4 does not divide into patches of 4x2x2;"),
         ((4, 8, 8), {"heads": 5}, "width 48 is not a multiple of heads 5"),
         ((4, 8, 8), {"width": 30, "heads": 3}, "2 axes need a multiple of 4 channels, not 30.*change model.width"),

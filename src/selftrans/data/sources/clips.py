@@ -188,7 +188,7 @@ def _kind(name: str, frames: int | None) -> Kind:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in SOUNDS:
         return "sounds"
-    return "videos" if suffix in VIDEOS or (suffix == GIF and frames) else "pictures"
+    return "videos" if suffix in VIDEOS or (suffix == GIF and frames is not None) else "pictures"
 
 
 def open_files(
@@ -215,7 +215,10 @@ def open_files(
             empty = empty_classes(path, found.names, kind, reading.allow_empty)
     for name in found.names:
         if (other := _kind(name, frames)) != kind:
-            raise ValueError(f"{path} holds {kind} and {other}, such as {printable(name)}; keep one kind in a source")
+            remedy = "keep one kind in a source"
+            if frames is None and {kind, other} == {"videos", "pictures"}:
+                remedy += " (gifs are videos with --frames)"
+            raise ValueError(f"{path} holds {kind} and {other}, such as {printable(name)}; {remedy}")
     source = replace(found.pictures(), open=found.open)
     if reading.labels is not None:
         return given_labels(source, reading.labels)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from selftrans.data.resolution import Resolution, resolution_of, sides, size_text
+from selftrans.data.resolution import MAX_RESOLUTION, Resolution, check_range, resolution_of, size_text
 from selftrans.data.sources import folder, npz, table, zip_archive
 from selftrans.data.sources.captions import CAPTIONED, CaptionSource, annotated, captioned
 from selftrans.data.sources.decode import STANDARD, Reading, none_readable, unreadable, upright_size
@@ -28,9 +28,7 @@ from selftrans.data.sources.splits import split_files, split_folder, warn_of_spl
 from selftrans.data.sources.tar_archive import labelled_tars, only_tars, tar_entries
 from selftrans.messages import printable
 
-__all__ = ["MAX_RESOLUTION", "Source", "iter_images", "open_source"]
-
-MAX_RESOLUTION = 16_384
+__all__ = ["Source", "iter_images", "open_source"]
 
 
 def open_source(
@@ -83,8 +81,8 @@ def _open(
     reading: Reading = STANDARD,
 ) -> Source:
     """The source with this resolution (None: 0, to be replaced). Raises ValueError as `open_source` does."""
-    if resolution is not None and not all(1 <= side <= MAX_RESOLUTION for side in sides(resolution)):
-        raise ValueError(f"resolution {size_text(resolution)} is not between 1 and {MAX_RESOLUTION}")
+    if resolution is not None:
+        check_range(resolution)
     if channels not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
     reading.check()

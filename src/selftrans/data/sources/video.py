@@ -7,6 +7,7 @@ the content, so that no file can name other files or addresses to be read. Shape
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from selftrans.data.resolution import Resolution, sides, size_text
+from selftrans.data.resolution import Resolution, check_range, sides, size_text
 from selftrans.data.sources.clips import GIF, Clips, MediaOptions, importing
 from selftrans.data.sources.decode import MAX_PIXELS, check_pixels, none_readable, open_picture, to_array, unreadable
 from selftrans.data.sources.source import Source
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 DEMUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska", ".avi": "avi"}
 FPS = 10.0  #: frames per second where a file does not give them
 MAX_FRAMES = 1 << 14
+MAX_VALUES = 1 << 30  #: of one sample, held as float32
 
 
 def open_videos(
@@ -40,12 +42,19 @@ def open_videos(
     if any(_suffix(name) != GIF for name in files.names):
         pyav()
     frames = options.frames
-    if not frames or not 1 <= frames <= MAX_FRAMES:
+    if frames is None or not 1 <= frames <= MAX_FRAMES:
         raise ValueError(
             f"{where} holds videos: give --frames, how many are read from the start of each (1 to {MAX_FRAMES})"
         )
+    if resolution is not None:
+        check_range(resolution)
     first, fps = _first(files, where, most)
     channels, size = 1 if options.grey else 3, first if resolution is None else sides(resolution)
+    if (values := channels * frames * math.prod(size)) > MAX_VALUES:
+        raise ValueError(
+            f"--frames {frames} of {size_text(size)} are {values:,} values, more than {MAX_VALUES:,}; give fewer, or a smaller "
+            "--resolution"
+        )
 
     def load(name: str, stream: BinaryIO) -> np.ndarray:
         with closing(iter_frames(name, stream, most)) as shown:

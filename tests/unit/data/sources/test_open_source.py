@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selftrans.cli.main import main
+from selftrans.data.prepare import prepare
 from selftrans.data.sources import table
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.open_source import iter_images, open_source
@@ -185,8 +185,6 @@ def test_folder_that_cannot_be_listed_is_not_mentioned(tmp_path: Path, monkeypat
             open_source("pictures/cats")
 
 
-def test_empty_name_of_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prepare", "", "--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err == (
-        "selftrans: the source is an empty name; give a folder, a zip, a tar, a parquet file, a hub id, or `digits`\n"
-    )
+def test_empty_name_of_a_source(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^the source is an empty name; give a folder, a zip, .* or `digits`$"):
+        prepare("", tmp_path / "out", progress=False)

@@ -84,8 +84,18 @@ def test_frames_that_a_gif_shows_longer_are_repeated(tmp_path: Path) -> None:
 def test_gifs_are_pictures_without_frames(tmp_path: Path) -> None:
     save_gif(tmp_path / "x" / "0.gif", moving(0))
     assert (kind_of(tmp_path / "x", None), kind_of(tmp_path / "x", 4)) == ("pictures", "videos")
+    assert kind_of(tmp_path / "x", 0) == "videos", "so that --frames 0 is refused for its value"
     with pytest.warns(UserWarning, match="1 picture is animated"):
         assert prepare(tmp_path / "x", tmp_path / "out", progress=False).shape == (3, 16, 16)
+
+
+def test_gifs_among_videos_without_frames_are_told_of_the_option(tmp_path: Path) -> None:
+    save_gif(tmp_path / "x" / "1.gif", moving(0))
+    save_mp4(tmp_path / "x" / "0.mp4", moving(0))
+    with pytest.raises(
+        ValueError, match=r"such as 1.gif; keep one kind in a source \(gifs are videos with --frames\)$"
+    ):
+        prepare(tmp_path / "x", tmp_path / "out", progress=False)
 
 
 def test_short_damaged_and_other_sizes_are_skipped_by_name(tmp_path: Path) -> None:
@@ -121,6 +131,8 @@ def test_short_damaged_and_other_sizes_are_skipped_by_name(tmp_path: Path) -> No
         (["--frames", "0"], "give --frames"),
         (["--frames", "4", "--rate", "8000"], "--rate does not apply to videos"),
         (["--frames", "4", "--flip"], "--flip is for pictures"),
+        (["--frames", "4", "--resolution", "100000"], "resolution 100000x100000 is not between 1 and 16384"),
+        (["--frames", "100", "--resolution", "9000"], "--frames 100 of 9000x9000 are 24,300,000,000 values, more than"),
         (["--frames", "4", "--resolution", "8x"], "resolution '8x' should be a side, as 256, or HEIGHTxWIDTH"),
     ],
 )
