@@ -182,7 +182,7 @@ class DiffusersBackbone(Backbone):
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(N, T, patch² c) -> (N, c, H, W); inside a token: row, column, channel."""
-        return unpatchify(tokens, (self.patch, self.patch), self.grid)
+        return unpatchify(tokens, self.patch, tokens.shape[-1] // self.patch**2, self.grid)
 
 
 def unrounded(tokens: Tensor) -> Tensor:

@@ -232,10 +232,14 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  #: of latents with one to thre
 
 
 class PatchEmbed(nn.Module):
-    """Cut a latent into patches of `cells` and map each to a token, in the order of the grid (row by row)."""
+    """Cut a latent into patches and map each to a token, in the order of the grid (row by row).
 
-    def __init__(self, channels: int, cells: tuple[int, ...], width: int) -> None:
+    `patch`: its size on each axis; a number means a square of a picture.
+    """
+
+    def __init__(self, channels: int, patch: int | tuple[int, ...], width: int) -> None:
         super().__init__()
+        cells = (patch, patch) if isinstance(patch, int) else patch
         self.proj = CONVOLUTIONS[len(cells) - 1](channels, width, kernel_size=cells, stride=cells)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, *S) -> (N, T, D)
@@ -253,13 +257,18 @@ def patchify(x: Tensor, cells: tuple[int, ...]) -> Tensor:
     return x.reshape(n, channels * math.prod(cells), math.prod(grid)).transpose(1, 2)
 
 
-def unpatchify(tokens: Tensor, cells: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
-    """(N, T, cells * C) -> (N, C, *S); inside a token: row, column, channel (DiT's order).
+def unpatchify(
+    tokens: Tensor, patch: int | tuple[int, ...], channels: int, grid: tuple[int, ...] | None = None
+) -> Tensor:
+    """(N, T, cells * C) -> (N, C, *S); inside a token: row, column, channel (DiT's order). grid None: a square picture.
 
-    It is not the inverse of `patchify`, in which channels come first.
+    `patch` as `PatchEmbed` takes it. It is not the inverse of `patchify`, in which channels come first.
     """
-    n, d, channels = len(tokens), len(cells), tokens.shape[-1] // math.prod(cells)
+    n, t, _ = tokens.shape
+    cells = (patch, patch) if isinstance(patch, int) else patch
+    grid = grid or (math.isqrt(t),) * 2
     x = tokens.view(n, *grid, *cells, channels)
+    d = len(cells)
     order = (0, 2 * d + 1, *(axis for k in range(1, d + 1) for axis in (k, d + k)))
     return x.permute(order).reshape(n, channels, *(g * p for g, p in zip(grid, cells, strict=True)))
 

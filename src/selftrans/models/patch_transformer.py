@@ -7,6 +7,7 @@ Shape legend: N batch, T tokens, D width, (C, *S) latent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -140,7 +141,8 @@ class PatchTransformer(Backbone):
     def velocity(self, tokens: Tensor, c: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Tokens (N, T, D) after the last block, condition (N, D) -> (N, C, *S)."""
         assert self.final_layer is not None, "a truncated model has no velocity; call it with stop=True"
-        return unpatchify(self.final_layer(tokens, c), self.cells, grid)[:, : self.shape[0]]
+        channels = self.final_layer.linear.out_features // math.prod(self.cells)
+        return unpatchify(self.final_layer(tokens, c), self.cells, channels, grid)[:, : self.shape[0]]
 
     def compiled_alone(self) -> list[nn.Module]:
         return [] if self.final_layer is None else [self.final_layer]

@@ -79,11 +79,11 @@ def test_unpatchify_inverts_division_into_patches():
     x = torch.arange(n * c * side * side, dtype=torch.float32).view(n, c, side, side)
     tokens = torch.nn.functional.unfold(x, patch, stride=patch)  # (n, c p p, T), channel first inside a token
     tokens = tokens.view(n, c, patch * patch, -1).permute(0, 3, 2, 1).reshape(n, -1, patch * patch * c)
-    assert torch.equal(layers.unpatchify(tokens, (patch, patch), (4, 4)), x)
+    assert torch.equal(layers.unpatchify(tokens, patch, c), x)
 
 
 def test_tokens_are_ordered_row_by_row():
-    embed = layers.PatchEmbed(1, (2, 2), 4)
+    embed = layers.PatchEmbed(1, 2, 4)
     nn.init.constant_(embed.proj.weight, 0.25)
     nn.init.zeros_(embed.proj.bias)
     x = torch.kron(torch.arange(9.0).view(3, 3), torch.ones(2, 2))[None, None]  # patch k holds the number k
@@ -127,4 +127,4 @@ def test_patchify_equals_loops(cells):
     found = layers.patchify(x, cells)
     assert torch.equal(found, torch.stack(tokens, dim=1))
     channel_last = found.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
-    assert torch.equal(layers.unpatchify(channel_last, cells, grid), x)
+    assert torch.equal(layers.unpatchify(channel_last, cells, 3, grid), x)
