@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
@@ -105,9 +106,13 @@ class Frozen:
         in_place: bool = False,
     ) -> None:
         check_backbone(model, "the teacher")
-        if block not in range(1, model.depth + 1):
+        try:
+            number = operator.index(block)
+        except TypeError:
+            number = 0
+        if not 1 <= number <= model.depth:
             raise ValueError(f"teacher block {block} is outside the teacher's 1..{model.depth}; change teacher_block")
-        block = int(block)  # of numpy, or 2.0
+        block = number
         if in_place:
             model.truncate(block)
             model.remove_early()
