@@ -204,11 +204,13 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
         removable = os.path.lexists(path) and error.errno != errno.EROFS
         remedy = "remove it, or choose another --out" if removable else "choose another --out"
         raise ValueError(f"{path} cannot be opened ({error.strerror}); {remedy}") from error
+    removed = False
     with file:
         try:
             flock(file.fileno(), shared=shared, wait=wait)
             # its owner may have removed the file (`removed_if_refused`), and a third process may hold the lock of a new one
-            if not _is_at(file.fileno(), path):
+            removed = not _is_at(file.fileno(), path)
+            if removed and not wait:
                 raise BlockingIOError
         except BlockingIOError as error:
             file.seek(0)
@@ -222,10 +224,14 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
             warnings.warn(
                 f"{path.parent} cannot be locked ({reason}): make sure that no second process uses it", stacklevel=3
             )
-        if not shared:
-            with suppress(OSError):  # a full disk: the lock holds without the number
-                os.ftruncate(file.fileno(), 0)
-                os.write(file.fileno(), str(os.getpid()).encode())
+        if not removed:
+            if not shared:
+                with suppress(OSError):  # a full disk: the lock holds without the number
+                    os.ftruncate(file.fileno(), 0)
+                    os.write(file.fileno(), str(os.getpid()).encode())
+            yield
+            return
+    with lock_file(path, shared=shared, wait=True):  # the new file is waited for, too
         yield
 
 

@@ -425,6 +425,22 @@ def test_lock_that_its_owner_removes_is_not_taken(
         pass
 
 
+def test_a_lock_that_is_removed_is_waited_for_anew(tmp_path, monkeypatch):
+    """As parts of `prepare` do: the last of them removes the locks, while another waits."""
+    lock, flock, calls = tmp_path / "out" / ".lock", fcntl.flock, []
+
+    def removed_once(descriptor: int, operation: int) -> None:
+        calls.append(operation)
+        flock(descriptor, operation)
+        if len(calls) == 1:
+            lock.unlink()
+            lock.parent.rmdir()
+
+    monkeypatch.setattr(fcntl, "flock", removed_once)
+    with lock_file(lock, wait=True):
+        assert lock.read_text() == str(os.getpid()) and calls == [fcntl.LOCK_EX] * 2
+
+
 def test_path_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     check_writable(tmp_path / "new" / "a.json")
