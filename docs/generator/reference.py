@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
+from tyro._docstrings import get_field_docstring
 
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.options import Inline, RecipeCommand
 from selftrans.cli.snapshot import FILE, sources
-from selftrans.cli.snapshot import _help as texts_below
 
 SRC = Path(__file__).parents[2] / "src" / "selftrans"
 #: modules that a method, a model or a training loop of one's own builds on
@@ -77,7 +77,7 @@ def commands() -> str:
 
 def options(kind: Any) -> Iterator[Row]:
     """The options of a command, those of a nested dataclass without a prefix included."""
-    hints, texts = typing.get_type_hints(kind, include_extras=True), texts_below(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         plain, *marks = (hint.__origin__, *hint.__metadata__) if hasattr(hint, "__metadata__") else (hint,)
@@ -97,7 +97,7 @@ def options(kind: Any) -> Iterator[Row]:
             metavar if positional and shown else name.upper() if positional else f"--{name}",
             metavar,
             default,
-            texts.get(field.name) or helped,
+            " ".join((get_field_docstring(kind, field.name, ()) or "").split()) or helped,
         )
 
 

@@ -288,7 +288,7 @@ def check_takes(backbone: Backbone, shape: tuple[int, ...]) -> None:
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"the model does not take latents of {tuple(shape)}: {first_line(error)}") from error
+        raise ValueError(f"the model does not take latents of {tuple(shape)}: {first_line(error, 300)}") from error
     if v is None or v.shape != x.shape:
         raise ValueError(f"the model takes latents of {tuple(backbone.shape)} only, not of {tuple(shape)}")
 

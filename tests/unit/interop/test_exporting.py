@@ -119,7 +119,7 @@ def test_published_layout_is_not_accepted_as_a_run(tmp_path):
     run, _, _ = a_run(tmp_path)
     file = export_run(run, tmp_path / "out", layout="repa")
     with safe_open(file, framework="pt") as opened:
-        assert opened.metadata() == {"layout": "repa", "format": "pt"}
+        assert opened.metadata() == {"layout": "repa", "autoencoder": "pixel(shift=0.5,scale=2.0)", "format": "pt"}
     with pytest.raises(ValueError, match="no entry 'selftrans' in its header"):
         load_model(file)
     assert file.stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666

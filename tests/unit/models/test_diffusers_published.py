@@ -133,7 +133,9 @@ def test_both_stages_train_on_captions_and_are_exported(tmp_path, family):
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "diffusers"])
     back = from_pretrained(tmp_path / "out").eval()
     x, t = torch.randn(1, *ours.shape), torch.rand(1)
-    assert back.conditions == ours.conditions and torch.equal(back(x, t, null).v, ours(x, t, null).v)
+    assert back.conditions == ours.conditions
+    # not to the bit: weights lie at other offsets in the two files, and a kernel may round by the alignment in memory
+    torch.testing.assert_close(back(x, t, null).v, ours(x, t, null).v, rtol=1e-5, atol=1e-7)
 
 
 def test_null_text_of_an_imported_model_is_unknown(tmp_path):
