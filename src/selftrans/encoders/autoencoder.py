@@ -9,6 +9,7 @@ stochastic, else C).
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -267,15 +268,23 @@ def _locate(name: str) -> tuple[str, str | None]:
 
 def _class_and_config(name: str, folder: str, subfolder: str | None) -> tuple[Any, dict[str, Any]]:
     """The class of diffusers that an autoencoder is of, and its config.json. ValueError for any other class."""
-    import diffusers
-
+    path = Path(folder, "config.json")
     try:
-        config = diffusers.AutoencoderKL.load_config(folder, subfolder=subfolder)
-        kind = config.get("_class_name")
-    except Exception as error:  # missing, offline, gated, not json, no object: the same to the user
+        if not Path(folder).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            # not by diffusers, which offline says that the repository has no such file
+            path = Path(hf_hub_download(folder, "config.json", subfolder=subfolder))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not an object")
+    except Exception as error:  # missing, offline, gated, not json: the same to the user
         raise ValueError(f"no autoencoder {name!r}: its config.json cannot be read ({first_line(error)})") from error
+    kind = config.get("_class_name")
     if kind not in DIFFUSERS_CLASSES:
         raise ValueError(
             f"autoencoder {name!r} is of class {kind!r}; supported: pixel, values, {', '.join(DIFFUSERS_CLASSES)}"
         )
+    import diffusers
+
     return getattr(diffusers, kind), config

@@ -315,6 +315,17 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         load_autoencoder("nobody/nothing")
     with pytest.raises(ValueError, match=r"config.json cannot be read"):
         load_autoencoder(str(tmp_path))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config.json cannot be read \(it is not an object\)"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_hub_out_of_reach_is_not_a_repository_without_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"config.json cannot be read \(.*connection") as error:
+        load_autoencoder("owner/name/vae")
+    assert "does not appear to have" not in str(error.value)
 
 
 @pytest.mark.parametrize(
