@@ -219,14 +219,16 @@ def caption_table(file: Path) -> dict[str, list[str]]:
     return found
 
 
-def _rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number of each line after the first, and its cells by the titles in the first; missing cells are empty."""
+def _rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Number of each line after the first, and its cells by the titles in the first; None for those that it lacks."""
     lines = csv_rows(text, suffix)
     _, titles = next(lines, (0, []))
     for number, row in lines:
         if len(row) > len(titles):
-            raise ValueError(f"line {number} has more cells than the first line; put captions with commas in quotes")
-        yield number, dict(zip_longest(titles, row, fillvalue=""))
+            raise ValueError(
+                f"line {number} has more cells than the first line; put captions with the separator of cells in quotes"
+            )
+        yield number, dict(zip_longest(titles, row))
 
 
 def _entry(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:

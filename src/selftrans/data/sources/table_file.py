@@ -51,7 +51,7 @@ def text_of(data: bytes) -> str:
     try:
         return decoded_text(data)
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not text in UTF-8: {first_line(error)}") from error
+        raise ValueError(f"it is not text in UTF-8, so store it as UTF-8: {first_line(error)}") from error
 
 
 def parse_json(text: str) -> Any:
@@ -64,14 +64,17 @@ def parse_json(text: str) -> Any:
 
 def json_lines(text: str) -> Iterator[tuple[int, Any]]:
     """Number and content of each line of json. Raises ValueError for another line."""
-    for number, line in enumerate(
-        text.split("\n"), 1
-    ):  # not `splitlines`: other ends of lines may be part of a json text
+    # not `splitlines`: other ends of lines may be part of a json text
+    for number, line in enumerate(_with_line_feeds(text).split("\n"), 1):
         if line.strip():
             try:
-                yield number, parse_json(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
+                yield number, json.loads(line, object_pairs_hook=JsonObject)
+            except json.JSONDecodeError as error:  # its text counts the lines of this one
+                raise ValueError(
+                    f"line {number} is not valid json: {error.msg} at character {error.pos + 1}"
+                ) from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is not valid json: {first_line(error)}") from error
 
 
 def csv_rows(text: str, suffix: str) -> Iterator[tuple[int, list[str]]]:
@@ -79,7 +82,7 @@ def csv_rows(text: str, suffix: str) -> Iterator[tuple[int, list[str]]]:
 
     A .tsv has tabs between its cells, a .csv what its first line has most often: commas, semicolons, tabs or vertical bars.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _with_line_feeds(text)
     found = max(",;\t|", key=text.split("\n", 1)[0].count)
     rows = csv.reader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else found)
     try:
@@ -88,6 +91,10 @@ def csv_rows(text: str, suffix: str) -> Iterator[tuple[int, list[str]]]:
                 yield rows.line_num, row
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num}: {first_line(error)}") from error
+
+
+def _with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def picture_name(given: str) -> str:

@@ -266,12 +266,13 @@ def test_what_of_a_table_does_not_fit_the_pictures_is_named(tmp_path: Path) -> N
         (
             "c.csv",
             b"file,caption\none.png,a cat, asleep\n",
-            "line 2 has more cells than the first line; put captions with commas",
+            "line 2 has more cells than the first line; put captions with the separator",
         ),
+        ("c.csv", b"caption,file\nonly a caption\n", "line 2 has no name of a file"),
         ("c.csv", b"file,title\none.png,a\n", "line 2 has no column caption, .*, among file, title"),
         ("c.csv", b"file,caption,text\none.png,a,b\n", "line 2 has the columns caption and text: keep one"),
         ("c.csv", b"which,caption\none.png,a\n", "line 2 has no name of a file"),
-        ("c.csv", b"file,caption\n\xff\xffone.png,a\n", "utf-8"),
+        ("c.csv", b"file,caption\n\xff\xffone.png,a\n", "store it as UTF-8: 'utf-8'"),
         ("c.jsonl", b'{"file_name": "one.png"}\n', "line 1 has no column caption"),
         (
             "c.jsonl",
@@ -282,7 +283,7 @@ def test_what_of_a_table_does_not_fit_the_pictures_is_named(tmp_path: Path) -> N
         (
             "c.jsonl",
             b'{"file_name": "one.png", "text": "a"}\n\n{"file_name" 1}\n',
-            "line 3: it is not valid json: Expecting ':' delimiter",
+            "line 3 is not valid json: Expecting ':' delimiter at character 14",
         ),
     ],
 )

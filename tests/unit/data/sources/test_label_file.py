@@ -119,6 +119,7 @@ def given(tmp_path: Path, name: str, content: str | bytes, kind: str = "folder")
             '{"file_name": "a.png", "label": "cat"}\n{"file_name": "sub/b.png", "label": "dog", "x": 1}\n\n'
             '{"file_name": "sub/ü c.png", "label": "cat", "text": "\u2028"}\n{"file_name": "d.png", "label": "eel"}\n',
         ),
+        ("l.jsonl", '["a.png", "cat"]\r["b.png", "dog"]\r["sub/ü c.png", "cat"]\r["d.png", "eel"]\r'),
     ],
 )
 def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: str | bytes, kind: str) -> None:
@@ -147,12 +148,12 @@ def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: st
         ("l.json", '{"labels": [["a.png", 1]], "labels": [["a.png", 2]]}', r"it has labels twice, as \[\['a.png"),
         ("l.json", '[{"path": "a.png", "path": "d.png", "label": 1}]', "it has path twice, as 'a.png' and 'd.png'"),
         ("l.jsonl", '{"path": "a.png", "label": "x", "label": "y"}', "it has label twice, as 'x' and 'y'"),
-        ("l.csv", b"\xff\xfea.png,1", "is not text in UTF-8"),
+        ("l.csv", b"\xff\xfea.png,1", "is not text in UTF-8, so store it as UTF-8"),
         ("l.csv", "a.png,\nd.png,-1\n", "has neither a label from 0 on nor a word"),
         ("l.json", "[1]", "a name and a word or an integer"),
         ("l.json", "3", "holds no list of labels"),
         ("l.jsonl", "{}\n", "a name and a word or an integer"),
-        ("l.jsonl", '{"path": "a.png", "label": 1}\n{', "line 2: it is not valid json"),
+        ("l.jsonl", '{"path": "a.png", "label": 1}\n{', r"line 2 is not valid json: Expecting .* at character 2\)"),
         ("l.txt", "a.png,1", "does not end in .csv, .tsv, .json, .jsonl"),
     ],
 )
