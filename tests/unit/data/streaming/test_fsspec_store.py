@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,24 @@ def test_files_are_downloaded_in_ranges(length: int, tmp_path: Path) -> None:
     client = Client(content)
     store(client).download("a", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == content and client.asked == -(-length // 100)
+
+
+def test_file_in_a_zip_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, opened = bytes(range(256)) * 64, list[str]()
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data/a", content)
+    found, to = store_of(f"zip://data::file://{tmp_path}/x.zip"), tmp_path / "copy"
+    assert isinstance(found, FsspecStore)
+    original = found.system.open
+
+    def counted(path: str, *given: Any, **options: Any) -> Any:
+        opened.append(path)
+        return original(path, *given, **options)
+
+    monkeypatch.setattr(found.system, "open", counted)
+    to.touch()
+    found.download("a", to)
+    assert to.read_bytes() == content and opened == ["data/a"]
 
 
 @pytest.mark.parametrize("length", [50, 100, 150])
