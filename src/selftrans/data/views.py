@@ -26,7 +26,7 @@ class View(Dataset):
 
     def open_features(self) -> Features:
         """As `Dataset.open_features`, by the wrapped data, whose files may be at a URL."""
-        return self._dataset.open_features()  # both share the dict of tensors
+        return self._dataset.open_features()  # its dict of tensors is that of the view, except in `RandomAccess`
 
     def _text_encoder(self, device: torch.device | str) -> TextEncoder:
         return self._dataset._text_encoder(device)

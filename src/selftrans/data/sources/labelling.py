@@ -33,9 +33,8 @@ class Numbered(NamedTuple):
 
     labels: np.ndarray  #: (n,) int64; 0 where there is none
     classes: tuple[str, ...]
-    missing: Mapping[
-        int, str | None
-    ]  #: position without a label -> the word of NO_LABEL that stands there, if one does
+    #: position without a label -> the word of NO_LABEL that stands there, if one does
+    missing: Mapping[int, str | None]
 
     def faults(self, where: str) -> dict[int, str]:
         """Why each sample without a label has none, by its position."""

@@ -254,9 +254,8 @@ class ShardCache:
             try:
                 yield
             finally:
-                flock(
-                    descriptor, release=True
-                )  # closing alone leaves it to a process that was forked while it was held
+                # closing alone leaves it to a process that was forked while it was held
+                flock(descriptor, release=True)
         finally:
             os.close(descriptor)
 
