@@ -72,9 +72,17 @@ class Clips(Samples):
     remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
 
     @classmethod
-    def of(cls, source: Source, *given: Any) -> Clips:
-        """The clips of these files, with their labels; `given`: the other fields in their order."""
-        return cls(source, *given, **{each.name: getattr(source, each.name) for each in fields(Samples)})
+    def of(
+        cls,
+        source: Source,
+        shape: tuple[int, ...],
+        media: Media,
+        load: Callable[[str, BinaryIO], np.ndarray],
+        remarks: tuple[str, ...] = (),
+    ) -> Clips:
+        """The clips of these files, with their labels."""
+        of_files = {each.name: getattr(source, each.name) for each in fields(Samples)}
+        return cls(source, shape, media, load, remarks, **of_files)
 
     @property
     def fingerprint(self) -> str:

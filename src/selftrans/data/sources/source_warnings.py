@@ -53,12 +53,13 @@ def source_warnings(samples: Samples, *, flip: bool = False) -> Iterator[str]:
             f"classes whose names differ only in case, spaces or composed letters: {named}; they are separate classes, so "
             "merge their folders if they are the same"
         )
-    formats = [("sounds", UNREAD_SOUNDS, "wav"), ("videos", UNREAD_VIDEOS, "mp4")]
     if isinstance(samples, Source):
         yield from _label_warnings(samples)
         yield from dark_pictures(samples)
-        formats = [("pictures", UNREAD_PICTURES, "png")]
-    for noun, suffixes, remedy in formats:
+        kinds = [("pictures", UNREAD_PICTURES, "png")]
+    else:
+        kinds = [("sounds", UNREAD_SOUNDS, "wav"), ("videos", UNREAD_VIDEOS, "mp4")]
+    for noun, suffixes, remedy in kinds:
         if left_out := describe_unread(samples.ignored, suffixes):
             yield f"{noun} of formats that are not read are left out: {left_out}; convert them, for example to {remedy}"
     if flip:

@@ -102,8 +102,15 @@ def _source(
 
     names = [f"row {i:08d}" for i in range(len(rows))]
     faults = found.faults(f"column {printable(label_column)!r}")
-    given: Any = {"labels": found.labels, "classes": found.classes, "faults": faults, "in_order": rows.in_order}
-    source = Source(names, open_row, is_table=True, **given)
+    source = Source(
+        names,
+        open_row,
+        labels=found.labels,
+        classes=found.classes,
+        faults=faults,
+        in_order=rows.in_order,
+        is_table=True,
+    )
     return source if captions is None else with_captions(source, captions)
 
 
