@@ -159,6 +159,25 @@ def test_side_by_side_shows_equal_steps(page, folder):
     assert [pictures.nth(i).get_attribute("alt")[-6:] for i in range(2)] == ["step 4"] * 2
 
 
+def test_samples_side_by_side_stay_where_the_next_ones_are_refused(browser, address, folder):  # noqa: F811
+    context = browser.new_context()  # not a `window`: the refusal is logged as an error
+    page = context.new_page()
+    page.goto(f"{address}/?token={TOKEN}")
+    go(page, f"#/side?run={ids(folder)['finished']}")
+    page.get_by_role("button", name="Sampled from checkpoints").click()
+    page.get_by_label("pictures", exact=True).fill("2")
+    page.get_by_label("time steps", exact=True).fill("2")
+    sample = page.get_by_role("button", name="Sample at")
+    sample.click()
+    until(page, DRAWN)
+    page.get_by_label("time steps", exact=True).fill("0")
+    sample.click()  # when the job has ended
+    page.locator(".note").wait_for()
+    page.get_by_role("button", name="Sampled from checkpoints").click()  # draws the pictures anew
+    until(page, DRAWN)
+    context.close()
+
+
 def test_the_playground_samples_and_cancels(page, folder):
     go(page, f"#/play?run={ids(folder)['finished']}")
     page.get_by_role("button", name="3", exact=True).click()

@@ -178,7 +178,7 @@ def application(page: Page, *, host: str = "127.0.0.1", token: str | None = None
         Route("/api/jobs/{key:int}/cancel", cancel, methods=["POST"]),
         Route("/api/jobs/{key:int}/pictures/{number:int}.png", job_picture),
         Route("/", lambda request: FileResponse(STATIC / "index.html")),
-        Mount("/", StaticFiles(directory=STATIC)),
+        Mount("/", StaticFiles(directory=STATIC, follow_symlink=True)),  # installers may link files
     ]
     errors: dict[Any, Any] = {ValueError: _error(400), LookupError: _error(404), Busy: _error(409)}
     middleware = [Middleware(Guard, host=host, token=token), Middleware(GZipMiddleware, minimum_size=2048)]

@@ -81,6 +81,16 @@ def test_the_page_loads_nothing_from_elsewhere():
         assert "style=" not in text.replace("grid-template", "") and " onclick=" not in text, name
 
 
+def test_a_package_whose_files_are_links_serves_its_page(tmp_path, monkeypatch):
+    """As some installers make it: with links to the files of their cache."""
+    for file in server.STATIC.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.setattr(server, "STATIC", tmp_path)
+    shown = client(toy.digits())
+    assert {shown.get(f"/{name}").status_code for name in ("", "main.js", "style.css")} == {200}
+    assert shown.get("/..%2ftest_server.py").status_code == 404
+
+
 def test_runs_and_a_run(page, runs):
     found = page.get("/api/runs").json()
     assert {run["name"]: run["state"] for run in found["runs"]} == {"finished": "done", "vanilla": "done"}

@@ -119,8 +119,8 @@ export function sidePage(main, { query, signal }) {
     const conditions = found.runs.map((run) => ({ run: run.id, stage: stageOf(run), weights: "ema" }));
     const most = Math.max(1, Math.floor(64 / conditions.length));
     const every = Math.ceil(steps.length / most);
-    sampled.clear();
-    await start({ kind: "side", models: conditions, steps: steps.filter((_, i) => (steps.length - 1 - i) % every === 0), settings: { ...settings, sampler: "heun" } }, why);
+    const started = await start({ kind: "side", models: conditions, steps: steps.filter((_, i) => (steps.length - 1 - i) % every === 0), settings: { ...settings, sampler: "heun" } }, why);
+    if (started) sampled.clear(); // those of a job before a refused one stay
   }
 
   onJob(signal, (job) => {
