@@ -7,14 +7,13 @@ attention head, (C, *S) latent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.models.label_transformer import LabelledConfig, LabelTransformer
-from selftrans.models.layers import Attention, Mlp, RMSNorm, axis_channels, axis_positions, over_grid
+from selftrans.models.layers import LABEL_STD, Attention, Mlp, RMSNorm, axis_channels, axis_positions, over_grid
 from selftrans.models.patch_transformer import published_sizes
 from selftrans.models.sit import SIZES as SIT_WIDTHS
 from selftrans.types import Conditions
@@ -114,8 +113,7 @@ def _norm(width: int, rms_norm: bool) -> nn.Module:
 
 
 class LightningDiT(LabelTransformer):
-    """A `LabelTransformer` of LightningDiT's blocks. For its options see `LightningConfig`; `others` are those of every
-    `LabelTransformer`."""
+    """A `LabelTransformer` of LightningDiT's blocks. For its options see `LightningConfig`."""
 
     rotations: Tensor | None
 
@@ -125,13 +123,17 @@ class LightningDiT(LabelTransformer):
         num_classes: int,
         *,
         width: int,
+        depth: int,
         heads: int,
+        patch: int,
+        patch_frames: int = 1,
         qk_norm: bool = False,
         swiglu: bool = True,
         rope: bool = True,
         rms_norm: bool = True,
         shift: bool = True,
-        **others: Any,
+        learn_sigma: bool = False,
+        label_std: float = LABEL_STD,
     ) -> None:
         options = {"qk_norm": qk_norm, "swiglu": swiglu, "rms_norm": rms_norm, "shift": shift}
         super().__init__(
@@ -139,8 +141,12 @@ class LightningDiT(LabelTransformer):
             num_classes,
             lambda: LightningBlock(width, heads, **options, mlp_ratio=MLP_RATIO),
             width=width,
+            depth=depth,
+            patch=patch,
+            patch_frames=patch_frames,
+            learn_sigma=learn_sigma,
             norm=_norm(width, rms_norm),
-            **others,
+            label_std=label_std,
         )
         table = rotation_table(width // heads, self.grid).float() if rope else None
         self.register_buffer("rotations", table, persistent=False)
