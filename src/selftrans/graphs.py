@@ -74,7 +74,7 @@ class Recorded:
         """Whether the next call is a replay."""
         return self._graph is not None
 
-    def launch(self) -> None:
+    def release(self) -> None:
         """Free the graph, with which the device must have finished; from now on the function is called as it is."""
         self._graph = self._out = self.stream = None
 

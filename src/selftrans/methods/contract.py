@@ -32,12 +32,12 @@ def check_options(path: Path, times: str, drop: float, cosine: float) -> None:
 def checked_guidances(guidances: Iterable[Guidance], student: Backbone) -> list[Guidance]:
     """The guidances. ValueError unless each is a `Guidance` with a name that no other has, on blocks that the student has, and
     one of them trains the student's second output, if it has one."""
-    listed = list(guidances) if isinstance(guidances, Iterable) else [None]
-    if not all(isinstance(each, Guidance) for each in listed):
+    if isinstance(guidances, Guidance):
+        raise ValueError(f"guidances are a list, also of a single one: [{guidances.name}]")
+    listed = list(guidances) if isinstance(guidances, Iterable) else None
+    if listed is None or not all(isinstance(each, Guidance) for each in listed):
         found = repr(guidances).partition("\n")[0]
-        raise ValueError(
-            f"guidances are a list of Guidance objects, also of a single one, and () for none, not {found:.100}"
-        )
+        raise ValueError(f"guidances are a list of Guidance objects, and () for none, not {found:.100}")
     names = [each.name for each in listed]
     for each in listed:
         kind = type(each).__name__

@@ -255,7 +255,7 @@ class CapturedStep:
         torch.cuda.synchronize(self.device)
         self._stream, self._held = None, []
         for function in (self._micro, self._update):
-            function.launch()
+            function.release()
         for p in self._graded:  # they are made within the graph
             p.grad = None
         gc.collect()
