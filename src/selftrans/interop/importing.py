@@ -19,7 +19,7 @@ from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
 from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import MOST, read
-from selftrans.messages import first_line, listed, plural
+from selftrans.messages import first_line, listed, plural, printable
 from selftrans.methods.registry import BASELINE, METHODS, meta_objective, stages
 from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
@@ -59,7 +59,7 @@ def import_run(
     nothing.
     """
     out, published = Path(out), read(Path(file))
-    autoencoder = autoencoder or published.autoencoder
+    autoencoder = autoencoder or _stated(published)
     model = recognised(published, heads, convention)
     if path is not None and model.path not in (None, path):
         raise ValueError(f"{file} was trained on the path {model.path}, by its stored options; omit --path {path}")
@@ -103,6 +103,17 @@ def recognised(file: PublishedFile, heads: int | None, convention: str | None) -
         if model is not None:
             return model
     raise ValueError(f"{file.path} is not a checkpoint of any model that selftrans supports")
+
+
+def _stated(file: PublishedFile) -> str | None:
+    """The autoencoder that the file names, if it names one. ValueError for a folder that is not on this machine."""
+    name = file.autoencoder
+    if name and Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(
+            f"{file.path} names the autoencoder {printable(name)}, which is not on this machine; give --autoencoder, a folder "
+            "or a hub id"
+        )
+    return name
 
 
 def _summary(model: Published, autoencoder: str | None) -> str:

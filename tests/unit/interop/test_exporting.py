@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
@@ -154,3 +154,15 @@ def test_export_replaces_only_an_earlier_export(tmp_path, capsys):
     before = toy.tree(out)
     assert main(["export", str(tmp_path / "absent"), "--out", str(out)]) == 1
     assert "does not exist" in capsys.readouterr().err and toy.tree(out) == before
+
+
+def test_autoencoder_that_is_not_on_this_machine_is_named_by_import(tmp_path):
+    run, _, _ = a_run(tmp_path)
+    file = export_run(run, tmp_path / "out", layout="repa")
+    vae = tmp_path / "vae"
+    save_file(load_file(file), file, {"layout": "repa", "autoencoder": str(vae), "format": "pt"})
+    with pytest.raises(ValueError, match="/vae, which is not on this machine; give --autoencoder"):
+        import_run(file, tmp_path / "back", heads=2, **quiet)
+    assert not (tmp_path / "back").exists()
+    import_run(file, tmp_path / "back", heads=2, autoencoder=SCALED, **quiet)
+    assert load_model(tmp_path / "back").autoencoder == SCALED
