@@ -122,14 +122,17 @@ class LabelTransformer(PatchTransformer):
         tokens, grid = self.embed(x)  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(cond)  # (N, D)
         inputs = self.block_inputs(grid)
-        routed = Routed(self.route if self.training else None, tokens)
+        routed = Routed(self.route, tokens) if self.route and self.training else None
         feats: dict[int, Tensor] = {}
         for k, block in enumerate(self.blocks, start=1):
-            tokens = routed.before(k, tokens)
-            given = self.kept_inputs(inputs, routed.kept) if routed.away else inputs
-            tokens = routed.after(k, self.run_block(block, tokens, c, *given))
+            if routed is None:
+                tokens = self.run_block(block, tokens, c, *inputs)
+            else:
+                tokens = routed.before(k, tokens)
+                given = self.kept_inputs(inputs, routed.kept) if routed.away else inputs
+                tokens = routed.after(k, self.run_block(block, tokens, c, *given))
             if k in taps:
-                feats[k] = routed.every(tokens)
+                feats[k] = tokens if routed is None else routed.every(tokens)
             if stop and len(feats) == len(set(taps)):
                 return Output(None, feats)
         return Output(self.velocity(tokens, c, grid), feats)

@@ -47,18 +47,14 @@ def chosen_route(share: float, blocks: tuple[int, int] | None, depth: int) -> Ro
 
 
 class Routed:
-    """The routing of one forward pass; None: all blocks compute all tokens. Call `before` and `after` around every block."""
+    """The routing of one forward pass. Call `before` and `after` around every block."""
 
-    kept: Tensor  #: (N, K) positions of the tokens that skip no block
-
-    def __init__(self, route: Route | None, tokens: Tensor) -> None:
-        self.route = route
+    def __init__(self, route: Route, tokens: Tensor) -> None:
+        n, t, _ = tokens.shape
+        if not route.kept(t):
+            raise ValueError(f"model.route {route.share} leaves none of {t} tokens; choose a smaller share")
+        self.route, self.kept = route, route.draw(n, t, tokens.device)
         self.left: Tensor | None = None  #: (N, T, D) before block `first`, while some are away
-        if route is not None:
-            n, t, _ = tokens.shape
-            if not route.kept(t):
-                raise ValueError(f"model.route {route.share} leaves none of {t} tokens; choose a smaller share")
-            self.kept = route.draw(n, t, tokens.device)
 
     @property
     def away(self) -> bool:
@@ -67,14 +63,14 @@ class Routed:
 
     def before(self, k: int, tokens: Tensor) -> Tensor:
         """The tokens that block k computes."""
-        if self.route is not None and k == self.route.first:
+        if k == self.route.first:
             self.left = tokens
             return tokens.gather(1, self._index(tokens))
         return tokens
 
     def after(self, k: int, tokens: Tensor) -> Tensor:
         """The tokens that block k + 1 is given: all of them after block `last`."""
-        if self.route is not None and k == self.route.last:
+        if k == self.route.last:
             tokens, self.left = self.every(tokens), None
         return tokens
 
