@@ -87,7 +87,7 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
             raise ValueError(f"{path} holds {printable(name)} twice; make the zip again")
         else:
             entries[name] = info
-    top = class_root(sorted(entries), split, str(path))
+    top = class_root(list(entries), split, str(path))
     names = sorted(name for name in entries if name.startswith(top))
     infos = [entries[name] for name in names]
     lock = threading.Lock()  # ZipFile counts its readers without one
