@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selftrans.messages import printable
+from selftrans.methods.spec import Stage
 from selftrans.ui.contained import number, part, plain
 from selftrans.ui.run_plan import scale_of
 from selftrans.ui.run_state import STEP, RunState
@@ -32,15 +33,14 @@ def available_models(state: RunState, known: Sequence[RunState]) -> dict[str, An
             name: plain(sample.get(name))
             for name in ("steps", "sampler", "guidance_scale", "guidance_interval", "time_shift", "seed", "prompts")
         },
-        "teacher": _teacher(state, known),
+        "teacher": _teacher(state, last, known),
         "scale": scale_of(plan.config, last) if plan.config and last else None,
     }
 
 
-def _teacher(state: RunState, known: Sequence[RunState]) -> dict[str, Any] | None:
+def _teacher(state: RunState, last: Stage | None, known: Sequence[RunState]) -> dict[str, Any] | None:
     """The checkpoint that taught the last stage, if it is in one of the runs."""
-    stages = state.read().plan.stages
-    spec = stages[-1].teacher if stages else None
+    spec = last.teacher if last else None
     if spec is None:
         return None
     holder, step = (state, None) if spec.given is None else _holder(spec.given, known)

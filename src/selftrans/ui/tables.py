@@ -83,11 +83,13 @@ def measured_tables(states: Iterable[RunState], stored: Collection[Contained] = 
         if Contained(state.place.root, state.place.parts[:-1]) in stored:
             continue
         match = SEEDED.fullmatch(state.place.parts[-1] if state.place.parts else state.place.root.name)
+        if not match:
+            continue
         report = state.read().report
         # while a run is extended, run.json has the cost of its first finish: later points do not belong to it
         end = number(report.get("student_steps"))
         points = [point for point in state.measured() if end is None or point["step"] <= end]
-        if not match or not points or number(report.get("student_tflops")) is None:
+        if not points or number(report.get("student_tflops")) is None:
             continue
         folder = printable("/".join(state.place.parts[:-1]) or state.place.root.name)
         groups.setdefault((folder, _identity(points[-1])), {})[match[1], int(match[2])] = (report, points)

@@ -71,7 +71,7 @@ async function answered(path, options) {
 }
 
 export const get = (path, signal) => answered(path, { cache: "no-cache", signal });
-export const post = (path, body = {}) =>
+const post = (path, body = {}) =>
   answered(path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
 
 // Calls `work` now and again `wait` ms after it has ended, while the page is visible and not left.
