@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
-from tyro._docstrings import get_field_docstring
 
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.options import Inline, RecipeCommand
-from selftrans.cli.snapshot import FILE, sources
+from selftrans.cli.snapshot import FILE, sources, text_below
 
 SRC = Path(__file__).parents[2] / "src" / "selftrans"
 #: modules that a method, a model or a training loop of one's own builds on
@@ -97,7 +96,7 @@ def options(kind: Any) -> Iterator[Row]:
             metavar if positional and shown else name.upper() if positional else f"--{name}",
             metavar,
             default,
-            " ".join((get_field_docstring(kind, field.name, ()) or "").split()) or helped,
+            text_below(kind, field.name) or helped,
         )
 
 

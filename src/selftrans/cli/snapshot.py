@@ -135,18 +135,16 @@ def snapshot() -> dict[str, Any]:
 
 def _changed(section: Any) -> dict[str, Any]:
     """The settings of a section that are not its defaults."""
-    defaults = _section_record(type(section))["defaults"]
+    defaults = {field.name: field.default for field in dataclasses.fields(section)}
     return {
         name: value
         for name, value in vars(section).items()
-        if name not in defaults or json.dumps(value) != json.dumps(defaults[name])
+        if defaults[name] is dataclasses.MISSING or json.dumps(value) != json.dumps(defaults[name])
     }
 
 
 def _section_record(kind: Any) -> dict[str, Any]:
     """Name and description of a section; type, description and default of each field, where it has them."""
-    from tyro._docstrings import get_field_docstring  # the strings below fields, as its help pages have them
-
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unset = dataclasses.MISSING
@@ -156,9 +154,16 @@ def _section_record(kind: Any) -> dict[str, Any]:
         "types": {
             name: hints[name].__name__ if isinstance(hints[name], type) else repr(hints[name]) for name in fields
         },
-        "help": {name: " ".join(found.split()) for name in fields if (found := get_field_docstring(kind, name, ()))},
+        "help": {name: found for name in fields if (found := text_below(kind, name))},
         "defaults": {name: field.default for name, field in fields.items() if field.default is not unset},
     }
+
+
+def text_below(kind: Any, field: str) -> str:
+    """The string below a field of a dataclass on one line, as help pages have it; empty where there is none."""
+    from tyro._docstrings import get_field_docstring
+
+    return " ".join((get_field_docstring(kind, field, ()) or "").split())
 
 
 def text() -> str:
