@@ -20,7 +20,7 @@ from selftrans.data.resolution import size_text
 from selftrans.data.shard_file import Layout, row_bytes
 from selftrans.encoders.identity import identity, identity_kind
 from selftrans.encoders.latent_space import UNSCALED, LatentSpace
-from selftrans.messages import listed, plural, printable
+from selftrans.messages import listed, plural, printable, shape_text
 from selftrans.plain_json import Count, Name, Option, Sha256, from_plain, one_of, parse_object, read_text, within
 from selftrans.types import Conditions
 
@@ -151,10 +151,9 @@ class Manifest:
         if self.classes:  # shown, since folders such as train/ and val/ could be mistaken for classes
             kind += f": {listed(self.classes, 6)}"
         size = "" if self.resolution is None else f" of {size_text(self.resolution)}"
-        latent = "x".join(str(side) for side in self.shape)
         lines = [
             f"{self.counted(self.count)}{size}, {kind}",
-            f"{latent} latents: {self._latents()}, {self.dtype}"
+            f"{shape_text(self.shape)} latents: {self._latents()}, {self.dtype}"
             + (", with mirrored copies" if self.copies == 2 else ""),
             *([self.text.summary(self.conditions)] if self.text else []),
             f"{plural(len(self.shards), 'shard')}, {self.count * row_bytes(self.layout) / 1e6:,.1f} MB",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TypeAlias
 
+from selftrans.messages import shape_text
+
 Resolution: TypeAlias = int | tuple[int, int]  #: the side of a square, or (height, width)
 
 MAX_RESOLUTION = 16_384
@@ -37,7 +39,7 @@ def resolution_of(height: int, width: int) -> Resolution:
 
 def size_text(resolution: Resolution) -> str:
     """HEIGHTxWIDTH."""
-    return "x".join(map(str, sides(resolution)))
+    return shape_text(sides(resolution))
 
 
 def parse_resolution(text: str) -> Resolution:

@@ -19,7 +19,7 @@ from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
 from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import MOST, read
-from selftrans.messages import first_line, listed, plural, printable
+from selftrans.messages import first_line, listed, plural, printable, shape_text
 from selftrans.methods.registry import BASELINE, METHODS, meta_objective, stages
 from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
@@ -117,7 +117,7 @@ def _stated(file: PublishedFile) -> str | None:
 
 
 def _summary(model: Published, autoencoder: str | None) -> str:
-    latents = "x".join(map(str, model.shape))
+    latents = shape_text(model.shape)
     return f"{model.name}, latents {latents} of {_autoencoder(model, autoencoder)}, {model.conditions}"
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftrans.messages import shape_text
 from selftrans.models.label_transformer import LabelTransformer
 from selftrans.models.layers import sincos_positions
 from selftrans.models.patch_transformer import SizedConfig
@@ -204,7 +205,7 @@ def describe(
 def arguments(model: LabelTransformer, heads: int) -> dict[str, Any]:
     """Arguments of the published classes that are the same in all repositories. ValueError unless latents are square."""
     if len(model.grid) != 2 or model.shape[1] != model.shape[2]:
-        size = "x".join(map(str, model.shape[1:]))
+        size = shape_text(model.shape[1:])
         raise ValueError(f"the published models take square latents, and this one {size}; export the layout selftrans")
     return {
         "input_size": model.shape[1],

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from selftrans.messages import shape_text
 from selftrans.models import label_published as shared
 from selftrans.models.layers import sincos_positions
 from selftrans.models.mmdit import MMDIT_SIZES, MMDiT, MMDiTConfig, build
@@ -116,7 +117,7 @@ def to_published(model: MMDiT) -> Named:
 
 def _arguments(model: MMDiT, config: MMDiTConfig) -> dict[str, Any]:
     """Arguments of the published class. ValueError where that class cannot hold this model, with what both have."""
-    sizes, size = config.sizes(), "x".join(map(str, model.shape[1:]))
+    sizes, size = config.sizes(), shape_text(model.shape[1:])
     depth = sizes["depth"]
     fixed: tuple[tuple[bool, str, str], ...] = (
         (model.grid == (GRID, GRID), f"latents of {GRID}x{GRID} patches", f"latents of {size}, patch {model.patch}"),

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from selftrans.messages import shape_text
 from selftrans.models.layers import FinalLayer, PatchEmbed, patchify, sincos_positions, unpatchify
 from selftrans.models.spec import LABELS_ONLY, ModelConfig
 from selftrans.suggest import nearest
@@ -119,7 +120,7 @@ class PatchTransformer(Backbone):
         """Tokens on each axis of a latent (C, *sides). ValueError when patches do not divide it."""
         if len(sides) != len(self.cells) or any(side % p for side, p in zip(sides, self.cells, strict=True)):
             own = self.cells[:1] if len(set(self.cells)) == 1 else self.cells
-            size, cells = ("x".join(map(str, each)) for each in (sides, own))
+            size, cells = (shape_text(each) for each in (sides, own))
             patch = "model.patch or model.patch_frames" if len(self.cells) == 3 else "model.patch"
             raise ValueError(
                 f"a latent of {size} does not divide into patches of {cells}; change {patch}, or take latents whose sides "

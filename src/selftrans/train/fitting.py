@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selftrans.config import RunConfig
 from selftrans.data.manifest import Manifest
-from selftrans.messages import plural, printable
+from selftrans.messages import plural, printable, shape_text
 from selftrans.models.spec import Named, count_and_names
 from selftrans.train.given_weights import Given
 from selftrans.types import Backbone, Conditions
@@ -113,7 +113,7 @@ def describe(record: dict[str, Any]) -> str:
         parts.append(f"{count_and_names(record['new_rows'])}: {before} -> {plural(now, 'class')}, {rows}")
     parts += [f"new: {count_and_names(record['new'])}"] if record["new"] else []
     parts += [f"left out: {count_and_names(record['left_out'])}"] if record["left_out"] else []
-    latents = [("x".join(map(str, record["latents"][when]))) for when in ("before", "now")]
+    latents = [shape_text(record["latents"][when]) for when in ("before", "now")]
     text = record["conditions"]
     parts += (
         [f"{printable(text['before'])} -> {text['now']}"]
