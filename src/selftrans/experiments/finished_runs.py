@@ -15,6 +15,7 @@ from typing import Any
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
+from selftrans.data.dataset import Dataset
 from selftrans.evaluate.extractors import extractor_sha256
 from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.measurement import (
@@ -23,6 +24,7 @@ from selftrans.experiments.measurement import (
     identity_of,
     image_shape,
     measured_before,
+    stored_conditions,
 )
 from selftrans.experiments.schedule import Job
 from selftrans.storage import UNREADABLE
@@ -55,21 +57,23 @@ def finished_runs(comparison: Comparison) -> dict[Job, FinishedRun]:
     """
     found = dict[Job, FinishedRun]()
     reported = [job for job in comparison.jobs if (comparison.run(job) / REPORT).is_file()]
+    if not reported:
+        return found
     with contextlib.suppress(*UNREADABLE):
-        identity = _identity(comparison) if reported else {}
+        dataset = data_of(comparison.shared.data)
+        identity = _identity(comparison, dataset)
         for job in reported:
             with contextlib.suppress(*UNREADABLE):
-                if held := _trained(comparison, job, identity):
+                if held := _trained(comparison, job, dataset, identity):
                     found[job] = held
     return found
 
 
-def _identity(comparison: Comparison) -> dict[str, Any]:
+def _identity(comparison: Comparison, dataset: Dataset) -> dict[str, Any]:
     """What points must share to be comparable, see `measurement.identity_of`. ValueError where the extractor cannot be used."""
-    dataset = data_of(comparison.shared.data)
     sha256 = extractor_sha256(comparison.features, weights=comparison.weights, shape=image_shape(dataset.manifest))
     sample = dataclasses.replace(comparison.shared.sample, num=comparison.images)
-    return identity_of(sample, dataset, sha256, comparison.block)
+    return identity_of(sample, dataset, stored_conditions(dataset, sample), sha256, comparison.block)
 
 
 def all_measured(comparison: Comparison, finished: Mapping[Job, FinishedRun]) -> bool:
@@ -91,9 +95,9 @@ def _is_damaged(folder: Path) -> bool:
     return False
 
 
-def _trained(comparison: Comparison, job: Job, identity: dict[str, Any]) -> FinishedRun | None:
+def _trained(comparison: Comparison, job: Job, dataset: Dataset, identity: dict[str, Any]) -> FinishedRun | None:
     """A run, if training it would do nothing: the checks are those at the start of `train`."""
-    dataset, run = data_of(comparison.shared.data), comparison.run(job)
+    run = comparison.run(job)
     before = settings_before(run)
     if before is None:
         return None

@@ -87,18 +87,20 @@ class Measurement:
         reference = training_statistics(dataset, extractor, dtype=dtype, folder=kept)
         most = BATCH["cpu" if device.type == "cpu" else "other"]
         sample = dataclasses.replace(config.sample, num=images, batch_size=min(most, images))
-        identity = identity_of(sample, dataset, extractor.sha256, block)
         conditioning = stored_conditions(dataset, sample)
+        identity = identity_of(sample, dataset, conditioning, extractor.sha256, block)
         return cls(extractor, reference, dataset, sample, block, conditioning, total, dtype, identity)
 
 
-def identity_of(sample: SampleConfig, dataset: Dataset, extractor_sha256: str, block: int) -> dict[str, Any]:
+def identity_of(
+    sample: SampleConfig, dataset: Dataset, conditioning: Conditioning, extractor_sha256: str, block: int
+) -> dict[str, Any]:
     """What two measured points must share to be comparable, as json has it; see `Measurement` for the parts.
 
     No autoencoder is loaded for it, and no image decoded.
     """
     found = {
-        "sampler": json.loads(json.dumps(sample.settings() | stored_conditions(dataset, sample).described)),
+        "sampler": json.loads(json.dumps(sample.settings() | conditioning.described)),
         "images": sample.num,
         "extractor_sha256": extractor_sha256,
         "block": block,

@@ -36,6 +36,7 @@ from selftrans.experiments.measurement import (
     identity_of,
     measure_point,
     measured_before,
+    stored_conditions,
 )
 from selftrans.experiments.runner import StepBar, train_one
 from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
@@ -217,7 +218,10 @@ def test_points_measured_before_stay_in_the_file_until_all_are_there(tmp_path):
 
 def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path, monkeypatch):
     sample, dataset = dataclasses.replace(recipe("digits").sample, num=3), Dataset.open(toy.plain_digits())
-    identity, path = identity_of(sample, dataset, "e", 2), tmp_path / "measured.json"
+    identity, path = (
+        identity_of(sample, dataset, stored_conditions(dataset, sample), "e", 2),
+        tmp_path / "measured.json",
+    )
     assert measured_before(path, identity) == {}
     numbers = {
         "step": 2,
@@ -234,7 +238,7 @@ def test_comparable_points_are_kept_and_damaged_ones_measured_again(tmp_path, mo
     path.write_text(json.dumps([sound, *(sound | {"sha256": key, key: value} for key, value in others.items())]))
     assert measured_before(path, identity) == {"w": sound}
     monkeypatch.setattr(measurement, "decoder_dtype", lambda *_: torch.bfloat16)
-    reduced = identity_of(sample, dataset, "e", 2)
+    reduced = identity_of(sample, dataset, stored_conditions(dataset, sample), "e", 2)
     assert reduced == identity | {"decoder": "bf16"} and measured_before(path, reduced) == {}
     path.write_text(json.dumps([sound, sound | {"sha256": "r", "decoder": "bf16"}]))
     assert measured_before(path, identity) == {"w": sound}, "not one whose samples were decoded in bfloat16"
