@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from selftrans.messages import shape_text
 from selftrans.methods.guidance import Guidance, Report, check_term, feature_error, projector, token_norm
 from selftrans.methods.spec import EncoderSpec, MethodSpec, Stage
 from selftrans.sections import Section, setting
@@ -62,7 +61,7 @@ class RepaGuidance(Guidance):
 
     def __init__(self, student: Backbone, encoder: Features, config: Repa) -> None:
         if tuple(encoder.grid) != tuple(student.grid):
-            theirs, ours = (shape_text(grid) for grid in (encoder.grid, student.grid))
+            theirs, ours = ("x".join(map(str, grid)) for grid in (encoder.grid, student.grid))
             remedy = f"prepare the data with --grid {student.grid[0]}, or choose another patch size of the model"
             if len(student.grid) != 2 or student.grid[0] != student.grid[1]:
                 remedy = "an encoder's grid is a square, so give data of square pictures, or choose another method"
