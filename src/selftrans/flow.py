@@ -169,7 +169,30 @@ def check_times(times: str) -> None:
         raise ValueError(f"times {times!r} is unknown; choose one of {', '.join(TIMES)}")
 
 
-def draw(batch: Batch, null: Cond, *, path: Path = LINEAR, times: str = "systematic", drop: float = 0.1) -> Draw:
+def own_times(t: Tensor, n: int) -> Tensor:
+    """Times that a caller gives, in float32. ValueError unless they are (n,) floats in [0, 1]; of times on a GPU the device
+    checks the range."""
+    if t.shape != (n,) or not t.is_floating_point():
+        found = f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}"
+        raise ValueError(f"times must be floats of shape ({n},) in [0, 1], one per sample, not {found}")
+    inside = ((t >= 0) & (t <= 1)).all()
+    if t.device.type == "cuda":
+        torch._assert_async(inside, "times must be in [0, 1], of which 0 is data and 1 is noise")
+    elif not torch.compiler.is_compiling() and not inside:
+        raise ValueError(f"times must be in [0, 1], of which 0 is data and 1 is noise, not {t.min():g} to {t.max():g}")
+    return t.float()
+
+
+def draw(
+    batch: Batch,
+    null: Cond,
+    *,
+    path: Path = LINEAR,
+    times: str = "systematic",
+    drop: float = 0.1,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Draw:
     """Draw time, noise and the dropped condition of a step from torch's default generator, once for all losses.
 
     Args:
@@ -177,13 +200,16 @@ def draw(batch: Batch, null: Cond, *, path: Path = LINEAR, times: str = "systema
         null: the model's null condition for this batch, `model.null(batch.cond)`.
         path: on which the points lie. times: how t is drawn, a name in `TIMES`.
         drop: probability in [0, 1] that a sample's condition is replaced by the null one, in `Draw.dropped`.
-    Raises ValueError for unknown `times`.
+        t: times (N,) in [0, 1] that are used in place of drawn ones. noise: likewise, in the shape of z0.
+    Raises ValueError for unknown `times`, and for times and noise of another shape.
     """
     check_times(times)
     n, device = batch.z0.shape[0], batch.z0.device
-    t = TIMES[times](n, path, device)
-    noise = torch.randn_like(batch.z0)
+    even = t is None and times == "systematic"
+    t = TIMES[times](n, path, device) if t is None else own_times(t, n)
+    noise = torch.randn_like(batch.z0) if noise is None else noise
+    if noise.shape != batch.z0.shape:
+        raise ValueError(f"noise must have the latents' shape {tuple(batch.z0.shape)}, not {tuple(noise.shape)}")
     zt, v = interpolate(path, batch.z0, noise, t)
     dropped = where_cond(torch.rand(n, device=device) < drop, null, batch.cond)
-    even = times == "systematic"
     return Draw(batch.z0, noise, t, zt, v, batch.cond, null, dropped, even, batch.features)

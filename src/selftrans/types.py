@@ -63,7 +63,8 @@ class Conditions:
             )
         if self.kind == "text" and isinstance(cond, Tensor):
             raise ValueError(
-                f"the model is conditioned on {self}, not on labels; give the tokens and the mask of captions"
+                f"the model is conditioned on {self}, not on labels; give named tensors of captions, such as "
+                '{"text": tokens (N, L, E), "mask": (N, L)}'
             )
         if self.kind != "labels" or not isinstance(cond, Tensor):
             return

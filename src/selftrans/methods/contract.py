@@ -6,6 +6,7 @@ Only types and shapes are read, so the host does not wait for a device. Shape le
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,18 @@ def check_options(path: Path, times: str, drop: float, cosine: float) -> None:
     check_times(times)
     if not 0 <= drop <= 1 or not 0 <= cosine < math.inf:
         raise ValueError(f"drop {drop} must be in [0, 1], and cosine {cosine} a number from 0")
+
+
+def warn_of_second_dropping(student: Backbone, drop: float) -> None:
+    """Warn where a module of the student drops labels itself, as `LabelEmbedder` of DiT does in training."""
+    for name, part in student.named_modules():
+        own = getattr(part, "dropout_prob", 0) if hasattr(part, "embedding_table") else 0
+        if drop and own:
+            warnings.warn(
+                f"the student's {name} drops labels with probability {own:g}, besides the objective's {drop:g}; set its "
+                "dropout_prob to 0, or give Objective(drop=0)",
+                stacklevel=3,
+            )
 
 
 def checked_guidances(guidances: Iterable[Guidance], student: Backbone) -> list[Guidance]:
@@ -74,17 +87,20 @@ def checked_cells(student: Backbone) -> int:
     return cells
 
 
-def check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ...]) -> None:
+def check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ...], *, velocity: bool = True) -> None:
     """ValueError unless a student returned the velocity of latents x (N, C, *S) and the tokens (N, T, D) after each tap.
 
-    T is known for latents of the model's own shape only.
+    T is known for latents of the model's own shape only. Without `velocity` any output is accepted.
     """
     name = type(student).__name__
     if not isinstance(out, Output):
         raise ValueError(f"{name}.forward must return an Output, not {type(out).__name__}")
     found = tuple(out.v.shape) if isinstance(out.v, Tensor) else out.v
-    if found != tuple(x.shape):
-        raise ValueError(f"{name} returned a velocity of shape {found}; expected that of its input, {tuple(x.shape)}")
+    if velocity and found != tuple(x.shape):
+        raise ValueError(
+            f"{name} returned a velocity of shape {found}; expected that of its input, {tuple(x.shape)}; for a model that "
+            "predicts something else give Objective(loss=)"
+        )
     own = tuple(x.shape[1:]) == tuple(student.shape)
     for k in taps:
         if k not in out.feats:
@@ -96,6 +112,14 @@ def check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ...
                 f"{name} returned features of shape {feature} after block {k}; expected (N, T, D) = {expected}: the tokens "
                 "of the latent alone, without class, text and register tokens"
             )
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """What a loss function of the caller's returned. ValueError unless it is a tensor without dimensions."""
+    if not isinstance(loss, Tensor) or loss.dim():
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"loss= must return a tensor without dimensions (0-d), such as the mean, not {found}")
+    return loss
 
 
 def checked_term(name: str, returned: Any) -> tuple[Tensor, Report]:

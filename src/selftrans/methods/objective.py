@@ -5,15 +5,23 @@ Shape legend: N batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, draw
-from selftrans.methods.contract import check_options, check_output, checked_guidances, checked_term
+from selftrans.methods.contract import (
+    check_options,
+    check_output,
+    checked_guidances,
+    checked_loss,
+    checked_term,
+    warn_of_second_dropping,
+)
 from selftrans.methods.guidance import Guidance, Report
 from selftrans.types import Backbone, Batch, Draw, check_backbone, check_latents, where_cond
 
@@ -30,6 +38,8 @@ class Objective(nn.Module):
         drop: probability in [0, 1] that the student gets the null condition in place of a sample's own.
         cosine: factor of 1 - cos between predicted and true velocity, over the channels of each latent pixel, which is added
             to the squared error (LightningDiT, 2501.01423, section 4).
+        loss: takes the student's output and the `Draw`, returns your own loss (0-d) in place of the flow loss. The output may
+            then have other channels than the latents, such as a predicted variance, and may be a prediction of the noise.
     Raises ValueError for an option out of range, guidances of equal names or of blocks that the student does not have, and a
     student that is no `Backbone`.
     """
@@ -46,26 +56,40 @@ class Objective(nn.Module):
         times: str = "systematic",
         drop: float = 0.1,
         cosine: float = 0.0,
+        loss: Callable[[Tensor, Draw], Tensor] | None = None,
     ) -> None:
         super().__init__()
         check_backbone(student, "the student")
         check_options(path, times, drop, cosine)
+        if loss is not None and cosine:
+            raise ValueError("cosine is a part of the flow loss, which loss= replaces; add it there")
+        warn_of_second_dropping(student, drop)
         self.student = student
         self.guidances = nn.ModuleList(checked_guidances(guidances, student))
-        self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
+        self.path, self.times, self.drop, self.cosine, self.loss = path, times, drop, cosine, loss
         self._unchecked = True  # labels on a GPU are checked in the first call only, since the check takes kernels
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
 
-        def __call__(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, Report]: ...
+        def __call__(self, batch: Batch | Draw, step: int | Tensor) -> tuple[Tensor, Report]: ...
 
-    def forward(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, Report]:
+    def forward(self, batch: Batch | Draw, step: int | Tensor) -> tuple[Tensor, Report]:
         """Loss of a step (0-d, float32) and its parts, detached and still on the device. ValueError for labels outside the
         classes, latents of another shape, and a student or guidance that returns anything else than declared.
 
+        A `Draw` that was already made (`draw`) is used as it is.
         `step` is the number of the training step, from 0: guidances end by it (`Guidance.until_step`).
         A `step` that is a 0-d tensor is not read: then every guidance acts, and the caller retires those that have ended.
         Labels on the CPU are checked in every call; on a GPU their values are checked in the first, by the device.
+        """
+        return self.losses(batch if isinstance(batch, Draw) else self.draw(batch), step)
+
+    def draw(self, batch: Batch, *, t: Tensor | None = None, noise: Tensor | None = None) -> Draw:
+        """Time, noise, point on the path and dropped conditions of a step, by the options of this objective.
+
+        Args:
+            t: times (N,) of your own in [0, 1], of which 0 is data. noise: of your own, in the shape of the latents.
+        ValueError as in a call, and for times and noise of another shape.
         """
         if not isinstance(batch, Batch):
             raise ValueError(f"a batch is selftrans.Batch(latents, labels), not a {type(batch).__name__}")
@@ -74,10 +98,10 @@ class Objective(nn.Module):
         if not torch.compiler.is_compiling():
             self._unchecked = False
         null = self.student.null(batch.cond)
-        return self.losses(draw(batch, null, path=self.path, times=self.times, drop=self.drop), step)
+        return draw(batch, null, path=self.path, times=self.times, drop=self.drop, t=t, noise=noise)
 
     def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:
-        """Loss and report of a draw that was already made (`flow.draw`)."""
+        """Loss and report of a draw. In a loop of your own call the objective itself: DDP and compilation wrap that call."""
         d = d._replace(step=step)
         active = [g for g in self.guidances if g.acts(step)]
         for g in active:
@@ -86,9 +110,9 @@ class Objective(nn.Module):
                 d = d._replace(dropped=where_cond(rows, d.null, d.dropped))
         taps = tuple(sorted({k for g in active for k in g.taps}))
         out = self.student(d.zt, d.t, d.dropped, taps=taps)
-        check_output(out, d.zt, self.student, taps)
+        check_output(out, d.zt, self.student, taps, velocity=self.loss is None)
         assert out.v is not None
-        loss = F.mse_loss(out.v.float(), d.v.float())
+        loss = F.mse_loss(out.v.float(), d.v.float()) if self.loss is None else checked_loss(self.loss(out.v, d))
         report = {"flow": loss.detach()}
         if self.cosine:
             direction = 1 - F.cosine_similarity(out.v.float(), d.v.float(), dim=1).mean()  # over C of (N, C, *S)
@@ -98,7 +122,17 @@ class Objective(nn.Module):
             term, details = checked_term(g.name, g(d, out.feats))
             loss = loss + g.weight * term
             report |= {g.name: term.detach()} | {f"{g.name}/{key}": value.detach() for key, value in details.items()}
+        if len(active) < len(self.guidances) and dist.is_available() and dist.is_initialized():
+            loss = loss + self._zero_of_ended(active)
         return loss, report
+
+    def _zero_of_ended(self, active: list[Guidance]) -> Tensor | float:
+        """0 with a gradient of zeros for the heads of guidances that have ended: DDP refuses parameters without a gradient."""
+        ended = [g for g in self.guidances if g not in active]
+        heads = [
+            p for g in ended for p in g.parameters() if p.requires_grad and type(p.data) is Tensor
+        ]  # FSDP2 has DTensors
+        return sum(0 * p.flatten()[:1].sum().float() for p in heads)  # one number of each gives it a gradient
 
     def watch(self, average: Backbone) -> None:
         """Give the student's moving average to every guidance; those with it as teacher keep it.
@@ -111,9 +145,9 @@ class Objective(nn.Module):
     def retire(self, step: int) -> bool:
         """Drop the guidances that have ended by `step`, heads and teachers with them; true if any was dropped.
 
-        Without it, a guidance that has ended costs no time, but its heads and its teacher stay in memory and in `state_dict()`,
-        and its heads get no gradient, which DDP refuses: retire, and wrap again. Before `load_state_dict`, retire at the step
-        of the checkpoint.
+        Without it, a guidance that has ended runs neither head nor teacher, but both stay in memory and the head in
+        `state_dict()`, and DDP still reduces its gradients, which are zero; after retiring, DDP must be wrapped again. Before
+        `load_state_dict`, retire at the step of the checkpoint.
         """
         staying = [g for g in self.guidances if g.acts(step)]
         ended = len(staying) < len(self.guidances)

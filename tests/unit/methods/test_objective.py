@@ -504,3 +504,75 @@ def test_values_for_the_log_keep_no_graph(monkeypatch):
     )
     _, report = Objective(Stub(), [Ridge()])(data(4), 0)
     assert not report["ridge/x"].requires_grad and report["ridge/x"].dim() == 0
+
+
+# ---- a draw and a loss of the caller's
+
+
+def test_times_and_noise_of_the_caller_by_hand():
+    """z0 = 1, noise = 3: at t = 1/4 the point is 1.5, at t = 1 it is the noise; v = 2."""
+    z0, noise, t = torch.ones(2, 1, 1, 1), torch.full((2, 1, 1, 1), 3.0), torch.tensor([0.25, 1.0], dtype=torch.float64)
+    objective = Objective(Stub((1, 1, 1), patch=1, num_classes=2, abc=(1.0, 1.0, 0.0)), drop=0)
+    d = objective.draw(Batch(z0, torch.tensor([0, 1])), t=t, noise=noise)
+    assert d.zt.flatten().tolist() == [1.5, 3.0] and d.v.flatten().tolist() == [2.0, 2.0]
+    assert d.t.dtype == torch.float32 and not d.even and d.noise is noise
+    loss, _ = objective(d, 0)  # the stub predicts 1.5 + 0.25 and 3 + 1
+    assert loss.item() == pytest.approx((0.25**2 + 2.0**2) / 2)
+    cosine = Objective(Stub((1, 1, 1), patch=1, num_classes=2), path=COSINE, drop=1)
+    d = cosine.draw(Batch(z0, torch.tensor([0, 1])), t=torch.full((2,), 0.5), noise=noise)
+    assert d.zt.flatten().tolist() == pytest.approx([4 / math.sqrt(2)] * 2) and d.dropped.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"t": torch.tensor([1, 0, 1])},
+            r"times must be floats of shape \(3,\) in \[0, 1\], .* not int64 of shape \(3,\)",
+        ),
+        ({"t": torch.rand(3, 1)}, r"not float32 of shape \(3, 1\)"),
+        ({"t": torch.tensor([0.0, 20.0, 999.0])}, "of which 0 is data and 1 is noise, not 0 to 999"),
+        ({"noise": torch.zeros(3, 1, 4, 4)}, r"noise must have the latents' shape \(3, 2, 4, 4\), not \(3, 1, 4, 4\)"),
+    ],
+)
+def test_times_and_noise_of_another_shape_or_range_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(Stub()).draw(data(3), **given)
+
+
+def test_a_loss_of_the_caller_takes_the_place_of_the_flow_loss():
+    student, d = Stub(), handmade_draw(TIMES)
+    seen = []
+    own = Objective(student, [stage1(student)], loss=lambda v, d: seen.append((v, d)) or (v - d.z0).abs().mean())
+    loss, report = own(d, 0)
+    v = student(d.zt, d.t, d.dropped).v
+    assert torch.equal(seen[0][0], v) and torch.equal(seen[0][1].noise, d.noise)
+    assert report["flow"].item() == pytest.approx((v - d.z0).abs().mean().item())
+    assert loss.item() == pytest.approx((report["flow"] + 0.5 * report["structure"]).item())
+
+
+def test_a_loss_of_the_caller_is_one_number_and_has_no_cosine_term():
+    for wrong, found in (
+        (lambda v, d: v.square().mean(dim=(1, 2, 3)), r"a tensor of shape \(4,\)"),
+        (lambda v, d: 1, "int"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"loss= must return a tensor without dimensions .* not {found}|not a {found}"
+        ):
+            Objective(Stub(), loss=wrong)(data(4), 0)
+    with pytest.raises(ValueError, match="cosine is a part of the flow loss, which loss= replaces"):
+        Objective(Stub(), loss=lambda v, d: v.mean(), cosine=1.0)
+
+
+def test_output_with_other_channels_needs_a_loss_of_the_caller():
+    class Variance(Stub):
+        def forward(self, *args, **options):
+            out = super().forward(*args, **options)
+            return out._replace(v=torch.cat([out.v, out.v], dim=1))
+
+    with pytest.raises(
+        ValueError, match=r"velocity of shape \(4, 4, 4, 4\); .* predicts something else give Objective\(loss=\)"
+    ):
+        Objective(Variance())(data(4), 0)
+    loss, _ = Objective(Variance(), loss=lambda v, d: v.chunk(2, dim=1)[0].square().mean())(data(4), 0)
+    assert loss.isfinite()
