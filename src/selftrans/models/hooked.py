@@ -11,6 +11,7 @@ Shape legend: N batch, T tokens, D width, (C, *S) latent.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,7 +81,8 @@ class _Reading:
         if self.grad and not torch.is_grad_enabled():
             raise ValueError(
                 f"block {k} runs without gradients inside a forward pass with gradients (reentrant checkpointing?), so its "
-                "features could not be trained; switch that off and use train.recompute"
+                "features could not be trained; switch that off and set recompute = True on this HookedBackbone "
+                "(--train.recompute)"
             )
         self.feats[k] = found
         self.versions[k] = 0 if found.is_inference() else found._version
@@ -102,13 +104,16 @@ class _Reading:
 def _read_class(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a block's class whose calls go through `_Reading.run`."""
     plain: Callable[..., Any] = kind.__call__
+    # where the whole model is compiled, the reading would be compiled again for each block; the blocks are compiled in any case
+    run = torch.compiler.disable(_Reading.run, recursive=False)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        reading, k = self._read_by
+        reading, k, _ = self._read_by
         if not reading.active:  # the module is used by itself, or its blocks are computed again in a backward pass
             return plain(self, *args, **kwargs)
-        return reading.run(k, functools.partial(plain, self), args, kwargs)
+        return run(reading, k, functools.partial(plain, self), args, kwargs)
 
+    call = torch.compiler.disable(call, recursive=False)
     return type(f"Read{kind.__name__}", (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
@@ -166,8 +171,10 @@ class HookedBackbone(TextNull, Backbone):
         _check_blocks(found)
         self.depth = self._kept = len(found)
         for k, block in enumerate(found, start=1):
-            block.__class__ = _read_class(type(block))  # type: ignore[arg-type]
-            block._read_by = (self._reading, k)  # type: ignore[assignment]
+            copied = hasattr(block, "_read_by")  # of a module that a backbone reads: its class reads already
+            block.__class__ = _read_class(type(block).__base__ if copied else type(block))  # type: ignore[arg-type]
+            # a copy of the block keeps the reference to this one, by which it is known as a copy
+            block._read_by = (self._reading, k, weakref.ref(block))  # type: ignore[assignment]
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """As `Backbone`. ValueError where a block or `call` returns something else than expected."""
@@ -186,7 +193,8 @@ class HookedBackbone(TextNull, Backbone):
             reading.end()
         if stop:
             return Output(None, feats)
-        if not isinstance(v, Tensor) or v.shape != x.shape:
+        # an objective with a loss of its own may take other channels, and refuses them otherwise
+        if not isinstance(v, Tensor) or (v.shape[0], *v.shape[2:]) != (x.shape[0], *x.shape[2:]):
             what = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"call= returned {what}; expected a velocity of shape {tuple(x.shape)}")
         return Output(v, feats)
@@ -252,7 +260,8 @@ def _check_plain(net: nn.Module) -> None:
             wrapper = "torch.compile"
         if wrapper:
             raise ValueError(
-                f"the module {name or type(net).__name__} is already in {wrapper}; give the plain module, training applies it"
+                f"the module {name or type(net).__name__} is already in {wrapper}; give the plain module, and apply "
+                f"{wrapper} to the Objective (commands do this themselves)"
             )
 
 
@@ -267,7 +276,7 @@ def _check_blocks(blocks: list[nn.Module]) -> None:
     for k, block in enumerate(blocks, start=1):
         if isinstance(block, torch.jit.ScriptModule):
             raise ValueError(f"block {k} is a TorchScript module, which cannot be read; give the module it was made of")
-        if hasattr(block, "_read_by"):
+        if hasattr(block, "_read_by") and block._read_by[2]() is block:
             raise ValueError(
                 f"block {k} belongs to another HookedBackbone; give each a module of its own (copy.deepcopy)"
             )

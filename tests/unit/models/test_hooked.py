@@ -339,7 +339,7 @@ REFUSED = {
     "not called": (SkipsNet, {}, "did not call block 2"),
     "no gradients": (NoGradNet, {}, "block 2 runs without gradients"),
     "no velocity": (Plain, {"call": lambda net, x, t, y: net(x, t, y)}, "returned tuple; expected a velocity"),
-    "variance": (Plain, {"call": lambda net, x, t, y: net(x, t, y)[0].repeat(1, 2, 1, 1)}, r"returned \(3, 4, 4, 4\)"),
+    "rows": (Plain, {"call": lambda net, x, t, y: net(x, t, y)[0].repeat(2, 1, 1, 1)}, r"returned \(6, 2, 4, 4\)"),
 }
 
 
@@ -391,7 +391,7 @@ def distributed(net):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (torch.compile, "is already in torch.compile; give the plain module"),
+        (torch.compile, "is already in torch.compile; give the plain module, and apply torch.compile to the Objective"),
         (compiled_block, r"the module body\.layers\.1 is already in torch.compile"),
         (distributed, "already in DistributedDataParallel"),
     ],
@@ -406,6 +406,19 @@ def test_a_module_belongs_to_one_backbone():
     plain(net)
     with pytest.raises(ValueError, match="block 1 belongs to another HookedBackbone"):
         plain(net)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_a_module_that_is_read_can_be_read_by_another_backbone(kind):
+    """As the average of a training script, which is copied from the model at any time; the first one reads on."""
+    first = KINDS[kind]()
+    second = KINDS[kind](copy.deepcopy(first.net))
+    third = KINDS[kind](copy.deepcopy(second.net))
+    v, seen = intermediate(kind)
+    for model in (first, second, third):
+        out = model(*inputs(), taps=(1, 3))
+        torch.testing.assert_close(out.v, v)
+        assert all(torch.equal(out.feats[k], seen[k]) for k in (1, 3))
 
 
 def test_shared_parameters_are_neither_truncated_nor_sharded_apart():
