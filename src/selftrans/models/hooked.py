@@ -172,7 +172,7 @@ class HookedBackbone(TextNull, Backbone):
         self.depth = self._kept = len(found)
         for k, block in enumerate(found, start=1):
             copied = hasattr(block, "_read_by")  # of a module that a backbone reads: its class reads already
-            block.__class__ = _read_class(type(block).__base__ if copied else type(block))  # type: ignore[arg-type]
+            block.__class__ = _read_class(type(block).__base__ if copied else type(block))
             # a copy of the block keeps the reference to this one, by which it is known as a copy
             block._read_by = (self._reading, k, weakref.ref(block))  # type: ignore[assignment]
 
@@ -265,7 +265,7 @@ def _check_plain(net: nn.Module) -> None:
             )
 
 
-def _check_blocks(blocks: list[nn.Module]) -> None:
+def _check_blocks(blocks: list[Any]) -> None:
     """ValueError unless there are blocks, each one once, and each can be read."""
     if not blocks:
         raise ValueError("the list of blocks is empty; give blocks= that names the transformer blocks")
