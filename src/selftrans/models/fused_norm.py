@@ -48,10 +48,13 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tens
 
 
 def gate_modulated(
-    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens x and a (N, T, D), gate, shift and scale (N, D) -> x + gate * a, and its modulated norm as in `modulated`."""
-    return _GateModulated.apply(x, a, gate, shift, scale, eps)
+    """Tokens x and a (N, T, D), gate, shift and scale (N, D) -> x + gate * a, and its modulated norm as in `modulated`.
+
+    bias (D,): of the layer that has made a, if that layer leaves its gradient, the sum of that of a, to this function.
+    """
+    return _GateModulated.apply(x, a, gate, shift, scale, eps, bias)
 
 
 def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,27 +88,31 @@ class _Modulated(torch.autograd.Function):
 class _GateModulated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+        ctx: Any, x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x1 = x + gate.unsqueeze(dim=1) * a
         y, mean, rstd = _forward(x1, shift, scale, eps)
         ctx.save_for_backward(x, a, gate, scale, mean, rstd)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return x1, y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_x1, d_y = gradients
         x, a, gate, scale, mean, rstd = ctx.saved_tensors
-        d_x, d_a, sums = gate_norm_backward(d_x1, d_y, x, a, gate, scale, mean, rstd)
+        biased, d_bias = ctx.bias_dtype is not None, None
+        d_x, d_a, sums = gate_norm_backward(d_x1, d_y, x, a, gate, scale, mean, rstd, biased)
+        if biased:
+            d_bias, sums = sums[:, 3].sum(dim=0).to(ctx.bias_dtype), sums[:, :3]
         d_shift, d_scale, d_gate = sums.to(scale.dtype).unbind(dim=1)
-        return d_x, d_a, d_gate, d_shift, d_scale, None
+        return d_x, d_a, d_gate, d_shift, d_scale, None, d_bias
 
 
 @torch.library.custom_op(
     "selftrans::gate_norm_backward",
     mutates_args=(),
-    schema="(Tensor d_x1, Tensor d_y, Tensor x, Tensor? a, Tensor? gate, Tensor scale, Tensor mean, Tensor rstd)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor d_x1, Tensor d_y, Tensor x, Tensor? a, Tensor? gate, Tensor scale, Tensor mean, Tensor rstd,"
+    " bool biased=False) -> (Tensor, Tensor, Tensor)",
 )
 def gate_norm_backward(
     d_x1: Tensor,
@@ -116,6 +123,7 @@ def gate_norm_backward(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    biased: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `gate_modulated`, or of `modulated` with neither a nor gate.
 
@@ -123,13 +131,14 @@ def gate_norm_backward(
         d_x1, d_y: (N, T, D), of the tokens and of the modulated norm.
         x, a, gate, scale: as in `gate_modulated`; gate and scale may be columns of a wider tensor.
         mean, rstd: (N, T, 1), of the tokens x + gate * a.
-    Returns: those of x and a (N, T, D; of a without elements where there is none), and the sums over tokens (N, 2 or 3, D) in
-    float32 (float64 for float64): of shift, scale and gate.
+        biased: whether the gradient of a is summed, too.
+    Returns: those of x and a (N, T, D; of a without elements where there is none), and the sums over tokens (N, 2 to 4, D) in
+    float32 (float64 for float64): of shift, scale, gate and a.
     """
     if x.is_cuda:
         from selftrans.models import norm_kernel
 
-        return norm_kernel.launch(d_x1, d_y, x, a, gate, scale, mean, rstd)
+        return norm_kernel.launch(d_x1, d_y, x, a, gate, scale, mean, rstd, biased)
     wide = mean.dtype  # float32, or float64
     gate_row = None if gate is None else gate.to(wide).unsqueeze(dim=1)
     x1 = x.to(wide) if a is None or gate_row is None else x.to(wide) + gate_row * a.to(wide)
@@ -142,13 +151,25 @@ def gate_norm_backward(
     d_a = x.new_empty(0)
     if a is not None and gate_row is not None:
         sums.append((total * a).sum(dim=1))
-        d_a = (gate_row * total).to(a.dtype)
+        wide_a = gate_row * total
+        sums += [wide_a.sum(dim=1)] if biased else []
+        d_a = wide_a.to(a.dtype)
     return total.to(x.dtype, copy=True), d_a, torch.stack(sums, dim=1)
 
 
 @gate_norm_backward.register_fake
-def _(d_x1: Tensor, d_y: Tensor, x: Tensor, a: Tensor | None, *rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    d_x1: Tensor,
+    d_y: Tensor,
+    x: Tensor,
+    a: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    biased: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     d_a = x.new_empty(0) if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
-    return d_x, d_a, x.new_empty((x.shape[0], 2 if a is None else 3, x.shape[2]), dtype=wide)
+    return d_x, d_a, x.new_empty((x.shape[0], 2 if a is None else 3 + biased, x.shape[2]), dtype=wide)

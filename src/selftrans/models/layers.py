@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.models import fused_norm
+from selftrans.models import fused_bias, fused_norm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -48,11 +48,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
         """(N, T, D) -> (N, T, D); rotations `table` (2, T, d / 2), or (2, N, T, d / 2)."""
-        q, k, v = split_heads(self.qkv(x), self.heads)
+        return self.proj(self.mixed(x, table))
+
+    def mixed(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """As `forward`, without the last layer."""
+        fused = table is None and not isinstance(self.q_norm, RMSNorm)
+        qkv, bias = fused_bias.linear(self.qkv, x) if fused else (self.qkv(x), None)
+        if bias is not None:
+            return attend(*fused_bias.split_heads(qkv, bias, self.heads, self.q_norm, self.k_norm))
+        q, k, v = split_heads(qkv, self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if table is not None:
             q, k = (rotate(part, table.unsqueeze(dim=-2)) for part in (q, k))
-        return self.proj(attend(q.to(v.dtype), k.to(v.dtype), v))
+        return attend(q.to(v.dtype), k.to(v.dtype), v)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -82,9 +90,7 @@ def gelu(x: Tensor) -> Tensor:
     """tanh-GELU. Compiled as x sigmoid(2 u), which equals x (1 + tanh u) / 2: the exponential is cheaper than tanh on a GPU."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    wide = x.float() if x.dtype.itemsize < 4 else x
-    u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-    return (wide * torch.sigmoid(2 * u)).to(x.dtype)
+    return fused_bias.sigmoid_gelu(x)
 
 
 class Mlp(nn.Module):
@@ -96,7 +102,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """As `forward`, without the last layer."""
+        h, bias = fused_bias.linear(self.fc1, x)
+        return gelu(h) if bias is None else fused_bias.gelu(h, bias)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -119,8 +130,10 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         if fused_norm.applies(x):
             x, y = fused_norm.modulated(x, shift1, scale1, self.norm1.eps)
-            x, y = fused_norm.gate_modulated(x, self.attn(y), gate1, shift2, scale2, self.norm2.eps)
-            return x + gate2.unsqueeze(dim=1) * self.mlp(y)
+            a, bias = fused_bias.linear(self.attn.proj, self.attn.mixed(y))
+            x, y = fused_norm.gate_modulated(x, a, gate1, shift2, scale2, self.norm2.eps, bias)
+            a, bias = fused_bias.linear(self.mlp.fc2, self.mlp.hidden(y))
+            return fused_bias.gate_add(x, a, gate2, bias)
         x = x + gate1.unsqueeze(dim=1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(dim=1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 

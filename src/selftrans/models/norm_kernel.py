@@ -18,13 +18,13 @@ PROGRAMS = 1024  #: fewest programs that keep a large GPU busy
 
 
 # Read: d_x1, d_y, x, a (N, T, D) and contiguous, gate and scale (N, D) with row strides, mean and rstd (N, T) in float32.
-# Written: d_x, d_a (N, T, D), sums (N, chunks, 2 or 3, D) in float32 of shift, scale, gate. D: channels; BLOCK: D rounded up
-# to a power of two; CHUNK: tokens of a program; without GATED there is no a, gate and d_a.
+# Written: d_x, d_a (N, T, D), sums (N, chunks, SUMS, D) in float32 of shift, scale, gate, d_a. D: channels; BLOCK: D rounded up
+# to a power of two; CHUNK: tokens of a program; SUMS: 2 to 4; with 2 there is no a, gate and d_a.
 @triton.jit
 def _gate_norm_backward(  # type: ignore[no-untyped-def]
     d_x1_ptr, d_y_ptr, x_ptr, a_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, d_x_ptr, d_a_ptr, sums_ptr,
     gate_stride, scale_stride, tokens, chunks,
-    CHUNK: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
@@ -34,9 +34,11 @@ def _gate_norm_backward(  # type: ignore[no-untyped-def]
     factor = 1.0 + tl.load(scale_ptr + sample * scale_stride + columns, mask=inside, other=0.0).to(tl.float32)
     d_shift = tl.zeros((BLOCK,), dtype=tl.float32)
     d_scale = tl.zeros((BLOCK,), dtype=tl.float32)
-    if GATED:
+    if SUMS > 2:
         gate = tl.load(gate_ptr + sample * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
         d_gate = tl.zeros((BLOCK,), dtype=tl.float32)
+    if SUMS > 3:
+        d_total = tl.zeros((BLOCK,), dtype=tl.float32)
     for step in tl.range(0, CHUNK, num_stages=STAGES):
         token = first + step
         row = sample * tokens + token
@@ -47,7 +49,7 @@ def _gate_norm_backward(  # type: ignore[no-untyped-def]
         d_x1 = tl.load(d_x1_ptr + at, mask=present, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + row, mask=token < tokens, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=token < tokens, other=0.0)
-        if GATED:
+        if SUMS > 2:
             a = tl.load(a_ptr + at, mask=present, other=0.0).to(tl.float32)
             x1 += gate * a
         normal = (x1 - mean) * rstd  # not zero outside, where d_y is
@@ -58,14 +60,18 @@ def _gate_norm_backward(  # type: ignore[no-untyped-def]
         along_normal = tl.sum(d_normal * normal, axis=0) / D
         d_x1 += rstd * (d_normal - along_ones - normal * along_normal)
         tl.store(d_x_ptr + at, d_x1.to(d_x_ptr.dtype.element_ty), mask=present)
-        if GATED:
+        if SUMS > 2:
             d_gate += d_x1 * a
             tl.store(d_a_ptr + at, (gate * d_x1).to(d_a_ptr.dtype.element_ty), mask=present)
-    sums = sums_ptr + program.to(tl.int64) * ((3 if GATED else 2) * D) + columns
+        if SUMS > 3:
+            d_total += d_x1
+    sums = sums_ptr + program.to(tl.int64) * (SUMS * D) + columns
     tl.store(sums, d_shift, mask=inside)
     tl.store(sums + D, d_scale, mask=inside)
-    if GATED:
+    if SUMS > 2:
         tl.store(sums + 2 * D, d_gate, mask=inside)
+    if SUMS > 3:
+        tl.store(sums + 3 * D, gate * d_total, mask=inside)
 
 
 def warps_of(block: int) -> int:
@@ -96,6 +102,7 @@ def launch(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    biased: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result of `fused_norm.gate_norm_backward` on a GPU. Equal inputs give the same bits."""
     samples, tokens, width = x.shape
@@ -108,12 +115,12 @@ def launch(
     gate, scale = (each if each.stride(-1) == 1 else each.contiguous() for each in (gate, scale))
     d_x = torch.empty_like(x)
     d_a = torch.empty_like(a) if gated else x.new_empty(0)
-    sums = x.new_empty((samples, chunks, 3 if gated else 2, width), dtype=torch.float32)
+    sums = x.new_empty((samples, chunks, 2 + gated + biased, width), dtype=torch.float32)
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
         _gate_norm_backward[(samples * chunks,)](
             d_x1, d_y, x, a, gate, scale, mean.contiguous(), rstd.contiguous(), d_x, d_a, sums,
             gate.stride(0), scale.stride(0), tokens, chunks,
-            CHUNK=chunk, D=width, BLOCK=block, GATED=gated, STAGES=stages_of(block), num_warps=warps_of(block),
+            CHUNK=chunk, D=width, BLOCK=block, SUMS=sums.shape[2], STAGES=stages_of(block), num_warps=warps_of(block),
         )  # fmt: skip
     return d_x, d_a, sums.sum(dim=1)

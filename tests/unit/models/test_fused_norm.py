@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from selftrans.models import fused_norm, layers
-from tests.support.diffusers_blocks import randomised
+from selftrans.models import fused_norm
+from tests.support.kernels import (
+    SHARED,
+    assert_compiles,
+    assert_near,
+    block_gradients,
+    force_fused,
+    interpreted,
+    needs_gpu,
+    needs_triton,
+)
 
 EPS = 1e-6
-TRITON = importlib.util.find_spec("triton") is not None
 
 
 def tensors(n: int, t: int, d: int, dtype: torch.dtype) -> list[Tensor]:
@@ -58,40 +62,10 @@ def test_gradients_equal_those_of_autograd(gated: bool, used: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def block_gradients(
-    device: str, size: tuple[int, int, int] = (3, 7, 32), trained: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    """The output and the gradients of a compiled block, by name. `trained`: those parts of it alone, and not its inputs."""
-    torch.manual_seed(0)
-    n, t, d = size
-    block = randomised(layers.Block(d, max(2, d // 64), 4.0, True)).train().to(device)
-    for name, parameter in block.named_parameters():
-        parameter.requires_grad_(not trained or name.startswith(trained))
-    x, c = (torch.randn(shape, device=device, requires_grad=not trained) for shape in ((n, t, d), (n, d)))
-    torch.compiler.reset()
-    block.compile(fullgraph=True, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
-    with torch.autocast(device, torch.bfloat16):
-        out = torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
-    (out * torch.linspace(-1, 1, d, device=device)).sum().backward()
-    named = {"out": out.detach(), "x": x.grad, "c": c.grad}
-    named |= {
-        name: each.grad for name, each in block.named_parameters() if "k_norm.bias" not in name
-    }  # zero but for rounding
-    torch.compiler.reset()
-    return {name: each for name, each in named.items() if each is not None}
-
-
-def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == theirs.keys() and len(ours) > 10
-    for name, value in theirs.items():
-        error = (ours[name].float() - value.float()).norm() / value.float().norm()
-        assert error < tolerance and ours[name].dtype == value.dtype, (name, float(error))
-
-
 def test_compiled_block_uses_the_fused_norm_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under recomputation of activations; on the CPU by force, with the formulas in place of the kernel."""
     theirs = block_gradients("cpu")
-    monkeypatch.setattr(fused_norm, "applies", lambda x: torch.compiler.is_compiling() and torch.is_grad_enabled())
+    force_fused(monkeypatch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ours = block_gradients("cpu")
     assert "selftrans::gate_norm_backward" in {event.key for event in profile.key_averages()}
@@ -104,7 +78,7 @@ def test_frozen_inputs_and_modulation_leave_the_other_gradients(
 ) -> None:
     """As in the first block of a model with adapters: some or all inputs of the operator need no gradient."""
     theirs = block_gradients("cpu", trained=trained)
-    monkeypatch.setattr(fused_norm, "applies", lambda x: torch.compiler.is_compiling() and torch.is_grad_enabled())
+    force_fused(monkeypatch)
     ours = block_gradients("cpu", trained=trained)
     assert ours.keys() == theirs.keys() and ours.keys() - {"out"}
     for name, value in theirs.items():
@@ -127,80 +101,52 @@ def test_fused_norm_is_used_only_in_training_on_gpus(monkeypatch: pytest.MonkeyP
 def test_the_operator_describes_its_outputs() -> None:
     x, a, gate, _, scale = (each.detach() for each in tensors(2, 3, 4, torch.float32))
     mean, rstd = torch.zeros(2, 3, 1), torch.ones(2, 3, 1)
-    for extra in ((a, gate), (None, None)):
+    for *extra, biased in ((a, gate, True), (a, gate, False), (None, None, False)):
         torch.library.opcheck(
             torch.ops.selftrans.gate_norm_backward.default,
-            (x, a, x, *extra, scale, mean, rstd),
+            (x, a, x, *extra, scale, mean, rstd, biased),
             test_utils=("test_schema", "test_faketensor"),
         )
 
 
 INTERPRETED = """
-import contextlib, torch
-torch.cuda.device_of = lambda x: contextlib.nullcontext()
+import torch
 from selftrans.models import fused_norm, norm_kernel
 torch.manual_seed(0)
-for n, t, d, gated in ((2, 37, 96, True), (1, 9, 1152, True), (2, 50, 48, False)):
+for n, t, d, sums in ((2, 37, 96, 3), (1, 9, 1152, 3), (2, 50, 48, 2), (2, 37, 96, 4)):
     wide = torch.randn(n, 6 * d)
     x, a, d_x1, d_y = torch.randn(4, n, t, d).unbind()
-    extra = (a, wide[:, :d]) if gated else (None, None)
-    x1 = x + wide[:, None, :d] * a if gated else x
+    extra = (a, wide[:, :d]) if sums > 2 else (None, None)
+    x1 = x + wide[:, None, :d] * a if sums > 2 else x
     _, mean, rstd = torch.native_layer_norm(x1, (d,), None, None, 1e-6)
-    inputs = (d_x1, d_y, x, *extra, wide[:, 2 * d : 3 * d], mean, rstd)
+    inputs = (d_x1, d_y, x, *extra, wide[:, 2 * d : 3 * d], mean, rstd, sums == 4)
     for ours, theirs in zip(norm_kernel.launch(*inputs), fused_norm.gate_norm_backward(*inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 print("equal")
 """
 
 
-@pytest.mark.skipif(not TRITON, reason="needs triton")
+@needs_triton
 def test_the_interpreted_kernel_equals_the_formulas() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+    interpreted(INTERPRETED)
 
 
-#: compute capability -> bytes of shared memory that a program may have there
-SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-
-
-@pytest.mark.skipif(not TRITON, reason="needs triton")
+@needs_triton
 @pytest.mark.parametrize("capability", SHARED)
 def test_the_kernel_is_compiled_for_every_gpu_and_fits_its_shared_memory(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To machine code, which needs no GPU; rows of float32 at both ends of what is loaded ahead."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
+    """Rows of float32 at both ends of what is loaded ahead."""
     from selftrans.models import norm_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = norm_kernel._gate_norm_backward
     for block in (norm_kernel.WIDEST, 2 * norm_kernel.WIDEST):
-        constants = {"CHUNK": norm_kernel.TOKENS, "D": block, "BLOCK": block, "GATED": True}
+        constants = {"CHUNK": norm_kernel.TOKENS, "D": block, "BLOCK": block, "SUMS": 4}
         constants["STAGES"] = norm_kernel.stages_of(block)
-        names = kernel.arg_names
-        kinds = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names} | dict.fromkeys(
-            constants, "constexpr"
-        )
-        aligned = {
-            (k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name.endswith(("_ptr", "_stride"))
-        }
-        made = compile(
-            ASTSource(kernel, kinds, constants, aligned),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": norm_kernel.warps_of(block)},
-        )
-        assert made.asm["cubin"] and made.metadata.shared <= SHARED[capability], (block, made.metadata.shared)
+        assert_compiles(norm_kernel._gate_norm_backward, constants, capability, norm_kernel.warps_of(block))
 
 
-@pytest.mark.skipif(not (TRITON and torch.cuda.is_available()), reason="needs a CUDA GPU and triton")
+@needs_gpu
 @pytest.mark.parametrize("size", [(4, 100, 384), (2, 256, 1152)])
 def test_compiled_block_on_a_gpu_has_the_same_gradients(
     size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
