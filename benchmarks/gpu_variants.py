@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from selftrans.experiments.bench import bench
-from selftrans.models import fused_norm
+from selftrans.models import fused_bias, fused_norm
 from selftrans.models.sit import SiTConfig
 
 #: part -> model, tokens, batch on a GPU
@@ -58,6 +58,7 @@ PRODUCTS = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITO
 VARIANTS: dict[str, Choice] = {
     "as it is": (contextlib.nullcontext, {}),
     "norms by inductor": (lambda: mock.patch.object(fused_norm, "FUSED_NORMS", False), {}),
+    "biases in the kernels": (lambda: mock.patch.object(fused_bias, "FUSED_BIASES", True), {}),
     "without cuDNN": (without_cudnn, {}),
     "kernels joined": (lambda: inductor(combo_kernels=True), {}),
     "fewer partial sums": (lambda: inductor(triton__mix_order_reduction_split_size=1024), {}),

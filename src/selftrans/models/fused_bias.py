@@ -35,8 +35,9 @@ def applies(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
 
     Not for layers that only look linear to their block, those of adapters and in eight bits.
     """
-    plain = type(layer) is nn.Linear and layer.bias is not None and layer.bias.requires_grad
-    return FUSED_BIASES and plain and fused_norm.applies(x)
+    if not (FUSED_BIASES and fused_norm.applies(x) and type(layer) is nn.Linear):
+        return False
+    return layer.bias is not None and layer.bias.requires_grad
 
 
 def linear(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -47,8 +48,8 @@ def linear(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def gate_add(x: Tensor, a: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
-    """Tokens x and a (N, T, D), gate (N, D) -> x + gate * a. a, bias: the output of a layer, from `linear`."""
-    return x + gate.unsqueeze(dim=1) * a if bias is None else _GateAdd.apply(x, a, gate, bias)
+    """Tokens x and a (N, T, D), gate (N, 1, D) -> x + gate * a. a, bias: the output of a layer, from `linear`."""
+    return x + gate * a if bias is None else _GateAdd.apply(x, a, gate, bias)
 
 
 def gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -79,19 +80,15 @@ class _GateAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(a, gate)
         ctx.bias_dtype = bias.dtype
-        return x + gate.unsqueeze(dim=1) * a
+        return x + gate * a
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (d,) = gradients
         a, gate = ctx.saved_tensors
-        d_bias = (gate * d.sum(dim=1)).sum(dim=0)
-        return (
-            d.view_as(d),
-            (gate.unsqueeze(dim=1) * d).to(a.dtype),
-            (d * a).sum(dim=1).to(gate.dtype),
-            d_bias.to(ctx.bias_dtype),
-        )
+        d_gate = (d * a).sum(dim=1, keepdim=True).to(gate.dtype)
+        d_bias = (gate * d.sum(dim=1, keepdim=True)).sum(dim=(0, 1)).to(ctx.bias_dtype)
+        return d.view_as(d), (gate * d).to(a.dtype), d_gate, d_bias
 
 
 class _Gelu(torch.autograd.Function):

@@ -132,6 +132,7 @@ class Block(nn.Module):
             x, y = fused_norm.modulated(x, shift1, scale1, self.norm1.eps)
             a, bias = fused_bias.linear(self.attn.proj, self.attn.mixed(y))
             x, y = fused_norm.gate_modulated(x, a, gate1, shift2, scale2, self.norm2.eps, bias)
+            gate2 = gate2.unsqueeze(dim=1)
             a, bias = fused_bias.linear(self.mlp.fc2, self.mlp.hidden(y))
             return fused_bias.gate_add(x, a, gate2, bias)
         x = x + gate1.unsqueeze(dim=1) * self.attn(modulate(self.norm1(x), shift1, scale1))

@@ -65,7 +65,9 @@ def test_gradients_of_gates_equal_those_of_autograd() -> None:
         return x1, F.layer_norm(x1, (D,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
     assert_same_gradients(
-        lambda x, a, gate, bias: fused_bias.gate_add(x, a + bias.detach(), gate, bias), added, [x, a, gate, bias]
+        lambda x, a, gate, bias: fused_bias.gate_add(x, a + bias.detach(), gate[:, None], bias),
+        added,
+        [x, a, gate, bias],
     )
     assert_same_gradients(
         lambda x, a, gate, bias, shift, scale: fused_norm.gate_modulated(

@@ -19,7 +19,7 @@ import torch
 import torch._inductor.config as inductor
 from accelerate.state import AcceleratorState
 
-from selftrans.models import fused_norm
+from selftrans.models import fused_bias, fused_norm
 from selftrans.train.captured_step import NotCaptured
 from selftrans.train.interrupted import Interrupted
 from tests.support.scripts import script
@@ -87,7 +87,8 @@ def test_other_choices_for_the_step_are_measured_one_by_one(tmp_path: Path) -> N
     assert {name: set(each["rows"]) for name, each in found.items()} == {
         "vanilla, 1 recomputed": {"vanilla"}, "stage2, 1 recomputed": {"stage2"},
     }  # fmt: skip
-    choices = ("as it is", "norms by inductor", "without cuDNN", "kernels joined", "fewer partial sums")
+    choices = ("as it is", "norms by inductor", "biases in the kernels", "without cuDNN", "kernels joined")
+    choices += ("fewer partial sums",)
     found = read(tmp_path / "variants.json")
     shown = ("ms", "first step s")
     assert {name for name in found if name.startswith("toy")} == {
@@ -100,6 +101,7 @@ def test_other_choices_for_the_step_are_measured_one_by_one(tmp_path: Path) -> N
     }
     assert not inductor.max_autotune_gemm and not inductor.coordinate_descent_tuning, "as before"
     assert (importlib.util.find_spec("triton") is not None) == fused_norm.FUSED_NORMS, "as before"
+    assert not fused_bias.FUSED_BIASES, "as before"
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
