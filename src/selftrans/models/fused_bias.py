@@ -71,8 +71,10 @@ def split_heads(qkv: Tensor, bias: Tensor, heads: int, q_norm: nn.Module, k_norm
     qkv, bias: the output of a layer, from `linear`.
     """
     if isinstance(q_norm, nn.LayerNorm) and isinstance(k_norm, nn.LayerNorm):
-        return _SplitHeads.apply(qkv, bias, heads, q_norm.eps, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
-    return _SplitHeads.apply(qkv, bias, heads, 0.0, None, None, None, None)
+        return _QueriesKeysValues.apply(
+            qkv, bias, heads, q_norm.eps, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias
+        )
+    return _QueriesKeysValues.apply(qkv, bias, heads, 0.0, None, None, None, None)
 
 
 class _GateAdd(torch.autograd.Function):
@@ -104,7 +106,7 @@ class _Gelu(torch.autograd.Function):
         return d_x, d_bias.to(ctx.bias_dtype)
 
 
-class _SplitHeads(torch.autograd.Function):
+class _QueriesKeysValues(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
