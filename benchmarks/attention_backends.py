@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selftrans.models.layers import split_heads
+from selftrans.models.layers import attend, split_heads
 from selftrans.models.sit import SIT_SIZES
 from selftrans.storage import write_json
 
@@ -38,7 +37,7 @@ TOKENS = {"SiT-S/4": 64, "SiT-S/2": 256, "SiT-B/2": 256, "SiT-XL/2": 256}
 def once(qkv: Tensor, heads: int) -> None:
     """Attention forward and backward; qkv (N, T, 3 D)."""
     q, k, v = split_heads(qkv, heads)
-    F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v).sum().backward()
+    attend(q.contiguous(), k.contiguous(), v).sum().backward()
 
 
 def milliseconds(qkv: Tensor, heads: int, backend: SDPBackend | None, repeats: int) -> float | None:
@@ -57,6 +56,18 @@ def milliseconds(qkv: Tensor, heads: int, backend: SDPBackend | None, repeats: i
     return 1e3 * (time.perf_counter() - started) / repeats
 
 
+def measured(name: str, device: torch.device, batch: int, repeats: int, rounds: int) -> dict[str, float | None]:
+    """Backend -> milliseconds with the heads of a model: the median over rounds, in which backends take turns."""
+    width, heads = SIT_SIZES[name]["width"], SIT_SIZES[name]["heads"]
+    qkv = torch.randn(batch, TOKENS[name], 3 * width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    times: dict[str, list[float]] = {key: [] for key in BACKENDS}
+    for _ in range(rounds):
+        for key, backend in BACKENDS.items():
+            if (ms := milliseconds(qkv, heads, backend, repeats)) is not None:
+                times[key].append(ms)
+    return {key: statistics.median(each) if each else None for key, each in times.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -66,17 +77,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {"device": str(device), "batch": options.batch, "milliseconds": {}}
     print(f"{'ms':<10}" + "".join(f"{name:>11}" for name in BACKENDS))
-    for name, tokens in TOKENS.items():
-        width, heads = SIT_SIZES[name]["width"], SIT_SIZES[name]["heads"]
-        qkv = torch.randn(options.batch, tokens, 3 * width, device=device, dtype=torch.bfloat16, requires_grad=True)
-        rounds = [
-            {key: milliseconds(qkv, heads, backend, options.repeats) for key, backend in BACKENDS.items()}
-            for _ in range(5)
-        ]
-        values: dict[str, float | None] = {}
-        for key in BACKENDS:
-            times = [ms for each in rounds if (ms := each[key]) is not None]
-            values[key] = statistics.median(times) if times else None
+    for name in TOKENS:
+        values = measured(name, device, options.batch, options.repeats, 5)
         found["milliseconds"][name] = values
         print(f"{name:<10}" + "".join(f"{'-' if ms is None else f'{ms:.3f}':>11}" for ms in values.values()))
     write_json(options.out / "attention_backends.json", found)
