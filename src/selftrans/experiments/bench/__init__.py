@@ -197,7 +197,11 @@ def _model(
     memory.own["matmul"] = memory.allocated() - before
     rounds, first = interleaved(candidates, clock, peaks, memory, seconds=budget.seconds, deadline=budget.deadline)
     flops = {name: one.flops for name, one in candidates.items()}
-    replayed = {name: one.replayed for name, one in candidates.items() if name.startswith(CAPTURED)}
+    captured = {
+        name: {"replayed": one.replayed, "loss": one.means["flow"], "grad_norm": one.means["grad_norm"]}
+        for name, one in candidates.items()
+        if name.startswith(CAPTURED)
+    }
     del candidates, peaks
     peak = max(2 * int(side) ** 3 / _median(rounds["matmul"], side) for side in rounds["matmul"][0])
     shown = {name: _row(each, config.train.batch_size) for name, each in rounds.items() if name != "matmul"}
@@ -205,7 +209,7 @@ def _model(
         share = None if row["data_ms"] is None else row["data_ms"] / row["ms"]
         row |= {"peak_memory_gb": memory.gigabytes(name), "data_share": share}
         row |= {"utilisation": flops[name] / (row["ms"] / 1e3) / peak, "first_step_s": first[name]}
-        row |= {"replayed": replayed[name]} if name in replayed else {}
+        row |= captured.get(name, {})
     ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items() if rounds.keys() >= set(pair)}
     found: dict[str, Any] = {
         "rounds": len(rounds["matmul"]),

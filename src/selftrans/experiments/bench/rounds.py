@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,9 @@ class Candidate(Protocol):
 
     flops: int  #: floating-point operations that the method needs per step
     captured_in: float  #: seconds that it took to capture the step; 0 where it is not captured
+    #: of a captured step: mean loss (`flow`) and `grad_norm` of the steps before the measurement, which a change of the way in
+    #: which the same step is computed may only round
+    means: dict[str, float | None]
 
     @property
     def replayed(self) -> bool:
@@ -75,7 +79,7 @@ class TrainerStep:
         randomise(self.trainer.objective)
         self.batches = self.trainer.stream.from_step(0, pin=accelerator.device.type == "cuda")
         self.flops = sum(self.trainer.flops.values())  #: floating-point operations that the method needs per step
-        self.captured_in = 0.0
+        self.captured_in, self.means = 0.0, dict[str, float | None]()
         if self.trainer.captured:
             accelerator.timestamps, started = None, time.monotonic()
             for _ in range(self.trainer.captured.untimed):
@@ -83,6 +87,9 @@ class TrainerStep:
             self.captured_in = time.monotonic() - started
             if accelerator.device.type == "cuda" and not self.replayed:
                 raise NotCaptured("no graph was recorded in the steps before the measurement")
+            self.trainer.captured.flush()
+            means = {name: float(self.trainer.window.means()[name]) for name in ("flow", "grad_norm")}
+            self.means = {name: value if math.isfinite(value) else None for name, value in means.items()}
         else:
             self.trainer.wrapped.register_forward_pre_hook(lambda *_: accelerator.timestamp())
             self.trainer.wrapped.register_forward_hook(lambda *_: accelerator.timestamp())
@@ -112,7 +119,7 @@ class TimedPlainStep:
     def __init__(self, config: RunConfig, dataset: Dataset, clock: Clock, *, guided: bool, flops: int) -> None:
         self.clock, self.dataset, manifest = clock, dataset, dataset.manifest
         self.flops = flops  #: of the method, not of this step, which computes more
-        self.captured_in, self.replayed = 0.0, False
+        self.captured_in, self.replayed, self.means = 0.0, False, dict[str, float | None]()
         self.plain = PlainStep(config, manifest.shape, manifest.conditions, clock.device, guided=guided)
         randomise(self.plain.model)
         if self.plain.teacher is not None:
