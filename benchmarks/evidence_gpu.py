@@ -44,6 +44,7 @@ from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 from selftrans.train.preview import Attempt
+from selftrans.train.processes import free_prepared
 from selftrans.train.run import accelerator_of, planned
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
@@ -192,7 +193,7 @@ def run_job(lease: Lease, accelerator: Accelerator, job: Job) -> bool:
             trainer.run()
             spent += trainer.total_flops() / 1e12
             del trainer, teacher, parts
-            accelerator.free_memory()
+            free_prepared(accelerator)
     except Interrupted:
         lease.write()
         return False

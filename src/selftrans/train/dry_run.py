@@ -43,6 +43,7 @@ from selftrans.train.capture_rules import ENDED, NotCaptured, description
 from selftrans.train.data_window import Transfer, describe_data, transfer_of, transfer_text
 from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
+from selftrans.train.processes import free_prepared
 from selftrans.train.run import accelerator_of, data_of_run, planned, ready_data
 from selftrans.train.teachers import teacher_of
 from selftrans.train.trackers import tracker_names
@@ -158,7 +159,7 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
             found.stages.append(_measured(trainer, out, steps))
             release(trainer)
             del trainer, teacher
-            accelerator.free_memory()
+            free_prepared(accelerator)
         found.fetched = transfer_of(config, given)
         found.disk_needed = sum(s.kept * s.checkpoint for s in found.stages)
         found.disk_needed += max(s.checkpoint for s in found.stages)

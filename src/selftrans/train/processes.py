@@ -1,4 +1,4 @@
-"""Memory settings of a training process, the timeout between processes, and the error when another process has ended."""
+"""Memory of a training process, the timeout between processes, and the error when another process has ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from datetime import timedelta
 
+from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from selftrans.config import Train
@@ -33,6 +34,17 @@ def keep_memory() -> bool:
         return False
     # 32 MiB is the maximum: larger blocks still come from the system
     return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def free_prepared(accelerator: Accelerator) -> None:
+    """Free the memory of all that the accelerator has prepared, and of the device; for the next stage.
+
+    accelerate's `free_memory` runs the garbage collector before it forgets its models. A prepared model refers to itself, so
+    weights, and gradients that lie in the memory of a graph, would stay until Python collects garbage by itself.
+    """
+    accelerator._models.clear()
+    accelerator._optimizers.clear()
+    accelerator.free_memory()
 
 
 def process_group_options(config: Train) -> InitProcessGroupKwargs:

@@ -39,7 +39,7 @@ from selftrans.train.initial_weights import InitialWeights, initial_weights, res
 from selftrans.train.log import progress_bar
 from selftrans.train.memory_use import memory_line
 from selftrans.train.preview import Preview, with_prompts
-from selftrans.train.processes import keep_memory, process_group_options, reporting_lost_processes
+from selftrans.train.processes import free_prepared, keep_memory, process_group_options, reporting_lost_processes
 from selftrans.train.resume import record, settings_before, settle
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
@@ -120,7 +120,7 @@ def _train(
                 trainer.run()
             spent.append(_spent(trainer))
             del trainer
-            accelerator.free_memory()
+            free_prepared(accelerator)
         report = _report(config, plan, spent, initial)
         if main:
             write_json(out / REPORT, report)

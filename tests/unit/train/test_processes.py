@@ -1,11 +1,33 @@
-"""Settings of a training process: a finite timeout, and one line when another process is gone."""
+"""A training process: a finite timeout, one line when another process is gone, memory that is freed after a stage."""
 
+import gc
+import weakref
 from datetime import timedelta
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from selftrans.config import Train
-from selftrans.train.processes import keep_memory, process_group_options, reporting_lost_processes
+from selftrans.train.processes import free_prepared, keep_memory, process_group_options, reporting_lost_processes
+
+
+def test_models_and_optimisers_of_a_stage_are_freed_before_the_next():
+    """A prepared model in bf16 refers to itself: only the garbage collector frees it."""
+    AcceleratorState._reset_state(True)
+    accelerator, model = Accelerator(cpu=True, mixed_precision="bf16"), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    kept = accelerator.prepare_model(model), accelerator.prepare_optimizer(optimizer)
+    alive = [weakref.ref(model), weakref.ref(optimizer), weakref.ref(model.weight)]
+    gc.disable()
+    try:
+        del model, optimizer, kept
+        free_prepared(accelerator)
+        assert [each() for each in alive] == [None, None, None]
+    finally:
+        gc.enable()
+        AcceleratorState._reset_state(True)
 
 
 def test_timeout_of_the_process_group_is_the_setting():
