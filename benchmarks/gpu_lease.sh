@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Nine minutes of one GPU in one command: correctness first, then speed of S/2, B/2, S/4 and XL/2 as a fraction of the measured
-# peak, with memory, first steps and sampling; XL/2 at batch 256 in 80 GB; other choices for the same step; time to the first
-# step, what surrounds the step, and kernels that inductor chooses by timing them. A short table last.
+# Minutes of one GPU in one command: correctness first, then what decides most. docs/gpu-lease.md has the parts in their order,
+# how long each takes and what it measures. A short table comes last.
 #
 #     bash benchmarks/gpu_lease.sh [OUT]          default: docs/bench/lease
 #
@@ -19,8 +18,10 @@ out=${1:-${OUT:-$here/../docs/bench/lease}}
 python=${PYTHON:-python3}
 budget=${BUDGET:-520}
 closing=10  # seconds for the table, and for ending a part that does not stop by itself
-parts="correctness s2 b2 s4 xl2 memory variants sampling first_step around tuned"
-declare -A limits=([correctness]=130 [s2]=90 [b2]=100 [s4]=70 [xl2]=90 [memory]=80 [variants]=150 [sampling]=75 [first_step]=120 [around]=60 [tuned]=300)
+parts="correctness b2 first_step xl2 memory s2 loading attention variants compare route sampling variants_s2 s4 around tests tuned"
+# seconds, about half more than each is expected to take
+declare -A limits=([correctness]=90 [b2]=100 [first_step]=100 [xl2]=130 [memory]=110 [s2]=80 [variants]=240 [loading]=40
+    [attention]=40 [compare]=180 [route]=150 [sampling]=100 [variants_s2]=200 [s4]=80 [around]=60 [tests]=150 [tuned]=300)
 export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 
 gpu() {  # torch takes seconds to ask; nvidia-smi is not in every container
@@ -45,7 +46,18 @@ if ! gpu; then
     budget=$((4 * budget))
 fi
 mkdir -p "$out" && work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
+watcher=
+stop_watching() {
+    [ -n "$watcher" ] && kill "$watcher" 2>/dev/null && wait "$watcher" 2>/dev/null
+    watcher=
+}
+trap 'stop_watching; rm -rf "$work"' EXIT
+watch() {  # what the GPU does meanwhile: percent of the time in kernels, MHz, W; it is only read
+    command -v nvidia-smi >/dev/null || return
+    nvidia-smi --query-gpu=utilization.gpu,clocks.sm,power.draw --format=csv,noheader,nounits -i 0 -lms 500 \
+        >"$work/$1-gpu.log" 2>/dev/null &
+    watcher=$!
+}
 if [ -s "$out/lease.tgz" ]; then
     tar -xzf "$out/lease.tgz" -C "$work" --no-same-owner || exit 1
 fi
@@ -73,10 +85,13 @@ for part in $missing $broken; do
     fi
     [ "$left" -lt "$limit" ] && limit=$left
     began=$SECONDS
-    rm -rf "$work/$part.json" "$work/$part.log" "$work/bench-$part"-*
+    rm -rf "$work/$part.log" "$work/$part-gpu.log" "$work/bench-$part"-*
+    [ -n "${FRESH:-}" ] && rm -f "$work/$part.json"
+    [ -z "$toy" ] && watch "$part"
     timeout --kill-after=5 "$limit" "$python" "$here/gpu_parts.py" "$part" --out "$work" --into "$out" --limit "$limit" $toy \
         2>"$work/$part.log"
     status=$?
+    stop_watching
     if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
         echo "$part: stopped after $((SECONDS - began)) of $limit s"
     fi

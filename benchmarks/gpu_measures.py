@@ -1,4 +1,4 @@
-"""The measurements of `gpu_parts.py`: correctness, training steps, time to the first step, sampling, what surrounds the step.
+"""Measurements of `gpu_parts.py`: correctness, training steps, time to the first step, sampling, tests; and the list of parts.
 
 On a GPU in bfloat16 and compiled; "toy" takes tiny models in float32. Times of a part include compilation. A part is a function
 of a `Job`, to which it adds what it finds, piece by piece.
@@ -6,6 +6,7 @@ of a `Job`, to which it adds what it finds, piece by piece.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -19,19 +20,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpu_around
 import gpu_variants
 import numpy as np
 import torch
 
 from selftrans.config import Log, RunConfig, SampleConfig, Train
-from selftrans.data.decoded import decode_images
 from selftrans.device import default_device
-from selftrans.encoders.autoencoder import Autoencoder, from_uint8, load_autoencoder
 from selftrans.encoders.identity import identity
-from selftrans.evaluate.classifier import train_classifier
-from selftrans.evaluate.extractors import ClassifierExtractor
-from selftrans.evaluate.statistics import Statistics
-from selftrans.experiments.bench import loading_sampling
 from selftrans.experiments.bench.loading_sampling import prepare_sampling, random_dataset
 from selftrans.experiments.bench.machine import Clock, describe
 from selftrans.experiments.bench.rounds import randomise
@@ -45,9 +41,8 @@ from selftrans.types import Conditions
 
 MODELS, TOY = gpu_variants.MODELS, gpu_variants.TOY
 ROWS = ("vanilla", "stage2")
-CAPTURED = ("captured_vanilla", "captured_stage2")  #: of all but the largest model
-SECONDS = 10.0  #: of rounds of steps
-SAMPLING = 25.0  #: seconds that must be left to sample with a model whose steps were measured
+CAPTURED = ("captured_vanilla", "captured_stage2")
+SECONDS = {"launched": 3.0, "captured": 8.0}  #: of rounds of steps
 #: steps of the two stages of a training that is compared: a captured one begins with three launched steps
 LENGTHS = (6, 8)
 CAPTURES = 4  #: graphs that such a training records: two for each stage
@@ -66,7 +61,17 @@ CLOSE = {
 
 
 def machine(toy: bool) -> dict[str, Any]:
-    return describe(default_device(), "fp32" if toy else "bf16")
+    """The machine, with the share of the GPU's memory that is free: all but a little, unless others use it, too."""
+    found = describe(default_device(), "fp32" if toy else "bf16")
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (1, 1)
+    return found | {"free_memory": round(free / total, 3), "triton": _version("triton")}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def no_gpu() -> str | None:
@@ -163,7 +168,7 @@ def checks(losses: Mapping[str, list[float | None]]) -> dict[str, Any]:
 
 
 def speed(job: Any) -> None:
-    """Training steps of one model as a fraction of the measured peak, with its memory, first step and sampling.
+    """Training steps of one model as a fraction of the measured peak, with its memory and first step.
 
     Launched steps are measured and written before any is captured: a capture that fails ends what this process can
     do, and the memory of all rows together need not be there. Ratios of captured and launched rows are of their medians.
@@ -171,18 +176,15 @@ def speed(job: Any) -> None:
     name, tokens, batch = ("toy", 16, 4) if job.toy else MODELS[job.part]
     model = TOY if job.toy else SiTConfig(name=name)
     given: dict[str, Any] = {"batch_size": batch, "tokens": tokens, "quick": job.toy}
-    given["seconds"] = 0.0 if job.toy else SECONDS
 
     def measured(kind: str, rows: tuple[str, ...], share: float) -> dict[str, Any]:
-        one = gpu_variants.measured(job, kind, name, model, rows, limit=share * job.left, **given)
+        seconds = 0.0 if job.toy else SECONDS[kind]
+        one = gpu_variants.measured(job, kind, name, model, rows, limit=share * job.left, seconds=seconds, **given)
         before = job.found.get("models", {}).get(name)
         return {"models": {name: joined(before, one) if before else one}}
 
-    sound = job.attempt("launched steps", lambda: measured("launched", ROWS, 0.6))
-    if job.part != "xl2" and job.left > 0:
-        sound = job.attempt("captured steps", lambda: measured("captured", CAPTURED, 0.8)) and sound
-    if sound and (job.toy or job.left > SAMPLING):
-        job.attempt("sampling", lambda: sampled(model, tokens, job.toy))
+    job.attempt("launched steps", lambda: measured("launched", ROWS, 0.6))
+    job.attempt("captured steps", lambda: measured("captured", CAPTURED, 0.8), needs=gpu_variants.NEEDED)
 
 
 def joined(launched: Mapping[str, Any], captured: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,21 +196,14 @@ def joined(launched: Mapping[str, Any], captured: Mapping[str, Any]) -> dict[str
     return dict(launched) | {"rows": rows, "ratios": launched["ratios"] | captured["ratios"] | ratios}
 
 
-def sampled(model: SiTConfig, tokens: int, toy: bool) -> dict[str, Any]:
-    """Guided sampling without decoding, as `selftrans bench` measures it."""
-    clock, (precision, dtype) = Clock(default_device()), ("fp32", torch.float32) if toy else ("bf16", torch.bfloat16)
-    side = math.isqrt(tokens) * model.sizes()["patch"]
-    built = RunConfig("bench", model=model).build_model((4, side, side), Conditions("labels", 1000)).to(clock.device)
-    randomise(built)
-    prepare_sampling(built, clock.device, dtype)
-    found = loading_sampling.sampling(built, clock, precision=precision, images=1 if toy else 64, rounds=2)
-    return {"sampling": found, "sampled_per_s": found["full_images_per_s"]}
-
-
 def first_step(job: Any) -> None:
-    """Seconds from a new process to its first step done, with an empty cache of compiled code and again with a full one."""
+    """Seconds of a first step, with an empty cache of compiled code and again with a full one.
+
+    Of the step alone, with the construction of the model, and from the start of the process on.
+    """
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        # Triton's own: of kernels that inductor does not write
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": str(Path(cache, "triton"))}
 
         def once(name: str) -> dict[str, float]:
             started, words = time.perf_counter(), [sys.executable, __file__, *(["--toy"] if job.toy else [])]
@@ -218,14 +213,15 @@ def first_step(job: Any) -> None:
             if done.returncode:
                 raise RuntimeError(done.stderr.strip().splitlines()[-1])
             whole = round(time.perf_counter() - started, 2)
-            return {f"{name}_process_s": whole, f"{name}_s": float(done.stdout.strip().splitlines()[-1])}
+            step, built = map(float, done.stdout.split()[-2:])
+            return {f"{name}_step_s": step, f"{name}_with_model_s": built, f"{name}_process_s": whole}
 
         if job.attempt("cold", lambda: once("cold")):
             job.attempt("warm", lambda: once("warm"))
 
 
 def one_step(toy: bool) -> None:
-    """In a new process: print the seconds from the call to the end of one step."""
+    """In a new process: print the seconds of one step, and those from the call to its end."""
     with tempfile.TemporaryDirectory() as folder:
         side = 8 if toy else 32
         random_dataset(Path(folder) / "data", (4, side, side), 512)
@@ -234,8 +230,8 @@ def one_step(toy: bool) -> None:
         model = TOY if toy else SiTConfig(name="SiT-B/2")
         config = RunConfig("bench", method="vanilla", model=model, train=small, log=Log(tensorboard=False))
         started = time.perf_counter()
-        dry_run(config.override({"data.path": str(Path(folder) / "data")}), Path(folder) / "run", steps=1)
-        print(round(time.perf_counter() - started, 2))
+        found = dry_run(config.override({"data.path": str(Path(folder) / "data")}), Path(folder) / "run", steps=1)
+        print(round(found.stages[0].seconds_per_step, 2), round(time.perf_counter() - started, 2))
 
 
 def sampling(job: Any) -> None:
@@ -287,72 +283,54 @@ def sampled_images(toy: bool, name: str, images: dict[str, np.ndarray]) -> dict[
     return found
 
 
-def around(job: Any) -> None:
-    """Pictures per second of what surrounds the step: a classifier, its features, a VAE of Stable Diffusion's size."""
-    clock = Clock(default_device())
-    job.attempt("classifier", lambda: classified(clock, job.toy))
-    job.attempt("VAE", lambda: coded(clock, job.toy))
+TESTS = (
+    "tests/unit/models/test_fused_norm.py",
+    "tests/unit/models/test_fused_bias.py",
+    "tests/unit/train/test_captured_step.py",
+    "tests/unit/sampling/test_captured_passes.py",
+)
 
 
-def classified(clock: Clock, toy: bool) -> dict[str, float]:
-    count = 128 if toy else 20_000
-    small = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    began = time.perf_counter()
-    model = train_classifier(small, np.arange(count) % 10, 10, epochs=1, width=4 if toy else 32, device=clock.device)
-    trained_in = time.perf_counter() - began
-    extractor = ClassifierExtractor(model, "small", clock.device)
-    features = rate(lambda: Statistics.of(small, extractor, keep=False), count, clock)
-    return {"classifier_training_per_s": count / trained_in, "features_per_s": features}
+def tests(job: Any) -> None:
+    """The tests that need a GPU, by pytest."""
+    root = Path(__file__).parents[1]
 
+    def run(path: str) -> dict[str, Any]:
+        words = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-k", "on_a_gpu or of_a_gpu", path]
+        with tempfile.TemporaryDirectory() as folder:
+            found = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
+            environment = os.environ | {"PYTHONPATH": found, "TMPDIR": folder}
+            done = subprocess.run(
+                words, cwd=root, env=environment, capture_output=True, text=True, timeout=max(1.0, job.left - 2)
+            )
+        print(done.stdout, file=sys.stderr)
+        said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
+        if done.returncode:
+            raise RuntimeError("; ".join([*(each for each in said if each.startswith("FAILED")), *said[-1:]]))
+        return {"tests": job.found.get("tests", {}) | {path: said[-1]}}
 
-def coded(clock: Clock, toy: bool) -> dict[str, float]:
-    """A VAE of random weights, in float32 and bfloat16."""
-    from diffusers import AutoencoderKL  # an optional package
-
-    found, side, batch = dict[str, float](), 64 if toy else 256, 2 if toy else 64
-    widths = (8, 8, 16, 16) if toy else (128, 256, 512, 512)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    sizes = {"block_out_channels": widths, "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 8}
-    pictures = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
-    decoded: dict[str, np.ndarray] = {}
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        AutoencoderKL(**sizes, **blocks, scaling_factor=0.18215).save_pretrained(folder)
-        for name in ("float32", "bfloat16"):
-            vae = load_autoencoder(folder, device=clock.device, dtype=getattr(torch, name))
-            latents = torch.randn(batch, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0))
-            found[f"decode_{name}_per_s"] = rate(partial(decode_images, vae, latents), batch, clock)
-            decoded[name] = decode_images(vae, latents)
-            pixels = from_uint8(torch.from_numpy(pictures).to(clock.device))
-            found[f"encode_{name}_per_s"] = rate(partial(encoded, vae, pixels), batch, clock)
-    levels = np.abs(decoded["float32"].astype(np.float32) - decoded["bfloat16"])
-    return found | {"decode_mean_difference_of_levels": float(levels.mean())}
-
-
-def encoded(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
-    """What `prepare` stores of pixels (N, C, H, W), on the host."""
-    return vae.encode(pixels).stack().cpu()
-
-
-def rate(work: Callable[[], Any], count: int, clock: Clock) -> float:
-    """Pictures per second of the second call."""
-    for _ in range(2):
-        clock.wait()
-        began = time.perf_counter()
-        work()
-        clock.wait()
-    return count / (time.perf_counter() - began)
+    for path in TESTS:
+        job.attempt(Path(path).stem, partial(run, path), needs=10.0)
 
 
 #: part -> what measures it
 PARTS: dict[str, Callable[[Any], None]] = {
     "correctness": correctness,
-    **dict.fromkeys(MODELS, speed),
-    "memory": gpu_variants.memory,
-    "variants": gpu_variants.variants,
+    "b2": speed,
     "first_step": first_step,
+    "xl2": gpu_variants.xl2,
+    "memory": gpu_variants.memory,
+    "s2": speed,
+    "variants": gpu_variants.variants,
+    "loading": gpu_around.loading,
+    "attention": gpu_around.attention,
+    "compare": gpu_around.compare,
+    "route": gpu_variants.route,
     "sampling": sampling,
-    "around": around,
+    "variants_s2": gpu_variants.variants_s2,
+    "s4": speed,
+    "around": gpu_around.around,
+    "tests": tests,
     "tuned": gpu_variants.tuned,
 }
 

@@ -1,5 +1,5 @@
-"""Three parts of `gpu_parts.py`: other choices for the same training step, those that inductor tunes by timing its kernels, and
-SiT-XL/2 at batch 256 in 80 GB.
+"""Parts of `gpu_parts.py`: other choices for the same training step, those that inductor tunes by timing its kernels, routed
+tokens, SiT-XL/2, and SiT-XL/2 at batch 256 in 80 GB.
 
 Every variant is a captured step of vanilla training, built and measured as the rows of `selftrans bench`, one after the other
 in one process. A variant that fails says so, and the next one is measured.
@@ -24,11 +24,16 @@ MODELS = {
     "s4": ("SiT-S/4", 64, 256),
     "s2": ("SiT-S/2", 256, 256),
     "b2": ("SiT-B/2", 256, 256),
-    "xl2": ("SiT-XL/2", 256, 64),
+    "xl2": ("SiT-XL/2", 256, 256),
 }
+BATCHES = (256, 128, 64)  #: of XL/2: the largest one that fits without recomputed blocks
+#: GB of XL/2: weights, gradients, moments, average, casts, teacher and the products of the peak; activations of a sample
+FIXED, SAMPLE = 20.0, 0.36
 TOY = SiTConfig(width=32, depth=3, heads=2, patch=2)
 GIGABYTES = 80.0  #: of the part `memory`: what a GPU of this size has
-RECOMPUTED = 12  #: blocks of XL/2, as docs/step.md has it on paper
+RECOMPUTED = (12, 16, 20)  #: blocks of XL/2: as docs/step.md has it on paper, and more where these do not fit
+NEEDED = 20.0  #: seconds of a captured step whose code is compiled already, built and measured
+ROUTE = 0.5  #: share of the tokens that skip the middle blocks
 
 
 @contextlib.contextmanager
@@ -84,9 +89,13 @@ def measured(job: Any, folder: str, name: str, model: SiTConfig, rows: tuple[str
 
 
 def variants(job: Any) -> None:
-    """Milliseconds a step of each variant and model; the largest model first, where most time is spent."""
-    for part in ("b2",) if job.toy else ("b2", "s2", "s4"):
-        compared(job, part, VARIANTS)
+    """Milliseconds a step of SiT-B/2 with each variant."""
+    compared(job, "b2", VARIANTS)
+
+
+def variants_s2(job: Any) -> None:
+    """The same of SiT-S/2."""
+    compared(job, "s2", VARIANTS)
 
 
 def tuned(job: Any) -> None:
@@ -95,40 +104,82 @@ def tuned(job: Any) -> None:
 
 
 def compared(job: Any, part: str, choices: Mapping[str, Choice]) -> None:
-    """Milliseconds of a step, and seconds of the first one, of the model of a part with each of these choices."""
+    """Milliseconds of a step, and seconds of the first one, of the model of a part with each of these choices.
+
+    Loss and norm of the gradient of the first steps are those of the same weights, data and noise: they may differ by rounding
+    alone. What an earlier call has measured on such a GPU stays; what failed there, or did not end, comes last.
+    """
     model, tokens, batch = ("toy", 16, 4) if job.toy else MODELS[part]
-    for name, choice in choices.items():
-        if job.left < 15 or (job.toy and choice[1]):  # eight bits need bf16
-            continue
-        job.attempt(f"{model}, {name}", partial(variant, job, model, tokens, batch, name, choice))
+    job.found["choices"] = job.earlier(job.found["machine"]).get("choices", {})
+
+    def once(name: str) -> dict[str, Any]:
+        changed, over = choices[name]
+        config = TOY if job.toy else SiTConfig(name=model)
+        given = {"batch_size": batch, "tokens": tokens, "seconds": 0.0 if job.toy else 3.0, "limit": job.left}
+        given |= {"quick": job.toy, "overrides": over}
+        with changed():
+            found = measured(job, f"{model} {name}", model, config, ("captured_vanilla",), **given)
+        return {"choices": job.found["choices"] | {name: found["rows"]["captured_vanilla"]}}
+
+    left = [name for name in choices if name not in job.found["choices"]]
+    for name in sorted(left, key=lambda name: job.stopped(f"{model}, {name}")):
+        if not (job.toy and "train.fp8" in choices[name][1]):  # eight bits need bf16
+            job.attempt(f"{model}, {name}", partial(once, name), needs=NEEDED)
 
 
-def variant(job: Any, model: str, tokens: int, batch: int, name: str, choice: Choice) -> dict[str, float]:
-    """One variant of one model."""
-    changed, over = choice
-    config = TOY if job.toy else SiTConfig(name=model)
-    given = {"batch_size": batch, "tokens": tokens, "seconds": 0.0 if job.toy else 3.0, "limit": job.left}
-    given |= {"quick": job.toy, "overrides": over}
-    with changed():
-        found = measured(job, f"{model} {name}", model, config, ("captured_vanilla",), **given)
-    row = found["rows"]["captured_vanilla"]
-    return {f"{model}, {name}, ms": row["ms"], f"{model}, {name}, first step s": row["first_step_s"]}
+def one_by_one(job: Any, title: str, model: str, config: SiTConfig, rows: tuple[str, ...], **given: Any) -> bool:
+    """The rows of a model, each built alone, so that the memory of one is enough. Whether all were measured.
+
+    Those that an earlier call has measured on such a GPU stay.
+    """
+    job.found.setdefault("models", job.earlier(job.found["machine"]).get("models", {}))
+
+    def once(row: str) -> dict[str, Any]:
+        found = measured(job, f"{title} {row}", model, config, (row,), limit=job.left, quick=job.toy, **given)
+        before = job.found["models"].get(title, {"rows": {}})
+        return {"models": job.found["models"] | {title: found | {"rows": before["rows"] | found["rows"]}}}
+
+    left = [row for row in rows if row not in job.found["models"].get(title, {"rows": {}})["rows"]]
+    done = [job.attempt(f"{title}, {row}", partial(once, row), needs=NEEDED) for row in left]
+    return all(done)
+
+
+def xl2(job: Any) -> None:
+    """Steps of SiT-XL/2 at the largest batch that fits: as many products at a time as the GPU can take."""
+    name, config, batch = ("toy", TOY, 4) if job.toy else ("SiT-XL/2", SiTConfig(name="SiT-XL/2"), largest_batch())
+    given = {"batch_size": batch, "tokens": 16 if job.toy else 256, "seconds": 0.0 if job.toy else 4.0}
+    one_by_one(job, f"{name} batch {batch}", name, config, ("vanilla", "captured_vanilla", "stage2"), **given)
+
+
+def largest_batch() -> int:
+    """Of `BATCHES`."""
+    gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return next((batch for batch in BATCHES if FIXED + SAMPLE * batch < gigabytes), BATCHES[-1])
+
+
+def route(job: Any) -> None:
+    """Captured steps in which half of the tokens skip the middle blocks (`model.route`)."""
+    for part in ("b2",) if job.toy else ("b2", "s2"):
+        name, tokens, batch = ("toy", 16, 4) if job.toy else MODELS[part]
+        config = TOY if job.toy else SiTConfig(name=name)
+        given: dict[str, Any] = {"batch_size": batch, "tokens": tokens, "seconds": 0.0 if job.toy else 4.0}
+        given["overrides"] = {"model.route": ROUTE}
+        one_by_one(job, f"{name} route {ROUTE}", name, config, ("captured_vanilla", "captured_stage2"), **given)
 
 
 def memory(job: Any) -> None:
     """Peak and rate of SiT-XL/2 at batch 256 with some blocks recomputed, in 80 GB; of the whole of a smaller GPU."""
-    config, batch, tokens = (TOY, 4, 16) if job.toy else (SiTConfig(name="SiT-XL/2"), 256, 256)
-    over = {"train.recompute": 1 if job.toy else RECOMPUTED}
+    name, config, batch = ("toy", TOY, 4) if job.toy else ("SiT-XL/2", SiTConfig(name="SiT-XL/2"), 256)
     if not job.toy:
         whole = torch.cuda.get_device_properties(0).total_memory / 1e9
         job.found["limit_gb"] = min(GIGABYTES, whole)
         torch.cuda.set_per_process_memory_fraction(min(1.0, GIGABYTES / whole))
-
-    def once(rows: tuple[str, ...]) -> dict[str, Any]:
-        given = {"batch_size": batch, "tokens": tokens, "seconds": 0.0, "limit": job.left, "quick": job.toy}
-        found = measured(job, rows[0], "toy" if job.toy else "SiT-XL/2", config, rows, overrides=over, **given)
-        return {"models": job.found.get("models", {}) | {f"{rows[0]}, {over['train.recompute']} recomputed": found}}
-
-    job.attempt("vanilla", lambda: once(("vanilla",)))
-    if job.left > 20 or job.toy:
-        job.attempt("stage 2", lambda: once(("stage2",)))
+    given: dict[str, Any] = {"batch_size": batch, "tokens": 16 if job.toy else 256, "seconds": 0.0}
+    for blocks in (1,) if job.toy else RECOMPUTED:
+        title = f"{name} batch {batch}, {blocks} recomputed"
+        if f"{title}, vanilla: MemoryError" in job.before.get("failed", ""):
+            continue
+        given["overrides"] = {"train.recompute": blocks}
+        if one_by_one(job, title, name, config, ("vanilla",), **given) or job.postponed:
+            one_by_one(job, title, name, config, ("stage2",), **given)
+            break

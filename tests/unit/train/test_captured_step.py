@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selftrans.data.dataset import Dataset
 from selftrans.graphs import WARM_UP, Invalidated, Recorded
@@ -127,14 +129,26 @@ CASES = {
     "labels": {"method": "self_transcendence", "stage2.until_step": 40, "stage2.label_part": "decay"},
     "sra": {"method": "sra", "sra.head_width": 16},
 }
+SELF = {"method": "self_transcendence", "train.accumulate": 1}
+#: on a CPU alone: a GPU has minutes
+MORE = {
+    "routed": SELF | {"model.route": 0.5, "stage2.until_step": 40},
+    "scale": {"method": "structure", "stage1.range_mode": "scale"},
+    "all times": SELF | {"stage2.timestep_range": None, "train.times": "uniform"},
+    "layersync": {"method": "layersync", "layersync.block": 1, "layersync.target_block": 2},
+    "dispersive": {"method": "dispersive"},
+    "DiT": SELF | {"model.name": "DiT-S/2", "model.route": 0.5},
+    "LightningDiT": SELF | {"model.name": "LightningDiT-S/1", "model.patch": 2},
+}
 
 
 @pytest.mark.usefixtures("spoilt")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | MORE)
 def test_captured_steps_equal_launched_steps(tmp_path: Path, case: str) -> None:
-    """Micro-batches, clipping, warm-up, weight decay, skipped updates, the end of a guidance, terms that fade."""
-    launched = steps(built(tmp_path, "off", CASES[case]))
-    one = built(tmp_path, "on", CASES[case])
+    """Micro-batches, clipping, warm-up, weight decay, skipped updates, ends of guidance, terms that fade, routed tokens."""
+    settings = (CASES | MORE)[case]
+    launched = steps(built(tmp_path, "off", settings))
+    one = built(tmp_path, "on", settings)
     assert one.captured is not None
     toy.assert_same(steps(one), launched)
     assert one.nonfinite.skipped == 2 and float(launched["window/flow"]) > 0
@@ -499,11 +513,12 @@ def test_interrupted_captured_run_equals_a_launched_one(tmp_path: Path, monkeypa
     toy.assert_same_run(tmp_path, launched)
 
 
-def test_one_graph_without_a_break_serves_all_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["labels", "scale", "routed", "LightningDiT"])
+def test_one_graph_without_a_break_serves_all_steps(tmp_path: Path, case: str) -> None:
     """dynamo traces draws, student, teacher and losses as one piece of code, on tensors without values."""
     from torch._dynamo.utils import counters
 
-    one = built(tmp_path, "off", CASES["labels"] | {"train.accumulate": 1})
+    one = built(tmp_path, "off", (CASES | MORE)[case] | {"train.accumulate": 1})
     space, objective = one.shards.manifest.latent_space, one.objective
 
     def losses(inputs: Any, step: torch.Tensor) -> torch.Tensor:
@@ -526,6 +541,41 @@ def test_one_graph_without_a_break_serves_all_steps(tmp_path: Path) -> None:
         buffer.zero_()  # the means of the labels are those of earlier steps
     assert compiled == pytest.approx(seen(losses), rel=1e-6)
     torch.compiler.reset()
+
+
+class Launched(TorchDispatchMode):
+    """The operations that Python calls on the device, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name not in ("detach", "select", "view", "alias"):  # of no kernel
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("case", ["vanilla", "labels", "routed"])
+def test_a_replayed_step_launches_two_graphs_and_seven_operations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """As docs/step.md says: rows, labels, step, rate, two of the report, the average."""
+    one = built(tmp_path, "on", (CASES | MORE)[case] | {"train.accumulate": 1})
+    captured, replayed = on_stream(one), list[Any]()
+    batches = one.stream.from_step(0)
+    for _ in range(WARM_UP + 2):
+        one.train_step(batches)
+    assert captured.replaying
+    for function in (captured._micro, captured._update):
+        replay = partial(replayed.append, function)
+        monkeypatch.setattr(function, "_graph", SimpleNamespace(replay=replay))  # what is within launches nothing
+    with Launched() as launched:
+        one.train_step(batches)
+    assert replayed == [captured._micro, captured._update]
+    assert sorted(launched.names) == ["_foreach_lerp_", "clone", "copy_", "copy_", "copy_", "fill_", "fill_"]
 
 
 @pytest.mark.parametrize("case", ["structure", "self"])

@@ -19,6 +19,7 @@ import torch
 import torch._inductor.config as inductor
 from accelerate.state import AcceleratorState
 
+from selftrans.experiments.bench import settings
 from selftrans.models import fused_bias, fused_norm
 from selftrans.train.captured_step import NotCaptured
 from selftrans.train.interrupted import Interrupted
@@ -45,7 +46,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_parts_run_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts, out, into = script("gpu_parts"), tmp_path / "work", tmp_path / "out"
-    for part in ("correctness", "sampling", "around"):
+    for part in ("correctness", "sampling", "around", "loading", "attention"):
         assert parts.main([part, "--out", str(out), "--into", str(into), "--toy"]) == 0
     found = read(out / "correctness.json")
     assert {name: len(each) for name, each in found["losses"].items()} == {
@@ -64,9 +65,14 @@ def test_parts_run_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixtur
     found = read(out / "around.json")
     assert all(value > 0 for name, value in found.items() if name.endswith("per_s"))
     assert 0 < found["decode_mean_difference_of_levels"] < 1 and found["features_per_s"] > 0
-    assert set(read(into / "gpu_lease.json")) == {"around", "correctness", "sampling"}
+    assert (
+        read(out / "loading.json")["streamed_latents_per_s"] > 0 < read(out / "loading.json")["on_device_latents_per_s"]
+    )
+    assert {"SiT-S/4, chosen, ms", "SiT-S/4, math, ms"} <= read(out / "attention.json").keys()
+    assert set(read(into / "gpu_lease.json")) == {"around", "attention", "correctness", "loading", "sampling"}
     with tarfile.open(into / "lease.tgz") as packed:
-        assert packed.getnames() == ["around.json", "correctness.json", "sampling.json"]
+        names = ["around", "attention", "correctness", "loading", "sampling"]
+        assert packed.getnames() == [f"{name}.json" for name in names]
     shown = capsys.readouterr().out
     assert "correctness: passed: eager bf16 / eager fp32 " in shown and "captured fp32 / eager fp32 0.0e+00\n" in shown
 
@@ -74,35 +80,197 @@ def test_parts_run_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_first_step_is_one_launched_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A step that is recorded as a graph is the fourth one."""
     measures, seen = script("gpu_measures"), list[Any]()
-    monkeypatch.setattr(measures, "dry_run", lambda config, out, steps: seen.append((config.train.capture, steps)))
+
+    def dry_run(config: Any, out: Path, *, steps: int) -> Any:
+        seen.append((config.train.capture, steps))
+        return SimpleNamespace(stages=[SimpleNamespace(seconds_per_step=0.25)])
+
+    monkeypatch.setattr(measures, "dry_run", dry_run)
     measures.one_step(True)
-    assert seen == [("off", 1)] and float(capsys.readouterr().out) >= 0
+    step, whole = capsys.readouterr().out.split()
+    assert seen == [("off", 1)] and step == "0.25" and float(whole) >= 0
 
 
 def test_other_choices_for_the_step_are_measured_one_by_one(tmp_path: Path) -> None:
     parts = script("gpu_parts")
-    for part in ("memory", "variants", "tuned"):
+    for part in ("memory", "variants", "tuned", "xl2", "route"):
         assert parts.main([part, "--out", str(tmp_path), "--toy"]) == 0
-    found = read(tmp_path / "memory.json")["models"]
-    assert {name: set(each["rows"]) for name, each in found.items()} == {
-        "vanilla, 1 recomputed": {"vanilla"}, "stage2, 1 recomputed": {"stage2"},
-    }  # fmt: skip
-    choices = ("as it is", "norms by inductor", "biases in the kernels", "without cuDNN", "kernels joined")
-    choices += ("fewer partial sums",)
-    found = read(tmp_path / "variants.json")
-    shown = ("ms", "first step s")
-    assert {name for name in found if name.startswith("toy")} == {
-        f"toy, {each}, {k}" for each in choices for k in shown
-    }
-    choices = ("as it is", "products tuned", "products tuned, TMA", "other kernels tuned")
-    found = read(tmp_path / "tuned.json")
-    assert {name for name in found if name.startswith("toy")} == {
-        f"toy, {each}, {k}" for each in choices for k in shown
-    }
+
+    def rows(part: str) -> dict[str, set[str]]:
+        return {name: set(each["rows"]) for name, each in read(tmp_path / f"{part}.json")["models"].items()}
+
+    assert rows("memory") == {"toy batch 4, 1 recomputed": {"vanilla", "stage2"}}
+    assert rows("xl2") == {"toy batch 4": {"vanilla", "captured_vanilla", "stage2"}}
+    assert rows("route") == {"toy route 0.5": {"captured_vanilla", "captured_stage2"}}
+    variants = parts.measures().gpu_variants
+    for part, choices in (("variants", variants.VARIANTS), ("tuned", variants.TUNED)):
+        found = read(tmp_path / f"{part}.json")["choices"]
+        assert [*found] == [name for name, (_, over) in choices.items() if "train.fp8" not in over]
+        assert len({(row["loss"], row["grad_norm"]) for row in found.values()}) == 1, "the same weights, data and noise"
     assert not inductor.max_autotune_gemm and not inductor.coordinate_descent_tuning, "as before"
     assert (importlib.util.find_spec("triton") is not None) == fused_norm.FUSED_NORMS, "as before"
     assert not fused_bias.FUSED_BIASES, "as before"
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(a new job of a part with 100 seconds; what it has asked to measure; the errors of pieces) on a GPU that is made up."""
+    parts = script("gpu_parts")
+    variants, asked, errors = parts.measures().gpu_variants, list[str](), dict[str, Exception]()
+
+    def measured(job: Any, folder: str, name: str, model: Any, rows: Any, **given: Any) -> Any:
+        if job.part == "route":
+            assert settings(model, 256, "bf16").override(given["overrides"]).model.route == 0.5
+        asked.append(folder)
+        if folder in errors:
+            raise errors[folder]
+        return {"rows": {row: {"ms": 5.0} for row in rows}}
+
+    monkeypatch.setattr(variants, "measured", measured)
+    gpu = SimpleNamespace(total_memory=85e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: asked.append(f"{share:.2f}"))
+
+    def new(part: str, name: str = "NVIDIA H100", limit: float = 100.0) -> Any:
+        made = parts.Job(part, tmp_path, limit)
+        made.found["machine"] = {"gpu": name, "torch": "2.11", "dtype": "bf16"}
+        asked.clear()
+        return made
+
+    return SimpleNamespace(new=new, asked=asked, errors=errors, variants=variants, gpu=gpu)
+
+
+def test_variants_that_found_no_time_are_measured_by_the_next_call(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an earlier call stay, unless it had another GPU; what failed there comes last."""
+    choices = dict.fromkeys(("one", "two", "three"), job.variants.VARIANTS["as it is"])
+    monkeypatch.setattr(job.variants, "VARIANTS", choices)
+    first = job.new("variants")
+    job.errors["SiT-B/2 one"] = ValueError("no kernel")
+    monkeypatch.setattr(type(first), "left", property(lambda self: 50.0 if len(job.asked) < 2 else 5.0))
+    job.variants.variants(first)
+    assert job.asked == ["SiT-B/2 one", "SiT-B/2 two"] and [*first.found["choices"]] == ["two"]
+    assert first.found["failed"] == "SiT-B/2, one: ValueError no kernel"
+    first.found.pop("unfinished")  # as at the end of a part
+    first.write()
+    assert first.found["unfinished"] == "not measured: SiT-B/2, three"
+    monkeypatch.setattr(type(first), "left", property(lambda self: 50.0))
+    second = job.new("variants")
+    job.variants.variants(second)
+    assert job.asked == ["SiT-B/2 three", "SiT-B/2 one"] and "two" in second.found["choices"]
+    first.found["measuring"] = "SiT-B/2, three"
+    first.write()
+    job.variants.variants(job.new("variants"))
+    assert job.asked == ["SiT-B/2 one", "SiT-B/2 three"], "both failed or did not end"
+    other = job.new("variants", "NVIDIA H200")
+    job.errors.clear()
+    job.variants.variants(other)
+    assert job.asked == ["SiT-B/2 two", "SiT-B/2 three", "SiT-B/2 one"] and "failed" not in other.found
+
+
+def test_nothing_is_measured_after_an_error_that_spoils_the_process(job: Any) -> None:
+    first = job.new("route")
+    job.errors["SiT-B/2 route 0.5 captured_vanilla"] = NotCaptured("CUDA ended the recording")
+    job.variants.route(first)
+    assert job.asked == ["SiT-B/2 route 0.5 captured_vanilla"] and len(first.postponed) == 3
+    first.write()
+    assert first.found["unfinished"].startswith("not measured: SiT-B/2 route 0.5, captured_stage2, SiT-S/2")
+
+
+def test_more_blocks_of_the_largest_model_are_recomputed_where_few_do_not_fit(job: Any) -> None:
+    first = job.new("memory")
+    job.errors["SiT-XL/2 batch 256, 12 recomputed vanilla"] = MemoryError("not enough memory")
+    job.variants.memory(first)
+    found = [f"SiT-XL/2 batch 256, {n} recomputed" for n in (12, 16)]
+    assert job.asked == ["0.94", f"{found[0]} vanilla", f"{found[1]} vanilla", f"{found[1]} stage2"]
+    assert [*first.found["models"]] == found[1:] and "MemoryError" in first.found["failed"]
+    second = job.new("memory")
+    job.variants.memory(second)
+    assert job.asked == ["0.94"] and "failed" not in second.found, "what does not fit is not tried again"
+
+
+@pytest.mark.parametrize(("gigabytes", "batch"), [(151.0, 256), (85.0, 128), (48.0, 64), (24.0, 64)])
+def test_batch_of_the_largest_model_fits_the_gpu(job: Any, gigabytes: float, batch: int) -> None:
+    job.gpu.total_memory = gigabytes * 1e9
+    assert job.variants.largest_batch() == batch
+
+
+def test_attention_is_timed_over_tokens() -> None:
+    """Queries of N pictures with T tokens and h heads are (N, h, T, d) to torch."""
+    backends, seen = script("attention_backends"), list[Any]()
+
+    class Shapes(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                seen.append([tuple(each.shape) for each in args])
+            return func(*args, **(kwargs or {}))
+
+    with Shapes():
+        backends.once(torch.randn(2, 16, 3 * 24, requires_grad=True), 3)
+    assert seen == [[(2, 3, 16, 8)] * 3]
+
+
+def test_shares_of_a_comparison_by_hand(tmp_path: Path) -> None:
+    """100 s with 40 s of steps, of which 10 s are compilation: 30 s of steps remain when it is repeated."""
+    around = script("gpu_parts").measures().gpu_around
+    spent = {"seconds": 100.0, "steps": 0.4, "training": 0.1, "measuring": 0.3, "other": 0.2}
+    found = around.shares(spent, 120.0, 30.0, 200, 2000)
+    assert found["share_of_200_steps"] == 0.4 and found["before_s"] == 20 and found["measuring_s"] == pytest.approx(30)
+    assert found["share_of_2000_steps"] == pytest.approx(300 / 370)
+    x = found["steps_for_85%"] / 200
+    assert 30 * x / (30 * x + 70) == pytest.approx(0.85)
+    for name, start in (("vanilla-seed0/vanilla", 8.0), ("b-seed0/stage2", 1.0)):
+        (tmp_path / name).mkdir(parents=True)
+        lines = [{"step": 2 * (k + 1), "seconds": start + 0.5 * k} for k in range(4)]
+        (tmp_path / name / "log.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+    assert around.clean_steps(tmp_path) == pytest.approx(2 * 8 * 0.25)
+
+
+@pytest.mark.slow
+def test_a_short_comparison_and_the_tests_of_a_gpu_are_parts(tmp_path: Path) -> None:
+    parts = script("gpu_parts")
+    assert parts.main(["compare", "--out", str(tmp_path), "--toy"]) == 0
+    found = read(tmp_path / "compare.json")
+    assert 0 < found["share_of_10_steps"] < found["share_of_50000_steps"] < 1 and found["measuring_s"] > 0
+
+
+def test_tests_of_a_gpu_are_run_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = script("gpu_parts")
+    measures, asked = parts.measures(), list[str]()
+
+    def run(words: list[str], **options: Any) -> Any:
+        asked.append(words[-1])
+        assert (ROOT / words[-1]).is_file() and "on_a_gpu or of_a_gpu" in words and options["timeout"] > 0
+        bad = "captured_step" in words[-1]
+        said = "FAILED tests/a.py::test_b - assert 1\n1 failed, 2 passed in 3.1s" if bad else "4 passed in 2.0s"
+        return SimpleNamespace(stdout=f"{said}\n", stderr="", returncode=int(bad))
+
+    monkeypatch.setattr(measures.subprocess, "run", run)
+    job = parts.Job("tests", tmp_path, 100.0)
+    measures.tests(job)
+    assert tuple(asked) == measures.TESTS and f"{asked[0]}: 4 passed in 2.0s" in parts.items("tests", job.found)
+    assert "FAILED tests/a.py::test_b - assert 1; 1 failed, 2 passed in 3.1s" in job.found["failed"]
+
+
+def test_choices_are_compared_with_the_usual_one() -> None:
+    usual = {"ms": 80.0, "first_step_s": 30.2, "loss": 0.5, "grad_norm": 4.0}
+    other = {"ms": 78.0, "first_step_s": 41.0, "loss": 0.50001, "grad_norm": 4.4}
+    unknown = {"ms": 88.0, "first_step_s": 1.0, "loss": None, "grad_norm": 4.0}
+    shown = script("gpu_parts").items("variants", {"choices": {"as it is": usual, "joined": other, "fp8": unknown}})
+    assert shown == [
+        "as it is 80.00 ms, first step 30 s",
+        "joined 78.00 ms (time -2.5%, loss +2e-05, gradient +1e-01), first step 41 s",
+        "fp8 88.00 ms (time +10.0%, gradient +0e+00), first step 1 s",
+    ]
+
+
+def test_clock_while_the_gpu_was_busy_is_in_the_table(tmp_path: Path) -> None:
+    parts, log = script("gpu_parts"), tmp_path / "b2-gpu.log"
+    assert parts.clock(log) == []
+    log.write_text("0, 345, 90.2\n97, 1980, 650.5\n99, 1755, 699.9\n98, 1900, 690.0\n97, [N/A], 600\n97, 19")
+    assert parts.clock(log) == ["1900 MHz (1755 at least), 700 W at most"]
+    assert parts.items("b2", {"machine": {"free_memory": 0.55}}) == ["OTHERS USE THE GPU (55% of its memory was free)"]
+    assert parts.items("b2", {"machine": {"free_memory": 0.99}}) == []
 
 
 def test_a_part_keeps_what_it_measured_before_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +280,7 @@ def test_a_part_keeps_what_it_measured_before_it_failed(tmp_path: Path, monkeypa
     def pieces(job: Any) -> None:
         job.attempt("one", lambda: {"a_per_s": 2.0})
         seen.append(read(tmp_path / "s2.json"))
-        assert not job.attempt("two", lambda: raising(NotCaptured("no graph")))
+        assert not job.attempt("two", lambda: raising(ValueError("no graph")))
         seen.append(read(tmp_path / "s2.json"))
         job.attempt("three", lambda: {"b_per_s": 3.0})
 
@@ -129,7 +297,7 @@ def test_a_part_keeps_what_it_measured_before_it_failed(tmp_path: Path, monkeypa
         {"unfinished", "a_per_s"}, {"unfinished", "a_per_s", "failed"},
     ]  # fmt: skip
     found = read(tmp_path / "s2.json")
-    assert found["failed"] == "two: NotCaptured no graph" and found["b_per_s"] == 3 and "unfinished" not in found
+    assert found["failed"] == "two: ValueError no graph" and found["b_per_s"] == 3 and "unfinished" not in found
     assert parts.main(["b2", "--out", str(tmp_path), "--toy"]) == 1
     found = read(tmp_path / "b2.json")
     assert (
@@ -153,23 +321,24 @@ out, into = map(pathlib.Path, sys.argv[1:])
 job = gpu_parts.Job("around", out, 60.0, into=into)
 job.attempt("classifier", lambda: {"features_per_s": 1234.5})
 assert "torch" not in sys.modules
-os.kill(os.getpid(), signal.SIGKILL)
+job.attempt("VAE", lambda: os.kill(os.getpid(), signal.SIGKILL))
 """
     (tmp_path / "into").mkdir()
     environment = os.environ | {"PYTHONPATH": SOURCES}
     words = [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "into")]
     assert subprocess.run(words, env=environment, check=False).returncode == -signal.SIGKILL
-    assert read(tmp_path / "into" / "gpu_lease.json")["around"]["features_per_s"] == 1234.5
+    found = read(tmp_path / "into" / "gpu_lease.json")["around"]
+    assert found["features_per_s"] == 1234.5 and found["measuring"] == "VAE"
     (tmp_path / "s2.json").write_text(json.dumps({"failed": "not enough memory"}))
     code = "import sys, gpu_parts; assert gpu_parts.main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
     words = [sys.executable, "-c", code, "table", "--out", str(tmp_path)]
     shown = subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert shown == [
-        "correctness  not measured", "s2           failed: not enough memory", "b2           not measured",
-        "s4           not measured", "xl2          not measured", "memory       not measured",
-        "variants     not measured", "sampling     not measured",
-        "first_step   not measured", "around       unfinished; features_per_s 1.23e+03", "tuned        not measured",
-    ]  # fmt: skip
+    known = {"s2": ["failed: not enough memory"], "around": ["unfinished, stopped in VAE", "features_per_s 1,234"]}
+    wanted = []
+    for name in script("gpu_parts").PARTS:
+        first, *others = known.get(name, ["not measured"])
+        wanted += [f"{name:<12} {first}", *(f"{' ':<12} {each}" for each in others)]
+    assert shown == wanted
 
 
 def measured(name: str, rows: dict[str, float]) -> dict[str, Any]:
@@ -188,7 +357,7 @@ def test_launched_steps_are_written_before_any_is_captured(
     def bench(
         models: Any, out: Path, *, rows: tuple[str, ...], limit: float, steps_only: bool, **_: Any
     ) -> dict[str, Any]:
-        before = read(tmp_path / "b2.json")
+        before = read(tmp_path / f"{out.name.split('-')[1]}.json")
         asked.append((rows, out.name, "models" in before, steps_only))
         assert 0 < limit < 100
         if rows == measures.CAPTURED and isinstance(captured, Exception):
@@ -196,7 +365,6 @@ def test_launched_steps_are_written_before_any_is_captured(
         return measured(next(iter(models)), {"vanilla": 20.0, "stage2": 30.0} if rows == measures.ROWS else captured)
 
     monkeypatch.setattr(measures.gpu_variants, "bench", bench)
-    monkeypatch.setattr(measures, "sampled", lambda *_: {"sampled_per_s": 7.0})
     monkeypatch.setattr(measures, "no_gpu", lambda: None)
     given = ["b2", "--out", str(tmp_path), "--limit", "100"]
     assert parts.main(given) == 0
@@ -211,14 +379,13 @@ def test_launched_steps_are_written_before_any_is_captured(
     captured = NotCaptured("the step cannot be recorded")  # type: ignore[assignment]
     assert parts.main(given) == 1
     found = read(tmp_path / "b2.json")
-    assert [*found["models"]["SiT-B/2"]["rows"]] == ["vanilla", "stage2"] and "sampled_per_s" not in found
-    said = (
-        "b2: failed: captured steps: NotCaptured the step cannot be recorded; vanilla 100/s (25.0% of the peak), 1.5 GB"
-    )
+    assert [*found["models"]["SiT-B/2"]["rows"]] == ["vanilla", "stage2"]
+    said = "b2: failed: captured steps: NotCaptured the step cannot be recorded; SiT-B/2 vanilla 20.0 ms, 100"
     assert said in capsys.readouterr().out
     asked.clear()
-    assert parts.main(["xl2", "--out", str(tmp_path), "--limit", "20"]) == 0
-    assert len(asked) == 1 and "sampled_per_s" not in read(tmp_path / "xl2.json"), "too little time is left"
+    assert parts.main(["s4", "--out", str(tmp_path), "--limit", "15"]) == 1
+    assert len(asked) == 1, "too little time is left"
+    assert read(tmp_path / "s4.json")["unfinished"] == "not measured: captured steps"
     monkeypatch.setattr(
         measures.gpu_variants, "bench", lambda *_, **__: {"models": {"SiT-B/2": {"failed": "not enough memory"}}}
     )
@@ -288,8 +455,9 @@ def lease(tmp_path: Path) -> Any:
 
 
 def test_lease_continues_with_what_is_missing_and_then_what_failed(lease: Any) -> None:
+    every = script("gpu_parts").PARTS
     code, shown, parts = lease.run(SKIP="around xl2 tuned", FAILS="s2", KILLED="b2")
-    assert parts == ["correctness", "s2", "b2", "s4", "memory", "variants", "sampling", "first_step", "table"]
+    assert parts == [*(name for name in every if name not in ("around", "xl2", "tuned")), "table"]
     assert (
         code == 1 and shown[-1] == "the table" and "why" in shown and any("b2: stopped after" in each for each in shown)
     )
@@ -298,7 +466,7 @@ def test_lease_continues_with_what_is_missing_and_then_what_failed(lease: Any) -
     assert all(each[1] == "--toy" for each in toys[:-1]) and all(each[-1].endswith("/src") for each in toys)
     assert [path.name for path in lease.out.iterdir()] == ["lease.tgz"]
     code, shown, parts = lease.run()
-    assert parts == ["xl2", "around", "tuned", "s2", "b2", "table"] and code == 0 and "s4: measured already" in shown
+    assert parts == ["xl2", "around", "tuned", "b2", "s2", "table"] and code == 0 and "s4: measured already" in shown
     assert lease.run(ONLY="b2", FRESH="1")[2] == ["b2", "table"]
     code, shown, parts = lease.run(FRESH="1", BUDGET="5")
     assert "s2: skipped, the time is over" in shown and parts == ["table"] and code == 1
@@ -306,9 +474,11 @@ def test_lease_continues_with_what_is_missing_and_then_what_failed(lease: Any) -
 
 def test_lease_on_a_gpu_takes_the_models_themselves(lease: Any) -> None:
     code, _, parts = lease.run(GPU="GPU 0: NVIDIA H100", REQUIRE_GPU="1", ONLY="s2 b2")
-    assert code == 0 and parts == ["s2", "b2", "table"] and "--toy" not in lease.log.read_text()
-    code, shown, parts = lease.run(GPU="GPU 0: NVIDIA H100", NO_GPU="s4")
-    assert parts == ["correctness", "s4", "table"] and code == 1 and shown[-1] == "the table"
+    assert code == 0 and parts == ["b2", "s2", "table"] and "--toy" not in lease.log.read_text()
+    with tarfile.open(lease.out / "lease.tgz") as packed:
+        assert {"./b2-gpu.log", "./s2-gpu.log"} <= set(packed.getnames()), "what nvidia-smi says meanwhile is kept"
+    code, shown, parts = lease.run(GPU="GPU 0: NVIDIA H100", NO_GPU="first_step")
+    assert parts == ["correctness", "first_step", "table"] and code == 1 and shown[-1] == "the table"
 
 
 def test_lease_appends_the_list_of_gpus_to_a_log(lease: Any, tmp_path: Path) -> None:
