@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -58,9 +58,9 @@ class Measurement:
     sample: SampleConfig  #: how many images, and how
     block: int  #: the shallow block that is probed (1-based)
     conditioning: Conditioning  #: the conditions of the images: labels, or captions stored with the data
+    identity: dict[str, Any]  #: see `identity_of`
     total: int | None = None  #: images that the process samples in all, from which compilation may save time
     decoder: torch.dtype = torch.float32  #: of the autoencoder's network, for samples and reference alike
-    identity: dict[str, Any] = field(default_factory=dict)  #: see `identity_of`
 
     @classmethod
     def of(
@@ -89,7 +89,7 @@ class Measurement:
         sample = dataclasses.replace(config.sample, num=images, batch_size=min(most, images))
         conditioning = stored_conditions(dataset, sample)
         identity = identity_of(sample, dataset, conditioning, extractor.sha256, block)
-        return cls(extractor, reference, dataset, sample, block, conditioning, total, dtype, identity)
+        return cls(extractor, reference, dataset, sample, block, conditioning, identity, total, dtype)
 
 
 def identity_of(
