@@ -23,6 +23,7 @@ import torch
 from selftrans.config import RunConfig, to_object
 from selftrans.evaluate import plots
 from selftrans.experiments import html_report
+from selftrans.experiments.bench.machine import load_average
 from selftrans.experiments.comparison import Comparison
 from selftrans.experiments.comparison_settings import check_measuring, for_method, shared_settings
 from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
@@ -73,6 +74,7 @@ def compare_methods(
     for name in methods:
         find(name)
     check_counts(seeds, images, workers)
+    load = load_average()  # of others: before anything is prepared or trained here
     made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
     new = [path for path in (*made, out) if not path.exists()]
     with lock_file(out / ".lock"):
@@ -83,7 +85,7 @@ def compare_methods(
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
             finished = finished_runs(chosen)
             check_before(chosen, finished)
-        summary = unchanged(chosen, finished) or _measured(chosen, finished, workers)
+        summary = unchanged(chosen, finished) or _measured(chosen, finished, workers, load)
     print(html_report.text_table(summary))
     if not all_measured(chosen, finished) and (line := time_line(summary["time"])):
         print(f"\n{line}")
@@ -91,10 +93,13 @@ def compare_methods(
     return summary
 
 
-def _measured(chosen: Comparison, finished: Mapping[Job, FinishedRun], workers: int | None) -> dict[str, Any]:
+def _measured(
+    chosen: Comparison, finished: Mapping[Job, FinishedRun], workers: int | None, load: float | None
+) -> dict[str, Any]:
     """Train and measure what is left, and write the files of the comparison; returns what compare.json holds."""
     started, failed = time.perf_counter(), dict[Job, str]()
-    results = train_and_measure(chosen, workers=workers, finished=with_samples(chosen, finished), failed=failed)
+    readable = with_samples(chosen, finished)
+    results = train_and_measure(chosen, workers=workers, finished=readable, failed=failed, load=load)
     if not results:
         (name, seed), reason = next(iter(failed.items()))
         raise ValueError(f"every run failed; first {name}, seed {seed}: {reason}")

@@ -25,6 +25,7 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
+from selftrans.experiments.bench.machine import load_average
 from selftrans.experiments.comparison import Comparison, checkpoints_of, interval
 from selftrans.experiments.comparison_settings import for_method
 from selftrans.experiments.measurement import PROBE_T, samples_of
@@ -65,7 +66,7 @@ def quickstart(
     table.json.
     """
     check_counts(seeds, images, workers)
-    started = time.perf_counter()
+    started, load = time.perf_counter(), load_average()  # the load of others: nothing is prepared or trained here yet
     config = digits().override({"train.steps": STEPS if steps is None else steps}).check()
     every = interval(config.train.steps)
     # the teacher is a checkpoint of stage 1 alone, which is trained on for its own row of the table
@@ -81,7 +82,7 @@ def quickstart(
         check_earlier(chosen)
         load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         begun = any(seconds_trained(chosen.run(job)) for job in chosen.jobs)
-        results = train_and_measure(chosen, workers=workers)
+        results = train_and_measure(chosen, workers=workers, load=load)
         summary = summarise(chosen, results)
         now = round(time.perf_counter() - started, 1), begun
         summary["seconds"], summary["continued"] = time_taken(out, summary["table"], results, now)

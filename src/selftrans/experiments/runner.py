@@ -26,6 +26,7 @@ import torch
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.device import cpu_cores
+from selftrans.experiments.bench.machine import load_average
 from selftrans.experiments.comparison import Comparison, config_of_run
 from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs
 from selftrans.experiments.measurement import (
@@ -57,8 +58,6 @@ Results: TypeAlias = dict[Job, Result]
 #: what one run fails with, while others can go on: training that diverges, samples that are not finite, no memory to train or
 #: to measure it
 FAILURES = (FloatingPointError, NotFinite, MemoryError, torch.OutOfMemoryError)
-#: processes of others that ran on average in the minute before the command began
-LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 class StepBar:
@@ -84,18 +83,27 @@ def train_and_measure(
     workers: int | None = None,
     finished: Mapping[Job, FinishedRun] | None = None,
     failed: dict[Job, str] | None = None,
+    load: float | None = None,
 ) -> Results:
     """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
-    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it; `finished` are
-    the runs that it finds (None: it looks). A run that ends with one of FAILURES is left out of the result, with the reason in
-    `failed`, and the others go on (None: ValueError with the reason). At any other error the other processes end, too, runs
-    with a checkpoint, and it is raised, but for a run that continues without CUDA graphs: then all start anew. ValueError where
-    a process is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to this process is passed on, and `Stopped` raised when all
-    have ended; a second one ends them at once.
+    Repeating the call continues it.
+
+    Args:
+        workers: processes that run at the same time; None: one per core, one on a GPU.
+        finished: the runs that need no more training; None: they are looked for.
+        failed: gets the reason of each run that ends with one of FAILURES; the run is left out of the result, and the others
+            go on. None: such a run ends the call with a ValueError.
+        load: `load_average` before the command did any work of its own; None: the one now.
+    At any other error the other processes end, too, runs with a checkpoint, and it is raised, but for a run that continues
+    without CUDA graphs: then all start anew. ValueError where a process is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to
+    this process is passed on, and `Stopped` raised when all have ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
-    if workers > 1 or LOAD > 0.5:  # threads that wait by spinning are faster, unless they have to share the cores
+    load = load_average() if load is None else load
+    if (
+        workers > 1 or (load or 0) > 0.5
+    ):  # threads that wait by spinning are faster, unless they have to share the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     finished = finished_runs(comparison) if finished is None else finished
     shown = {"total": comparison.total, "disable": all_measured(comparison, finished), "unit": "step"}
@@ -114,7 +122,7 @@ def train_and_measure(
     warnings.warn(f"all workers start anew, and one run goes on without graphs: {reason}", stacklevel=2)
     if failed is not None:
         failed.clear()  # these runs are tried again, as where the command is repeated
-    return train_and_measure(comparison, workers=workers, failed=failed)
+    return train_and_measure(comparison, workers=workers, failed=failed, load=load)
 
 
 def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:

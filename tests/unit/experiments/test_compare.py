@@ -566,17 +566,19 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     assert reported == [step, *[1] * (20 - step)], "the run continues"
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("workers", "load", "policy"), [(1, 0.1, None), (1, 1.2, "PASSIVE"), (2, 0.1, "PASSIVE")])
-def test_threads_wait_without_spinning_where_others_use_the_cores(tmp_path, monkeypatch, workers, load, policy):
-    """What this process itself has added to the load average since it began does not count."""
-    monkeypatch.setattr(runner, "LOAD", load)
-    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0), raising=False)
+def test_threads_wait_without_spinning_where_others_use_the_cores(tmp_path, monkeypatch, workers, load, policy, given):
+    """What this process itself has added to the load average since it began does not count, if `load` is given."""
+    now = 9.0 if given else load
+    monkeypatch.setattr(os, "getloadavg", lambda: (now, now, now), raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "")  # restored afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(runner, "_in_workers", lambda *shared: os.environ.get("OMP_WAIT_POLICY"))
     config = toy.toy({"method": "vanilla"})
     comparison = Comparison(config, {"vanilla": config}, (0, 1), tmp_path, 24, "values")
-    assert runner.train_and_measure(comparison, workers=workers, finished={}) == policy
+    before = load if given else None
+    assert runner.train_and_measure(comparison, workers=workers, finished={}, load=before) == policy
 
 
 @pytest.mark.parametrize(
