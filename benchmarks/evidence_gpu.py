@@ -44,7 +44,8 @@ from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 from selftrans.train.preview import Attempt
-from selftrans.train.run import accelerator_of, planned
+from selftrans.train.processes import accelerator_of
+from selftrans.train.run import planned
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
 from selftrans.train.trainer import Trainer

@@ -34,8 +34,8 @@ from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_l
 from selftrans.methods.registry import METHODS, find, meta_objective, stages
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import lock_file, recorded, removed_if_refused, sha256_file, write_json, write_text
-from selftrans.train.data_window import data_of
 from selftrans.train.given_weights import with_given_model
+from selftrans.train.run_data import data_of
 from selftrans.train.teachers import teacher_of
 
 SHOWN = 32  #: samples on the page, per method

@@ -28,11 +28,11 @@ from selftrans.experiments.measurement import (
 )
 from selftrans.experiments.schedule import Job
 from selftrans.storage import UNREADABLE
-from selftrans.train.data_window import data_of, with_window
 from selftrans.train.initial_weights import resolve_init
 from selftrans.train.preview import with_prompts
 from selftrans.train.resume import differences, settings_before, settle
 from selftrans.train.run import stages_to_run
+from selftrans.train.run_data import data_of, with_window
 
 COSTS = ("student_tflops", "total_tflops", "total_seconds")  #: entries of run.json that tables show; None: unknown
 

@@ -34,7 +34,7 @@ from selftrans.sampling.conditioning import Conditioning, LabelConditioning, cap
 from selftrans.sampling.images import NotFinite, SampledBatch, Sampler, applicable_settings, decoder_dtype
 from selftrans.sampling.sized_sampler import SizedSampler
 from selftrans.storage import recorded, write_json
-from selftrans.train.data_window import data_of
+from selftrans.train.run_data import data_of
 
 MEASURED = "measured.json"  #: of a run: its points, oldest first
 DECODED_BY = "autoencoder_sha256"  #: entry of a point: a hash of the files of the autoencoder that decoded its samples

@@ -40,10 +40,11 @@ from selftrans.precision import PRECISIONS
 from selftrans.storage import nearest_existing
 from selftrans.train.batches import Loaded
 from selftrans.train.capture_rules import ENDED, NotCaptured, description
-from selftrans.train.data_window import Transfer, describe_data, transfer_of, transfer_text
 from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
-from selftrans.train.run import accelerator_of, data_of_run, planned, ready_data
+from selftrans.train.processes import accelerator_of
+from selftrans.train.run import planned
+from selftrans.train.run_data import Transfer, data_of_run, describe_data, ready_data, transfer_of, transfer_text
 from selftrans.train.teachers import teacher_of
 from selftrans.train.trackers import tracker_names
 from selftrans.train.trainer import Trainer

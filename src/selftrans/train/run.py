@@ -7,40 +7,33 @@ RUN/<stage>/      checkpoints, previews, log.jsonl     RUN/run.json    student s
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import INIT
 from selftrans.checkpoints.load import REPORT
 from selftrans.config import RunConfig
-from selftrans.data.buckets import is_prepared, open_data
+from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
-from selftrans.data.on_device import OnDevice
-from selftrans.data.prepare import prepare_builtin
-from selftrans.encoders.identity import scales_differ
 from selftrans.messages import plural
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
 from selftrans.storage import lock_file, remove_stale_temporaries, removed_if_refused, write_json
 from selftrans.train.capture_rules import description, remembered
-from selftrans.train.data_window import cache_of, describe_data, with_window
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, initial_weights, resolve_init
 from selftrans.train.log import progress_bar
 from selftrans.train.memory_use import memory_line
 from selftrans.train.preview import Preview, with_prompts
-from selftrans.train.processes import keep_memory, process_group_options, reporting_lost_processes
+from selftrans.train.processes import accelerator_of, keep_memory, reporting_lost_processes
 from selftrans.train.resume import record, settings_before, settle
+from selftrans.train.run_data import data_of_run, ready_data, with_window
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
 from selftrans.train.trackers import Trackers
@@ -143,21 +136,6 @@ def planned(
     return config, plan, initial
 
 
-def ready_data(config: RunConfig, shards: Dataset, accelerator: Accelerator, *, quiet: bool = False) -> Dataset:
-    """The data ready for training: fetched, unless they are read in windows, and on the device with data.on_device.
-
-    Raises ValueError where they cannot be fetched, and for buckets on the device.
-    """
-    if (line := describe_data(config, shards)) and not quiet:
-        accelerator.print(line)
-    if config.data.on_device and len(shards.parts) > 1:
-        raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
-    if config.data.window is None:
-        shards.fetch(progress=not quiet)
-    shards.ready(accelerator.device)
-    return OnDevice(shards, accelerator.device) if config.data.on_device else shards
-
-
 def _remove_unfinished(out: Path) -> None:
     """Remove temporary files of killed processes: nothing else writes here while this process has the lock."""
     remove_stale_temporaries(out, "*.json")
@@ -165,68 +143,6 @@ def _remove_unfinished(out: Path) -> None:
         if stage.is_dir() and not stage.is_symlink():
             remove_stale_temporaries(stage, "log.jsonl")
             remove_stale_temporaries(stage / "previews", "step-*.png")
-
-
-def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
-    """accelerate's engine at this precision. ValueError where the machine cannot compute in it."""
-    mixed = "no" if config.train.precision == "fp32" else config.train.precision
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
-        AcceleratorState._reset_state()  # an earlier run of this process had another precision
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 here")
-    if config.train.precision == "fp16" and config.train.shard:
-        raise ValueError("train.shard does not go with train.precision fp16; use bf16 or fp32")
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes form a group only with this
-        mixed_precision=mixed,
-        project_dir=str(out),
-        # gradients lie in the buckets that DDP sends, which would take as much memory again
-        kwargs_handlers=[
-            process_group_options(config.train),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
-
-
-def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
-    """The data of the run; built-in data are prepared here. ValueError when they are not what the config expects."""
-    path = config.data.path
-    if path is None:
-        if config.data.builtin is None:
-            raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
-        path = str(out / "data")
-        if accelerator is None or accelerator.is_main_process:
-            prepare_builtin(config.data.builtin, path)
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
-    main = accelerator is None or accelerator.is_main_process
-    shards = open_data(
-        path,
-        verify=config.data.verify and main,
-        text_encoder=config.data.text_encoder,
-        cache=cache_of(config.data),
-    )
-    manifest, expected = shards.manifest, config.data
-    if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
-        raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
-    if expected.classes is not None and expected.classes != manifest.num_classes:
-        raise ValueError(
-            f"{path} has {plural(manifest.num_classes, 'class')}, but data.classes expects {expected.classes}"
-        )
-    own = expected.autoencoder
-    if own is not None and scales_differ(own, manifest.autoencoder, tolerance=0):
-        raise ValueError(
-            f"{path} holds latents by {manifest.autoencoder}, which data.autoencoder {own} would decode to other pixels; leave "
-            "data.autoencoder out"
-        )
-    small = sum(size < config.train.batch_size for size in shards.parts)
-    if small and len(shards.parts) > 1 and main:
-        warnings.warn(
-            f"{small} of the {plural(len(shards.parts), 'bucket')} of {path} {'has' if small == 1 else 'have'} fewer "
-            f"pictures than the batch, {config.train.batch_size}: a batch of those has some of them more than once",
-            stacklevel=3,
-        )
-    return shards
 
 
 def _begin(
