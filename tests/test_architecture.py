@@ -178,6 +178,7 @@ COVERED_BY = {
     "train/interrupted": "unit/train/test_signals.py",
     "train/memory_use": "unit/checkpoints/test_adapted.py",
     "train/run": "integration/test_train.py",
+    "train/run_report": "integration/test_train.py",
     "train/autoencoder_settings": "unit/experiments/test_train_autoencoder.py",
     "train/training_step": "unit/train/test_trainer.py",
     "ui/feature_job": "unit/ui/test_server.py",
