@@ -34,9 +34,9 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare
 from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
-from selftrans.experiments.comparison_settings import for_method
-from selftrans.experiments.measurement import Measurement, measure_samples, probe
-from selftrans.experiments.summary import spread
+from selftrans.experiments.comparison.comparison_settings import for_method
+from selftrans.experiments.comparison.measurement import Measurement, measure_samples, probe
+from selftrans.experiments.comparison.summary import spread
 from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.flow import PATHS
 from selftrans.recipes import recipe

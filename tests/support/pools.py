@@ -15,7 +15,7 @@ from typing import Any, Self
 import pytest
 import torch
 
-from selftrans.experiments import runner
+from selftrans.experiments.comparison import runner
 from tests.support.processes import PRELOADED
 
 

@@ -27,9 +27,9 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.device import cpu_cores
 from selftrans.experiments.bench.machine import load_average
-from selftrans.experiments.comparison import Comparison, config_of_run
-from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs
-from selftrans.experiments.measurement import (
+from selftrans.experiments.comparison.compared_runs import Comparison, config_of_run
+from selftrans.experiments.comparison.finished_runs import FinishedRun, all_measured, finished_runs
+from selftrans.experiments.comparison.measurement import (
     Measurement,
     Point,
     PointsFile,
@@ -37,8 +37,8 @@ from selftrans.experiments.measurement import (
     check_alike,
     measure_point,
 )
-from selftrans.experiments.schedule import Job, Schedule, Task
-from selftrans.experiments.stopping import (
+from selftrans.experiments.comparison.schedule import Job, Schedule, Task
+from selftrans.experiments.comparison.stopping import (
     StopRequest,
     end_with_parent,
     end_workers,

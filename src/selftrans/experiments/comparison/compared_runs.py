@@ -15,8 +15,8 @@ from typing import Any
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import REPORT
 from selftrans.config import RunConfig, settings_of
-from selftrans.experiments.measurement import PROBED_BLOCK
-from selftrans.experiments.schedule import Job
+from selftrans.experiments.comparison.measurement import PROBED_BLOCK
+from selftrans.experiments.comparison.schedule import Job
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.sampling.samplers import EVALUATIONS

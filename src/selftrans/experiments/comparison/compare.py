@@ -3,7 +3,7 @@
 OUT/<method>-seed<k>/    ordinary run directories          OUT/compare.{json,csv,png,html}    what people open
 OUT/reference-*.npz      statistics of the training data
 
-comparison_settings ⇒ Comparison ⇒ finished_runs ⇒ runner (schedule, measurement) ⇒ summary ⇒ html_report
+comparison_settings ⇒ compared_runs ⇒ finished_runs ⇒ runner (schedule, measurement) ⇒ summary ⇒ html_report
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from selftrans.config import RunConfig, to_object
 from selftrans.evaluate import plots
 from selftrans.experiments import html_report
 from selftrans.experiments.bench.machine import load_average
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.comparison_settings import check_measuring, for_method, shared_settings
-from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
-from selftrans.experiments.measurement import MEASURED, PROBED_BLOCK, samples_of, stored_conditions, stored_points
-from selftrans.experiments.runner import Results, check_counts, processes, train_and_measure
-from selftrans.experiments.schedule import Job
-from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
+from selftrans.experiments.comparison.compared_runs import Comparison
+from selftrans.experiments.comparison.comparison_settings import check_measuring, for_method, shared_settings
+from selftrans.experiments.comparison.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
+from selftrans.experiments.comparison.measurement import (
+    MEASURED,
+    PROBED_BLOCK,
+    samples_of,
+    stored_conditions,
+    stored_points,
+)
+from selftrans.experiments.comparison.runner import Results, check_counts, processes, train_and_measure
+from selftrans.experiments.comparison.schedule import Job
+from selftrans.experiments.comparison.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
 from selftrans.methods.registry import METHODS, find, meta_objective, stages
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import lock_file, recorded, removed_if_refused, sha256_file, write_json, write_text

@@ -26,11 +26,12 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate.classifier import SmallClassifier
-from selftrans.experiments import comparison_settings, html_report, measurement, reference, runner
-from selftrans.experiments.compare import compare_methods
-from selftrans.experiments.comparison import Comparison, interval
-from selftrans.experiments.comparison_settings import for_method, shared_settings
-from selftrans.experiments.measurement import (
+from selftrans.experiments import html_report, reference
+from selftrans.experiments.comparison import comparison_settings, measurement, runner
+from selftrans.experiments.comparison.compare import compare_methods
+from selftrans.experiments.comparison.compared_runs import Comparison, interval
+from selftrans.experiments.comparison.comparison_settings import for_method, shared_settings
+from selftrans.experiments.comparison.measurement import (
     Measurement,
     PointsFile,
     identity_of,
@@ -38,8 +39,16 @@ from selftrans.experiments.measurement import (
     measured_before,
     stored_conditions,
 )
-from selftrans.experiments.runner import StepBar, train_one
-from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
+from selftrans.experiments.comparison.runner import StepBar, train_one
+from selftrans.experiments.comparison.summary import (
+    as_csv,
+    curve,
+    first_below,
+    mean_curve,
+    rows,
+    time_line,
+    time_shares,
+)
 from selftrans.methods.registry import titles
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2

@@ -14,7 +14,7 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import MAX_VALUES, extract, load_extractor
-from selftrans.experiments.measurement import check_sizes, image_shape
+from selftrans.experiments.comparison.measurement import check_sizes, image_shape
 from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier
 from selftrans.methods.registry import REGISTRY, sections_of, stages
 from selftrans.sections import fields_of

@@ -26,11 +26,11 @@ from selftrans.data.dataset import Dataset
 from selftrans.evaluate import extractors
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.extractors import FeaturesNotFinite, extractor_sha256, load_extractor
-from selftrans.experiments import compare, comparison_settings, measurement, runner
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.comparison_settings import classifier_of, equal_lengths, for_method
-from selftrans.experiments.finished_runs import all_measured, finished_runs
-from selftrans.experiments.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
+from selftrans.experiments.comparison import compare, comparison_settings, measurement, runner
+from selftrans.experiments.comparison.compared_runs import Comparison
+from selftrans.experiments.comparison.comparison_settings import classifier_of, equal_lengths, for_method
+from selftrans.experiments.comparison.finished_runs import all_measured, finished_runs
+from selftrans.experiments.comparison.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import InUse, lock_file
 from tests.support import toy

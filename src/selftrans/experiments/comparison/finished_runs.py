@@ -17,8 +17,8 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate.extractors import extractor_sha256
-from selftrans.experiments.comparison import Comparison, config_of_run
-from selftrans.experiments.measurement import (
+from selftrans.experiments.comparison.compared_runs import Comparison, config_of_run
+from selftrans.experiments.comparison.measurement import (
     MEASURED,
     Point,
     identity_of,
@@ -26,7 +26,7 @@ from selftrans.experiments.measurement import (
     measured_before,
     stored_conditions,
 )
-from selftrans.experiments.schedule import Job
+from selftrans.experiments.comparison.schedule import Job
 from selftrans.storage import UNREADABLE
 from selftrans.train.initial_weights import resolve_init
 from selftrans.train.preview import with_prompts
