@@ -150,6 +150,7 @@ COVERED_BY = {
     "experiments/quickstart": "integration/test_pages.py",
     "experiments/comparison/runner": "unit/experiments/comparison/test_compare.py",
     "experiments/comparison/summary": "unit/experiments/comparison/test_compare.py",
+    "experiments/comparison/worker": "unit/experiments/comparison/test_compare.py",
     "experiments/target_report": "unit/experiments/test_analyse_target.py",
     "experiments/target_teacher": "unit/experiments/test_analyse_target.py",
     "fine_tuning": "unit/train/test_initial_weights.py",

@@ -26,10 +26,10 @@ from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments.bench.machine import load_average
-from selftrans.experiments.comparison.compared_runs import Comparison, checkpoints_of, interval
+from selftrans.experiments.comparison.compared_runs import Comparison, checkpoints_of, interval, seconds_trained
 from selftrans.experiments.comparison.comparison_settings import for_method
 from selftrans.experiments.comparison.measurement import PROBE_T, samples_of
-from selftrans.experiments.comparison.runner import Results, check_counts, seconds_trained, train_and_measure
+from selftrans.experiments.comparison.runner import Results, check_counts, train_and_measure
 from selftrans.experiments.comparison.summary import as_csv, mean_curve, rows
 from selftrans.experiments.quickstart_report import compared, cut, duration, overview, page, sentence, text
 from selftrans.flow import PATHS

@@ -65,7 +65,7 @@ def compare_methods(
     All share data, model, student steps, batch, sampler, extractor and number of images. Every stage is as long as the
     student's training, unless the settings say otherwise; a stage that another method trains alone, with the same settings
     and seed, is shared. Distances are to the training data. Repeating the call continues it; methods and seeds may be added.
-    Runs that fail (`runner.FAILURES`) are listed in the result (`failed`), and the others go on; a repeated call tries them
+    Runs that fail (`worker.FAILURES`) are listed in the result (`failed`), and the others go on; a repeated call tries them
     again.
 
     Args:

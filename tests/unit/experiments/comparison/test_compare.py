@@ -27,7 +27,7 @@ from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.experiments import html_report, reference
-from selftrans.experiments.comparison import comparison_settings, measurement, runner
+from selftrans.experiments.comparison import comparison_settings, measurement, runner, worker
 from selftrans.experiments.comparison.compare import compare_methods
 from selftrans.experiments.comparison.compared_runs import Comparison, interval
 from selftrans.experiments.comparison.comparison_settings import for_method, shared_settings
@@ -39,7 +39,6 @@ from selftrans.experiments.comparison.measurement import (
     measured_before,
     stored_conditions,
 )
-from selftrans.experiments.comparison.runner import StepBar, train_one
 from selftrans.experiments.comparison.summary import (
     as_csv,
     curve,
@@ -49,6 +48,7 @@ from selftrans.experiments.comparison.summary import (
     time_line,
     time_shares,
 )
+from selftrans.experiments.comparison.worker import StepBar, train_one
 from selftrans.methods.registry import titles
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
@@ -470,7 +470,7 @@ def test_features_of_other_images_are_refused_before_training(tmp_path, capfd):
 
 
 def watched_worker(comparison: Comparison, *shared: Any) -> None:
-    """`_init_worker` of a process that notes each decoding of the training data, and is killed in its run, if it is the first
+    """`init_worker` of a process that notes each decoding of the training data, and is killed in its run, if it is the first
     to get there."""
     toy.quicken()
     decode, update, steps = reference.decoded_images, StepBar.update, Counter[StepBar]()
@@ -492,7 +492,7 @@ def watched_worker(comparison: Comparison, *shared: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     reference.decoded_images, StepBar.update = noting, killed  # type: ignore[assignment, method-assign]
-    runner._init_worker(comparison, *shared)
+    runner.init_worker(comparison, *shared)
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -506,7 +506,7 @@ def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path
         expected[job] = [measure_point(run, folder, measuring) for folder in plain.due(job)]
     comparison = dataclasses.replace(plain, out=tmp_path / "interrupted")
     comparison.out.mkdir()
-    monkeypatch.setattr(runner, "_init_worker", watched_worker)
+    monkeypatch.setattr(runner, "init_worker", watched_worker)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     with pytest.raises(ValueError, match=r"^a worker process was ended .* continues: give it --workers 1, [^\n]*$"):
         runner.train_and_measure(comparison, workers=2)
@@ -520,7 +520,7 @@ def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path
 
 
 def worker_of_a_failing_pool(comparison: Comparison, *shared: Any) -> None:
-    """`_init_worker` of a pool in which, at step 5 of the run, computing the reference fails or its worker, idle by then, is
+    """`init_worker` of a pool in which, at step 5 of the run, computing the reference fails or its worker, idle by then, is
     killed; the run then reports more steps than the pipe to the parent process holds."""
     toy.quicken()
     update, steps, out = StepBar.update, Counter[StepBar](), comparison.out
@@ -551,8 +551,8 @@ def worker_of_a_failing_pool(comparison: Comparison, *shared: Any) -> None:
         if not (out / "kill").exists():
             raise ValueError("the reference cannot be computed")
 
-    StepBar.update, runner._measurement = training, measurement  # type: ignore[method-assign, assignment]
-    runner._init_worker(comparison, *shared)
+    StepBar.update, worker._measurement = training, measurement  # type: ignore[method-assign, assignment]
+    runner.init_worker(comparison, *shared)
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -564,7 +564,7 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     comparison, job = Comparison(config, {"vanilla": config}, (0,), tmp_path, 24, "values", every=20), ("vanilla", 0)
     if kill:
         (tmp_path / "kill").touch()
-    monkeypatch.setattr(runner, "_init_worker", worker_of_a_failing_pool)
+    monkeypatch.setattr(runner, "init_worker", worker_of_a_failing_pool)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     with pytest.raises(ValueError, match=message):
         runner.train_and_measure(comparison, workers=2)
@@ -603,7 +603,7 @@ def test_workers_have_no_more_threads_than_the_environment_says(tmp_path, monkey
 
 
 def worker_with_graphs(comparison: Comparison, *shared: Any) -> None:
-    """`_init_worker` of a pool in which CUDA ends the recording of the second run."""
+    """`init_worker` of a pool in which CUDA ends the recording of the second run."""
     toy.quicken()
     run = Trainer.run
 
@@ -616,7 +616,7 @@ def worker_with_graphs(comparison: Comparison, *shared: Any) -> None:
         return run(trainer)
 
     Trainer.run = recorded  # type: ignore[method-assign]
-    runner._init_worker(comparison, *shared)
+    runner.init_worker(comparison, *shared)
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -624,7 +624,7 @@ def test_comparison_starts_its_workers_anew_where_graphs_end_one(tmp_path, monke
     """What is trained and measured stays; the run that ended goes on without graphs, and is in the result."""
     config = toy.toy({"method": "vanilla", "train.steps": 10, "sample.steps": 1})
     comparison = Comparison(config, {"vanilla": config}, (0, 1), tmp_path, 24, "values", every=10)
-    monkeypatch.setattr(runner, "_init_worker", worker_with_graphs)
+    monkeypatch.setattr(runner, "init_worker", worker_with_graphs)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     failed = {("vanilla", 0): "it had no memory in the first attempt"}
     with pytest.warns(UserWarning, match="^all workers start anew, and one run goes on without graphs: CUDA ended the"):
@@ -635,7 +635,7 @@ def test_comparison_starts_its_workers_anew_where_graphs_end_one(tmp_path, monke
 
 
 def worker_of_an_interrupted_pool(comparison: Comparison, *shared: Any) -> None:
-    """`_init_worker` of a pool in whose run, at step 5, SIGINT is sent to the parent process alone."""
+    """`init_worker` of a pool in whose run, at step 5, SIGINT is sent to the parent process alone."""
     toy.quicken()
     update, steps = StepBar.update, Counter[StepBar]()
 
@@ -647,13 +647,13 @@ def worker_of_an_interrupted_pool(comparison: Comparison, *shared: Any) -> None:
             time.sleep(1)  # the parent process has passed it on
 
     StepBar.update = training  # type: ignore[method-assign]
-    runner._init_worker(comparison, *shared)
+    runner.init_worker(comparison, *shared)
 
 
 def test_interrupt_leads_to_a_checkpoint_and_one_line_that_says_how_to_continue(tmp_path, monkeypatch, capfd):
     config = toy.toy({"method": "vanilla", "train.steps": 20, "sample.steps": 1})
     comparison, job = Comparison(config, {"vanilla": config}, (0,), tmp_path, 24, "values", every=20), ("vanilla", 0)
-    monkeypatch.setattr(runner, "_init_worker", worker_of_an_interrupted_pool)
+    monkeypatch.setattr(runner, "init_worker", worker_of_an_interrupted_pool)
     with pytest.raises(
         KeyboardInterrupt, match=r"^stopped by SIGINT; .* wrote a checkpoint; the same command continues$"
     ):
