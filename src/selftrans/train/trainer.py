@@ -162,17 +162,17 @@ class Trainer:
         try:
             self._preview(self.step == self.stage.steps, again=True)
             batches = self.stream.from_step(self.step, pin=self.accelerator.device.type == "cuda")
-            first = self.compiled
+            compiles = self.compiled  # whether the next step does
             while self.step < self.stage.steps:
-                if first:
+                if compiles:
                     bar.set_postfix({"compiling": "the first step takes longer"})
                 started = time.perf_counter()
                 guarded_step(self, batches)
                 took = time.perf_counter() - started
                 self.seconds += took
-                if first:
+                if compiles:
                     bar.set_postfix({"first step, compiled": f"{took:.1f} s"}, refresh=False)
-                first = False
+                compiles = False
                 bar.update()
                 self._after_step(journal, bar)
         except FloatingPointError:
