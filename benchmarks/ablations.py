@@ -28,13 +28,13 @@ from typing import Any
 
 from selftrans.cli.main import INTERRUPTED
 from selftrans.experiments import html_report
-from selftrans.experiments.compare import check_before
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.comparison_settings import for_method, override, shared_settings
-from selftrans.experiments.finished_runs import finished_runs
-from selftrans.experiments.runner import train_and_measure
-from selftrans.experiments.stopping import Stopped
-from selftrans.experiments.summary import mean_curve, rows
+from selftrans.experiments.comparison.compare import check_before
+from selftrans.experiments.comparison.compared_runs import Comparison
+from selftrans.experiments.comparison.comparison_settings import for_method, override, shared_settings
+from selftrans.experiments.comparison.finished_runs import finished_runs
+from selftrans.experiments.comparison.runner import train_and_measure
+from selftrans.experiments.comparison.stopping import Stopped
+from selftrans.experiments.comparison.summary import mean_curve, rows
 from selftrans.recipes import recipe
 from selftrans.storage import lock_file, write_json
 

@@ -34,9 +34,9 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare
 from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
-from selftrans.experiments.comparison_settings import for_method
-from selftrans.experiments.measurement import Measurement, measure_samples, probe
-from selftrans.experiments.summary import spread
+from selftrans.experiments.comparison.comparison_settings import for_method
+from selftrans.experiments.comparison.measurement import Measurement, measure_samples, probe
+from selftrans.experiments.comparison.summary import spread
 from selftrans.experiments.train_classifier import classifier_from_data
 from selftrans.flow import PATHS
 from selftrans.recipes import recipe
@@ -44,8 +44,8 @@ from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 from selftrans.train.preview import Attempt
-from selftrans.train.processes import free_prepared
-from selftrans.train.run import accelerator_of, planned
+from selftrans.train.processes import accelerator_of, free_prepared
+from selftrans.train.run import planned
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
 from selftrans.train.trainer import Trainer

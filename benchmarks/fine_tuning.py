@@ -23,10 +23,10 @@ from PIL import Image
 
 from selftrans.data.prepare import prepare
 from selftrans.evaluate.classifier import digits
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.comparison_settings import check_measuring, for_method, shared_settings
-from selftrans.experiments.runner import train_and_measure
-from selftrans.experiments.summary import mean_curve, rows
+from selftrans.experiments.comparison.compared_runs import Comparison
+from selftrans.experiments.comparison.comparison_settings import check_measuring, for_method, shared_settings
+from selftrans.experiments.comparison.runner import train_and_measure
+from selftrans.experiments.comparison.summary import mean_curve, rows
 from selftrans.recipes import recipe
 from selftrans.storage import write_json
 from selftrans.train.run import train

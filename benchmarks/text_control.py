@@ -27,9 +27,9 @@ from selftrans.data.sources.digit_attributes import ATTRIBUTES
 from selftrans.encoders.text import encoder_of
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import pca_grid, save
-from selftrans.experiments.comparison import Comparison, checkpoints_of
-from selftrans.experiments.comparison_settings import check_measuring, for_method, override, shared_settings
-from selftrans.experiments.runner import train_one
+from selftrans.experiments.comparison.compared_runs import Comparison, checkpoints_of
+from selftrans.experiments.comparison.comparison_settings import check_measuring, for_method, override, shared_settings
+from selftrans.experiments.comparison.worker import train_one
 from selftrans.recipes import recipe
 from selftrans.sampling.conditioning import PromptConditioning
 from selftrans.sampling.images import Sampler

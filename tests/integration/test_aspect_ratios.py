@@ -13,7 +13,8 @@ from selftrans.data.prepare import prepare
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Moments
-from selftrans.experiments import evaluate_samples, measurement
+from selftrans.experiments import evaluate_samples
+from selftrans.experiments.comparison import measurement
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sized_sampler import SizedSampler
 from selftrans.train.run import train

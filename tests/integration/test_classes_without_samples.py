@@ -16,7 +16,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.source import present_classes
-from selftrans.experiments.measurement import stored_conditions
+from selftrans.experiments.comparison.measurement import stored_conditions
 from selftrans.sampling.conditioning import conditioning_of
 from selftrans.sampling.images import Sampler
 from selftrans.train import preview

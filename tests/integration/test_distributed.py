@@ -20,7 +20,8 @@ from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, S
 from selftrans.methods.sra import SRA, SRAGuidance
 from selftrans.methods.timestep_range import TimestepRange
 from selftrans.models.sit import SiT
-from selftrans.train.run import accelerator_of, train
+from selftrans.train.processes import accelerator_of
+from selftrans.train.run import train
 from selftrans.types import Batch, Draw
 from tests.support import toy
 from tests.support.processes import ranks, spawn

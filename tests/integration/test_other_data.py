@@ -11,8 +11,8 @@ from PIL import Image
 
 from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
-from selftrans.experiments.comparison_settings import check_measuring
-from selftrans.experiments.measurement import Measurement, measure_checkpoint
+from selftrans.experiments.comparison.comparison_settings import check_measuring
+from selftrans.experiments.comparison.measurement import Measurement, measure_checkpoint
 from selftrans.train.run import train
 from tests.support import toy
 from tests.support.clips import moving, save_gif, sounds

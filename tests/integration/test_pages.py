@@ -18,7 +18,7 @@ from selftrans.cli.main import main, parse_command
 from selftrans.cli.parse import UsageError
 from selftrans.config import to_json
 from selftrans.data.prepare import BUILT_IN
-from selftrans.experiments.comparison_settings import for_method
+from selftrans.experiments.comparison.comparison_settings import for_method
 from selftrans.experiments.quickstart import quickstart
 from selftrans.recipes.digits import digits
 from tests.support import page_inputs

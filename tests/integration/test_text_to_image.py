@@ -19,8 +19,8 @@ from selftrans.encoders.autoencoder import load_autoencoder, to_uint8
 from selftrans.encoders.text import load_text_encoder
 from selftrans.evaluate.clip_score import ClipScorer
 from selftrans.evaluate.plots import image_grid
-from selftrans.experiments.comparison_settings import check_measuring, shared_settings
-from selftrans.experiments.measurement import Measurement, measure_checkpoint
+from selftrans.experiments.comparison.comparison_settings import check_measuring, shared_settings
+from selftrans.experiments.comparison.measurement import Measurement, measure_checkpoint
 from selftrans.sampling.images import Sampler, image_noise
 from selftrans.sampling.samplers import guided, ode
 from selftrans.train.run import train

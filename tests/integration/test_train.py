@@ -11,7 +11,8 @@ from PIL import Image
 
 from selftrans.cli.main import main
 from selftrans.config import from_json
-from selftrans.train.run import totals, train
+from selftrans.train.run import train
+from selftrans.train.run_report import totals
 from tests.support import toy
 from tests.support.operations import sit_forward_flops
 from tests.support.toy import quick  # noqa: F401 - a fixture

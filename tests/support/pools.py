@@ -15,7 +15,7 @@ from typing import Any, Self
 import pytest
 import torch
 
-from selftrans.experiments import runner
+from selftrans.experiments.comparison import runner, worker
 from tests.support.processes import PRELOADED
 
 
@@ -25,14 +25,14 @@ class InProcess:
     def __init__(self, workers: int, context: Any, initializer: Callable[..., object], initargs: tuple[Any, ...]):
         assert workers == 1
         self._processes: dict[int, Any] = {}
-        runner._worker.clear()
+        worker._worker.clear()
         initializer(*initargs)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        runner._worker.clear()
+        worker._worker.clear()
 
     def submit(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -50,7 +50,7 @@ def in_this_process(patch: pytest.MonkeyPatch, pool: type[InProcess] = InProcess
     """Comparisons train and measure in this process, on one thread, and leave its handling of signals and warnings alone."""
     patch.setattr(runner, "ProcessPoolExecutor", pool)
     patch.setattr(runner, "processes", lambda comparison, workers: (1, 1))
-    patch.setattr(runner, "ignore_interrupts", lambda: None)
+    patch.setattr(worker, "ignore_interrupts", lambda: None)
     patch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
 
 

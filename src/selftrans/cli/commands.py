@@ -69,7 +69,8 @@ class Train(RecipeCommand[Config]):
         from selftrans.methods.registry import stages
         from selftrans.recipes import ignored
         from selftrans.storage import check_writable, write_json
-        from selftrans.train.run import totals, train
+        from selftrans.train.run import train
+        from selftrans.train.run_report import totals
 
         if self.dry_run_json is not None:
             if not self.dry_run:

@@ -258,8 +258,8 @@ class Compare(RecipeCommand[Config]):
     typed: Typed = ()
 
     def run(self) -> None:
-        from selftrans.experiments.compare import compare_methods
-        from selftrans.experiments.comparison_settings import override
+        from selftrans.experiments.comparison.compare import compare_methods
+        from selftrans.experiments.comparison.comparison_settings import override
         from selftrans.messages import plural
 
         config: Any = override(self.config, data=self.data, steps=self.steps)  # type: ignore[arg-type]

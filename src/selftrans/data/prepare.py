@@ -89,8 +89,10 @@ def prepare(
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
     mine, earlier = _checked_part(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    given = (resolution, flip, split, label_column, text, media or MediaOptions(), reading, square, progress)
-    samples = pictures if pictures is not None else source_samples(source, earlier, autoencoder, *given)
+    samples = pictures if pictures is not None else source_samples(
+        source, earlier, autoencoder=autoencoder, resolution=resolution, flip=flip, split=split, label_column=label_column,
+        text=text, media=media or MediaOptions(), reading=reading, square=square, progress=progress,
+    )  # fmt: skip
     dtype, of_media = dtype or _dtype(autoencoder, samples), isinstance(samples, Clips)
     options = _options(samples, autoencoder, resolution, text, media, reading)
     options |= {"flip": flip, "split": split or "train", "label_column": label_column}
@@ -101,9 +103,7 @@ def prepare(
     if pictures is None:
         report_source(samples, progress, flip=flip)
     check_faults(samples, source, skip_bad)
-    captions = _load_text(samples, text, device, precision, progress) if text else None
-    name = samples.normalised().name if isinstance(samples, Clips) else autoencoder
-    device, model = load(name, device, "float32" if text and identity_kind(autoencoder) else precision)
+    captions, device, model = _networks(samples, autoencoder, text, device, precision, progress)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
     return _run(encoder, encoder.plan(str(source), options), out, mine, progress, pictures is None)
 
@@ -160,6 +160,20 @@ def _options(
         **({"range": "{:g} {:g}".format(*reading.range)} if reading.range else {}),
         **({"labels": Path(reading.labels).name} if reading.labels else {}),
     }
+
+
+def _networks(
+    samples: Samples,
+    autoencoder: str,
+    text: TextOptions | None,
+    device: str | torch.device | None,
+    precision: str,
+    progress: bool,
+) -> tuple[CaptionEncoder | None, torch.device, Autoencoder]:
+    """The text encoder of samples with captions, and their autoencoder with the device that it is on."""
+    captions = _load_text(samples, text, device, precision, progress) if text else None
+    name = samples.normalised().name if isinstance(samples, Clips) else autoencoder
+    return captions, *load(name, device, "float32" if text and identity_kind(autoencoder) else precision)
 
 
 def _load_text(

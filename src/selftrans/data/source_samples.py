@@ -19,6 +19,7 @@ from selftrans.encoders.identity import identity_kind
 def source_samples(
     source: str | Path,
     earlier: resumable.Earlier | None,
+    *,
     autoencoder: str,
     resolution: Resolution | None,
     flip: bool,

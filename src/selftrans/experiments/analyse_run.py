@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -57,27 +57,11 @@ def analyse(
     check_writable(out / "analyse.json", size=1 << 20)
     decoder = load_autoencoder(loaded.autoencoder, device=device)
     z0, labels = data_latents(dataset, samples)
-    probed = _can_be_fitted(dataset, labels)
-    path, blocks = PATHS[loaded.config.train.path], tuple(range(1, model.depth + 1))
-    null, maps = null_of(model, len(z0)), dict[str, np.ndarray]()
-    probes, clouds = dict[float, list[float]](), dict[float, np.ndarray]()
-    for t in progress_bar(iterable=timesteps, desc="timesteps", unit="t"):
-        feats = collect(model, z0, null, t=t, taps=blocks, path=path)
-        if probed:
-            probes[t] = [linear_probe(feats[k].to(device), labels) for k in blocks]
-        maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _mapped_blocks(blocks)}
-        clouds[t] = tsne(feats[blocks[len(blocks) // 2]])
-    decoded = decode_images(decoder, z0[:MAPPED].to(device))
-    shown_maps = {"data": as_pictures(decoded)} | maps
-    save(pca_grid(shown_maps, title="principal components of the features"), out / "pca.png")
-    for t, cloud in clouds.items():
-        title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
-        names = class_names(dataset.manifest.classes) or None
-        save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
+    probed = labels if _can_be_fitted(dataset, labels) else None
+    found = _examined(model, z0, probed, timesteps, loaded.config.train.path)
     chance = float(labels.bincount().max()) / len(labels)  # of always naming the most frequent class
-    if probes:
-        series = {f"t = {t:g}": (blocks, accuracy) for t, accuracy in probes.items()}
-        save(curves(series, xlabel="block", ylabel=f"linear probe accuracy (chance {chance:.2f})"), out / "probes.png")
+    pictures = as_pictures(decode_images(decoder, z0[:MAPPED].to(device)))
+    _draw(found, pictures, labels, class_names(dataset.manifest.classes) or None, chance, out)
     report = {
         "source": loaded.source,
         "stage": loaded.stage,
@@ -85,12 +69,53 @@ def analyse(
         "images": len(labels),
         "data": str(dataset.path),
         "condition": "null",
-        "blocks": list(blocks),
-        "chance": chance if probes else None,
-        "probe_accuracy": {f"{t:g}": accuracy for t, accuracy in probes.items()},
+        "blocks": list(found.taps),
+        "chance": chance if found.probes else None,
+        "probe_accuracy": {f"{t:g}": accuracy for t, accuracy in found.probes.items()},
     }
     write_json(out / "analyse.json", report)
     return report
+
+
+class Findings(NamedTuple):
+    """What the features of a model show at each timestep."""
+
+    taps: tuple[int, ...]  #: all blocks of the model
+    probes: dict[float, list[float]]  #: timestep -> accuracy of a linear probe of each block; empty without probes
+    maps: dict[str, np.ndarray]  #: title -> PCA maps of the first images, of some blocks
+    clouds: dict[float, np.ndarray]  #: timestep -> t-SNE (N, 2) of the middle block
+
+    @property
+    def middle(self) -> int:
+        """The middle block."""
+        return self.taps[len(self.taps) // 2]
+
+
+def _examined(model: Backbone, z0: Tensor, labels: Tensor | None, timesteps: Sequence[float], path: str) -> Findings:
+    """Features of latents z0 (N, C, *S) under the null condition; probes only with `labels` (N,). `path`: its name."""
+    found = Findings(tuple(range(1, model.depth + 1)), {}, {}, {})
+    null, device = null_of(model, len(z0)), next(model.parameters()).device
+    for t in progress_bar(iterable=timesteps, desc="timesteps", unit="t"):
+        feats = collect(model, z0, null, t=t, taps=found.taps, path=PATHS[path])
+        if labels is not None:
+            found.probes[t] = [linear_probe(feats[k].to(device), labels) for k in found.taps]
+        for k in _mapped_blocks(found.taps):
+            found.maps[f"block {k}, t = {t:g}"] = pca_maps(feats[k][:MAPPED], model.grid)
+        found.clouds[t] = tsne(feats[found.middle])
+    return found
+
+
+def _draw(
+    found: Findings, pictures: np.ndarray, labels: Tensor, names: Sequence[str] | None, chance: float, out: Path
+) -> None:
+    """pca.png with the `pictures` above their maps, a t-SNE per timestep, and probes.png where there are probes."""
+    save(pca_grid({"data": pictures} | found.maps, title="principal components of the features"), out / "pca.png")
+    for t, cloud in found.clouds.items():
+        title = f"t-SNE of block {found.middle} at t = {t:g}"
+        save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
+    if found.probes:
+        series = {f"t = {t:g}": (found.taps, accuracy) for t, accuracy in found.probes.items()}
+        save(curves(series, xlabel="block", ylabel=f"linear probe accuracy (chance {chance:.2f})"), out / "probes.png")
 
 
 def _can_be_fitted(dataset: Dataset, labels: Tensor) -> bool:

@@ -21,7 +21,7 @@ from selftrans.device import default_device
 from selftrans.evaluate.clip_score import ClipScorer
 from selftrans.evaluate.extractors import Extractor, OtherShape, load_extractor
 from selftrans.evaluate.metrics import evaluate
-from selftrans.experiments.measurement import check_sizes, image_shape
+from selftrans.experiments.comparison.measurement import check_sizes, image_shape
 from selftrans.experiments.opened_samples import open_samples
 from selftrans.experiments.reference import counted, described, reference_of
 from selftrans.messages import plural, printable

@@ -75,8 +75,9 @@ def marked(table: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def failures(summary: Mapping[str, Any]) -> list[str]:
     """A line for each failed run of a compare.json, with the reason; files of earlier versions have no such runs."""
-    names = titles(row["method"] for row in summary["table"])
-    return [f"failed: {names[one['method']]}, seed {one['seed']}: {one['reason']}" for one in summary.get("failed", ())]
+    failed = summary.get("failed", ())
+    names = titles(one["method"] for one in (*summary["table"], *failed))
+    return [f"failed: {names[one['method']]}, seed {one['seed']}: {one['reason']}" for one in failed]
 
 
 def text_table(summary: Mapping[str, Any]) -> str:

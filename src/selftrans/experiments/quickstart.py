@@ -25,12 +25,13 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
-from selftrans.experiments.comparison import Comparison, checkpoints_of, interval
-from selftrans.experiments.comparison_settings import for_method
-from selftrans.experiments.measurement import PROBE_T, samples_of
+from selftrans.experiments.bench.machine import load_average
+from selftrans.experiments.comparison.compared_runs import Comparison, checkpoints_of, interval, seconds_trained
+from selftrans.experiments.comparison.comparison_settings import for_method
+from selftrans.experiments.comparison.measurement import PROBE_T, samples_of
+from selftrans.experiments.comparison.runner import Results, check_counts, train_and_measure
+from selftrans.experiments.comparison.summary import as_csv, mean_curve, rows
 from selftrans.experiments.quickstart_report import compared, cut, duration, overview, page, sentence, text
-from selftrans.experiments.runner import Results, check_counts, seconds_trained, train_and_measure
-from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
 from selftrans.messages import first_line, printable
 from selftrans.methods.registry import meta_objective, stages
@@ -65,7 +66,7 @@ def quickstart(
     table.json.
     """
     check_counts(seeds, images, workers)
-    started = time.perf_counter()
+    started, load = time.perf_counter(), load_average()  # the load of others: nothing is prepared or trained here yet
     config = digits().override({"train.steps": STEPS if steps is None else steps}).check()
     every = interval(config.train.steps)
     # the teacher is a checkpoint of stage 1 alone, which is trained on for its own row of the table
@@ -81,7 +82,7 @@ def quickstart(
         check_earlier(chosen)
         load_extractor("digits", weights=classifier)  # trained once, before the workers load it
         begun = any(seconds_trained(chosen.run(job)) for job in chosen.jobs)
-        results = train_and_measure(chosen, workers=workers)
+        results = train_and_measure(chosen, workers=workers, load=load)
         summary = summarise(chosen, results)
         now = round(time.perf_counter() - started, 1), begun
         summary["seconds"], summary["continued"] = time_taken(out, summary["table"], results, now)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selftrans.evaluate.plots import INK, Series, blank_figure, figure_to_data_uri, pca_grid, sample_sheet
+from selftrans.experiments.comparison.runner import Result, Results
+from selftrans.experiments.comparison.summary import curve, spread
 from selftrans.experiments.html_report import (
     AXIS_LABELS,
     aligned,
@@ -20,8 +22,6 @@ from selftrans.experiments.html_report import (
     method_table,
     spread_text,
 )
-from selftrans.experiments.runner import Result, Results
-from selftrans.experiments.summary import curve, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -31,10 +31,10 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.precision import PRECISIONS
-from selftrans.train.data_window import data_of
 from selftrans.train.dry_run import KEPT, duration, kept_checkpoints
 from selftrans.train.flops import step_flops
 from selftrans.train.memory_use import memory_use
+from selftrans.train.run_data import data_of
 from selftrans.types import Conditions
 
 SAMPLES, SHAPE, CLASSES = 1_281_167, (4, 32, 32), 1000  #: ImageNet-256, assumed where no data are given

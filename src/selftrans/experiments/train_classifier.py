@@ -71,9 +71,10 @@ def _train(dataset: Dataset, out: Path, folder: Path, settings: dict[str, Any]) 
             f"{folder} is an unfinished training with other data, --epochs or --seed; give those, or remove it"
         )
     images = np.concatenate(list(decoded_images(dataset, device=device)), axis=0)
-    steps, classes = functools.partial(_steps, folder, settings, found), dataset.manifest.classes
-    chosen = {name: settings[name] for name in ("seed", "epochs")}
-    model = train_classifier(images, dataset.labels, len(classes), device=device, steps=steps, **chosen)
+    classes = dataset.manifest.classes
+    steps = functools.partial(_steps, folder, settings, found)
+    seed, epochs = settings["seed"], settings["epochs"]
+    model = train_classifier(images, dataset.labels, len(classes), seed=seed, epochs=epochs, device=device, steps=steps)
     assert model.training_record is not None
     description = dataclasses.asdict(model.training_record) | settings
     description |= {"data": dataset.origin, "classes": list(classes)}

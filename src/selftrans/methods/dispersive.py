@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from selftrans.methods.guidance import Guidance, Report, check_term, token_norm
-from selftrans.methods.spec import MethodSpec, single_stage
+from selftrans.methods.spec import MethodSpec, section_stage
 from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Draw
 
@@ -76,9 +76,4 @@ def squared_distances(x: Tensor) -> Tensor:
     return distances * (1 - torch.eye(len(x), device=x.device))
 
 
-DISPERSIVE = MethodSpec(
-    "dispersive",
-    "Dispersive",
-    single_stage(Dispersive, lambda student, run: DispersiveGuidance(student, run.section(Dispersive))),
-    (Dispersive,),
-)
+DISPERSIVE = MethodSpec("dispersive", "Dispersive", section_stage(Dispersive, DispersiveGuidance), (Dispersive,))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from selftrans.methods.guidance import Guidance, Report, check_term, token_norm
-from selftrans.methods.spec import MethodSpec, single_stage
+from selftrans.methods.spec import MethodSpec, section_stage
 from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Conditions, Draw
 
@@ -75,9 +75,5 @@ def _settle(config: RunConfig, conditions: Conditions) -> RunConfig:
 
 
 INTERNAL_GUIDANCE = MethodSpec(
-    "internal_guidance",
-    "Internal Guidance",
-    single_stage(Internal, lambda student, run: InternalGuidance(student, run.section(Internal))),
-    (Internal,),
-    _settle,
+    "internal_guidance", "Internal Guidance", section_stage(Internal, InternalGuidance), (Internal,), _settle
 )

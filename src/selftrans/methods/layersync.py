@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from selftrans.methods.guidance import Guidance, Report, check_term, feature_error, token_norm
-from selftrans.methods.spec import MethodSpec, single_stage
+from selftrans.methods.spec import MethodSpec, section_stage
 from selftrans.sections import Section, setting
 from selftrans.types import Backbone, Draw
 
@@ -56,9 +56,4 @@ class LayerSyncGuidance(Guidance):
         return term, {"feature_norm": token_norm(shallow), "target_norm": token_norm(deep)}
 
 
-LAYERSYNC = MethodSpec(
-    "layersync",
-    "LayerSync",
-    single_stage(LayerSync, lambda student, run: LayerSyncGuidance(student, run.section(LayerSync))),
-    (LayerSync,),
-)
+LAYERSYNC = MethodSpec("layersync", "LayerSync", section_stage(LayerSync, LayerSyncGuidance), (LayerSync,))

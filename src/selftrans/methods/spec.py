@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from selftrans.types import Backbone, Conditions
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
 
+S = TypeVar("S", bound=Section)
 
 RESERVED_FOLDERS = ("data", "tensorboard", "wandb")  #: in a run directory
 #: settings of which a stage may have its own values, besides those of the model
@@ -75,6 +76,11 @@ def single_stage(
         return [Stage(section.key, config.train.steps, guide, (section,))]
 
     return stages
+
+
+def section_stage(section: type[S], guidance: Callable[[Backbone, S], Guidance]) -> Callable[[RunConfig], list[Stage]]:
+    """`single_stage` of a guidance that is made from the student and its section alone."""
+    return single_stage(section, lambda student, config: guidance(student, config.section(section)))
 
 
 class PublishedHeads(NamedTuple):

@@ -138,9 +138,9 @@ class CapturedStep:
             sound = not checked[0]
             for row in rows:
                 report = dict(zip(names, row, strict=True))
-                trainer.window.add_numbers(report, sound)
-                trainer.span.add_numbers({"flow": report["flow"]}, sound)
-            trainer.window.add_numbers({"grad_norm": float(checked[2])}, sound)
+                trainer.since_log.add_numbers(report, sound)
+                trainer.since_checkpoint.add_numbers({"flow": report["flow"]}, sound)
+            trainer.since_log.add_numbers({"grad_norm": float(checked[2])}, sound)
             trainer.nonfinite.note(step, checked.float())
 
     def _fill(self, loaded: Loaded) -> None:

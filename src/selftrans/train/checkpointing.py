@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,18 +13,42 @@ from selftrans.config import to_object
 from selftrans.messages import plural
 from selftrans.models.lora import trained_names
 from selftrans.train import fsdp
-from selftrans.train.optim import load_optimizer
+from selftrans.train.optim import load_optimizer, optimizer_tensors
 from selftrans.train.preview import run_prompts
 
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer
 
 
-def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict[str, Any]) -> None:
-    """Write the checkpoint of the trainer's step; in the first process only. OSError where it cannot be written.
+def write(trainer: Trainer, means: dict[str, Any], *, required: bool) -> None:
+    """Write the checkpoint of the trainer's step in the first process; every process must call it. `means`: the running means.
 
-    `tensors` are those of `fsdp.gather_checkpoint`, `windows` the running means.
+    A full disk gives a warning, or an OSError if the checkpoint is `required`, as the run ends here.
     """
+    tensors = fsdp.gather_checkpoint(
+        trainer.objective, trainer.ema.model, optimizer_tensors(trainer.optimizer.optimizer, trainer.objective)
+    )
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        try:
+            _write(trainer, tensors, means)
+            prune(trainer)
+        except OSError as error:
+            if required:
+                raise OSError(f"{error}; free disk space, then the same command continues") from error
+            warnings.warn(f"{error}; training continues, earlier checkpoints stay valid", stacklevel=2)
+    trainer.accelerator.wait_for_everyone()
+
+
+def prune(trainer: Trainer) -> None:
+    """Remove the checkpoints that the settings do not keep; none while updates are skipped."""
+    train = trainer.config.train
+    if not trainer.nonfinite.in_a_row:
+        checkpoint.prune(trainer.checkpoints, trainer.step, train.keep, best=train.keep_best, every=train.keep_every)
+
+
+def _write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], means: dict[str, Any]) -> None:
+    """In the first process. OSError where it cannot be written."""
     spent = {"seconds": trainer.seconds, "tflops": trainer.total_flops() / 1e12}
     manifest = trainer.shards.manifest
     about = header(
@@ -50,7 +75,7 @@ def write(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], windows: dict
         trainer.step,
         tensors,
         about
-        | windows
+        | means
         | {
             "nonfinite": trainer.nonfinite.state(),
             "scaler": scaler.state_dict() if scaler else None,
@@ -75,8 +100,8 @@ def load(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     fsdp.load(trainer.objective, {f"student.{k}": v for k, v in student.items()} | found.tensors("heads"))
     fsdp.load(trainer.ema.model, average)
     load_optimizer(trainer.optimizer, trainer.objective, found.tensors("optimizer"))
-    trainer.window.load(found.state["window"], trainer.accelerator.device)
-    trainer.span.load(found.state.get("span", {}), trainer.accelerator.device)
+    trainer.since_log.load(found.state["window"], trainer.accelerator.device)
+    trainer.since_checkpoint.load(found.state.get("span", {}), trainer.accelerator.device)
     trainer.nonfinite.load(found.state.get("nonfinite", {}))
     if trainer.accelerator.scaler and found.state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(found.state["scaler"])

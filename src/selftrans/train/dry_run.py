@@ -40,11 +40,11 @@ from selftrans.precision import PRECISIONS
 from selftrans.storage import nearest_existing
 from selftrans.train.batches import Loaded
 from selftrans.train.capture_rules import ENDED, NotCaptured, description
-from selftrans.train.data_window import Transfer, describe_data, transfer_of, transfer_text
 from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
-from selftrans.train.processes import free_prepared
-from selftrans.train.run import accelerator_of, data_of_run, planned, ready_data
+from selftrans.train.processes import accelerator_of, free_prepared
+from selftrans.train.run import planned
+from selftrans.train.run_data import Transfer, data_of_run, describe_data, ready_data, transfer_of, transfer_text
 from selftrans.train.teachers import teacher_of
 from selftrans.train.trackers import tracker_names
 from selftrans.train.trainer import Trainer
@@ -141,7 +141,7 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
         if line := describe_data(config, shards):
             accelerator.print(line)
         device = accelerator.device
-        given, shards = shards, ready_data(config, shards.dry_run_data(), accelerator, quiet=True)
+        all_shards, shards = shards, ready_data(config, shards.dry_run_data(), accelerator, quiet=True)
         found = DryRun(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             memory_total=_total(device),
@@ -160,7 +160,7 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
             release(trainer)
             del trainer, teacher
             free_prepared(accelerator)
-        found.fetched = transfer_of(config, given)
+        found.fetched = transfer_of(config, all_shards)
         found.disk_needed = sum(s.kept * s.checkpoint for s in found.stages)
         found.disk_needed += max(s.checkpoint for s in found.stages)
     return found
@@ -176,28 +176,10 @@ def _teacher(config: RunConfig, stage: Stage, out: Path, shards: Dataset, accele
 
 
 def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
-    """Take a few steps of a stage."""
-    device, stage, train = trainer.accelerator.device, trainer.stage, trainer.config.train
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    batches = trainer.stream.from_step(0, pin=device.type == "cuda")
-    micro = trainer.stream.micro
-    samples = _samples(trainer)
-    seconds: list[float] = []
-    peaks: list[int] = []
+    """Take a few steps of a stage; what it takes in the run `out`."""
+    stage, micro, samples = trainer.stage, trainer.stream.micro, _samples(trainer)
     untimed = trainer.captured.untimed if trainer.captured else 1  # these compile, and capture
-    count = min(steps + untimed - 1, stage.steps)
-    title, hidden = f"{stage.name}: {plural(count, 'step')}", not trainer.accelerator.is_main_process
-    limit = LIMIT if trainer.accelerator.num_processes == 1 else float("inf")  # several take the same number of steps
-    with tqdm(total=count, desc=title, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
-        while len(seconds) < count and (len(seconds) < FEWEST or sum(seconds) < limit):
-            started = time.perf_counter()
-            guarded_step(trainer, _first_rows(batches, samples * (1 + len(seconds) % 2) if samples < micro else micro))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - started)
-            peaks.append(_peak(device))
-            bar.update()
+    seconds, peaks = _steps_taken(trainer, min(steps + untimed - 1, stage.steps), samples)
     each, peak = statistics.median(seconds[untimed:] or seconds[1:] or seconds), max(peaks)
     if samples < micro:
         each = _extrapolated(seconds, samples, micro)
@@ -217,9 +199,35 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
         peak=peak,
         samples=samples,
         checkpoint=sum(trainer.memory.get(part, 0) for part in KEPT),
-        kept=kept_checkpoints(train, stage.steps),
+        kept=kept_checkpoints(trainer.config.train, stage.steps),
         capture=description(trainer),
     )
+
+
+def _steps_taken(trainer: Trainer, count: int, samples: int) -> tuple[list[float], list[int]]:
+    """(seconds, peak of the memory in bytes) of each of at most `count` steps.
+
+    They have micro-batches as in the run or, where `samples` are fewer, of `samples` and of twice as many in turn.
+    """
+    device, micro = trainer.accelerator.device, trainer.stream.micro
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batches = trainer.stream.from_step(0, pin=device.type == "cuda")
+    seconds: list[float] = []
+    peaks: list[int] = []
+    title, hidden = f"{trainer.stage.name}: {plural(count, 'step')}", not trainer.accelerator.is_main_process
+    limit = LIMIT if trainer.accelerator.num_processes == 1 else float("inf")  # several take the same number of steps
+    with tqdm(total=count, desc=title, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
+        while len(seconds) < count and (len(seconds) < FEWEST or sum(seconds) < limit):
+            rows = micro if samples == micro else samples * (1 + len(seconds) % 2)
+            started = time.perf_counter()
+            guarded_step(trainer, _first_rows(batches, rows))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+            peaks.append(_peak(device))
+            bar.update()
+    return seconds, peaks
 
 
 def kept_checkpoints(train: Train, steps: int) -> int:

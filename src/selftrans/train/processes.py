@@ -1,4 +1,4 @@
-"""Memory of a training process, the timeout between processes, and the error when another process has ended."""
+"""The processes of a run: accelerate's engine, memory settings, and the error when another process has ended."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from selftrans.config import Train
+from selftrans.config import RunConfig, Train
 
 #: messages of gloo, NCCL and torch's store about a process that does not answer
 GONE = re.compile(
@@ -45,6 +48,27 @@ def free_prepared(accelerator: Accelerator) -> None:
     accelerator._models.clear()
     accelerator._optimizers.clear()
     accelerator.free_memory()
+
+
+def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
+    """accelerate's engine at this precision. ValueError where the machine cannot compute in it."""
+    mixed = "no" if config.train.precision == "fp32" else config.train.precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()  # an earlier run of this process had another precision
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 here")
+    if config.train.precision == "fp16" and config.train.shard:
+        raise ValueError("train.shard does not go with train.precision fp16; use bf16 or fp32")
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes form a group only with this
+        mixed_precision=mixed,
+        project_dir=str(out),
+        # gradients lie in the buckets that DDP sends, which would take as much memory again
+        kwargs_handlers=[
+            process_group_options(config.train),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
 
 
 def process_group_options(config: Train) -> InitProcessGroupKwargs:

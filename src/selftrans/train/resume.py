@@ -32,37 +32,48 @@ Changes = list[tuple[str, Any, Any, Resume]]  #: name of a setting, value before
 
 def settle(config: RunConfig, out: Path, manifest: Manifest) -> RunConfig:
     """The configuration in agreement with what `out` was started with. ValueError names what differs."""
-    data, before = out / "data.json", settings_before(out)
+    before = settings_before(out)
     if before and _untrained(out, before, config):
         before = None
     config = find(config.method).settle(_with_lengths(config.restricted(), before), manifest.conditions)
     if before:
-        # imported weights that are not trained yet: the model is fixed, the training settings are free
-        fresh = (out / f"{IMPORTED}.json").exists() and not data.exists()
-        changed = _bound_changes(before, config) if fresh else differences(before, config)
-        changed += _teacher_changes(before, config) if not fresh and before.method == config.method else []
-        changes = [f"{name} was {was}, is {now}" for name, was, now, _ in changed]
-        by_consent = not fresh and all(rule == "consent" for *_, rule in changed)
-        if changed and by_consent and config.train.allow_changes:
-            warnings.warn(f"{out} continues with other settings: {'; '.join(changes)}", stacklevel=4)
-        elif changed:
-            consent = ", or --train.allow-changes True to continue with these" if by_consent else ""
-            raise ValueError(
-                f"{out} was started with other settings: {'; '.join(changes)}; use those, or another --out{consent}"
-            )
-        if data.exists():
-            (shards, scale), (shards_now, scale_now) = _read(data, _identity), _identity(manifest.to_json())
-            if shards != shards_now:
-                raise ValueError(
-                    f"{out} was trained on other data than {config.data.path}; give the data it was trained on, or another "
-                    "--out"
-                )
-            if scale != scale_now:
-                raise ValueError(
-                    f"{out} was trained on latents with {scale}, those of the data are now {scale_now}; prepare the data again "
-                    "as they were, or choose another --out"
-                )
+        _check_settings(before, config, out)
+        if (out / "data.json").exists():
+            _check_same_data(config, out, manifest)
     return config
+
+
+def _check_settings(before: RunConfig, now: RunConfig, out: Path) -> None:
+    """ValueError for changed settings with which the run in `out` cannot continue; a warning for those changed by consent."""
+    # imported weights that are not trained yet: the model is fixed, the training settings are free
+    fresh = (out / f"{IMPORTED}.json").exists() and not (out / "data.json").exists()
+    if fresh:
+        changed, by_consent = _bound_changes(before, now), False
+    else:
+        changed = differences(before, now) + (_teacher_changes(before, now) if before.method == now.method else [])
+        by_consent = all(rule == "consent" for *_, rule in changed)
+    if not changed:
+        return
+    changes = "; ".join(f"{name} was {was}, is {value}" for name, was, value, _ in changed)
+    if by_consent and now.train.allow_changes:
+        warnings.warn(f"{out} continues with other settings: {changes}", stacklevel=5)
+        return
+    consent = ", or --train.allow-changes True to continue with these" if by_consent else ""
+    raise ValueError(f"{out} was started with other settings: {changes}; use those, or another --out{consent}")
+
+
+def _check_same_data(config: RunConfig, out: Path, manifest: Manifest) -> None:
+    """ValueError where the data are not those that the run in `out` was started with, or are scaled in another way."""
+    (shards, scale), (shards_now, scale_now) = _read(out / "data.json", _identity), _identity(manifest.to_json())
+    if shards != shards_now:
+        raise ValueError(
+            f"{out} was trained on other data than {config.data.path}; give the data it was trained on, or another --out"
+        )
+    if scale != scale_now:
+        raise ValueError(
+            f"{out} was trained on latents with {scale}, those of the data are now {scale_now}; prepare the data again as they "
+            "were, or choose another --out"
+        )
 
 
 def _untrained(out: Path, before: RunConfig, now: RunConfig) -> bool:

@@ -8,7 +8,6 @@ Shape legend: N batch, (C, H, W) latent.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from selftrans.train.initial_weights import InitialWeights, build_student
 from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
 from selftrans.train.memory_use import memory_use
 from selftrans.train.nonfinite import NonFiniteSteps, check_weights, with_remedy
-from selftrans.train.optim import build_optimizer, forget, learning_rate, optimizer_tensors
+from selftrans.train.optim import build_optimizer, forget, learning_rate
 from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
 from selftrans.train.resume import check_data, checkpoint_errors, common_checkpoint
@@ -77,19 +76,35 @@ class Trainer:
         bar: Callable[..., Any] = progress_bar,
     ) -> None:
         self.accelerator, self.stage, self.directory = accelerator, stage, directory
-        self.run_config = config
-        self.config = config = config.override(stage.settings)
-        self.shards, self.teacher, self.preview, self.stop = shards, teacher, preview, stop or StopSignal()
-        self.bar, self.order, self.trackers = bar, order or [stage.name], trackers
-        train = config.train
-        found, self.initial = common_checkpoint(self.checkpoints, accelerator), initial
-        self.objective = self._new_objective(fresh=found is None)
+        self.run_config, self.config = config, config.override(stage.settings)
+        self.shards, self.teacher, self.initial, self.preview = shards, teacher, initial, preview
+        self.order, self.trackers, self.stop, self.bar = order or [stage.name], trackers, stop or StopSignal(), bar
+        self.step, self.seconds = 0, 0.0
+        self.since_log = RunningMeans()  #: since the last log line
+        self.since_checkpoint = RunningMeans()  #: since the last checkpoint that was due
+        self.due = False  #: whether a checkpoint is due, but not written yet
+        self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
+        found = common_checkpoint(self.checkpoints, accelerator)
+        self._build(fresh=found is None)
+        self._restore(found)
+        asked = self.config.train.compile
+        self.compiled = accelerator.device.type == "cuda" if asked is None else asked
+        if self.compiled:
+            self._compile()
+        self._wrap()
+        self.captured = captured_step(self)
+
+    def _build(self, *, fresh: bool) -> None:
+        """What steps work on: student and guidances (with initial weights, if `fresh`), average, batches, optimiser."""
+        train, accelerator = self.config.train, self.accelerator
+        self.objective = self._new_objective(fresh=fresh)
         self.ends = [g.until_step for g in self.objective.guidances]
         self.ema = EMA(self.objective.student, train.ema)
         self.objective.watch(self.ema.model)
         self.stream = self._new_stream()
+        self.nonfinite = NonFiniteSteps(train.max_skips, self.stream.all_indices)
         micros = train.batch_size // self.stream.micro
-        each = step_flops(self.objective, shards.manifest.conditions.example(), self.stream.micro)
+        each = step_flops(self.objective, self.shards.manifest.conditions.example(), self.stream.micro)
         self.flops = {part: micros * flops for part, flops in each.items()}
         # the average, and the count of operations, do not use it
         fp8.convert(self.objective.student, train.fp8, accelerator.device, self.stream.micro)
@@ -99,19 +114,8 @@ class Trainer:
                 self.objective, self.ema.model, device=accelerator.device, processes=accelerator.num_processes
             )
             self.ema.follow(self.objective.student)
-        self.memory = memory_use(self.objective, self.ema.model, teacher, train.optimizer)
+        self.memory = memory_use(self.objective, self.ema.model, self.teacher, train.optimizer)
         self.optimizer: Any = build_optimizer(self.objective, train)
-        self.step, self.seconds = 0, 0.0
-        self.window = RunningMeans()  #: since the last log line
-        self.span = RunningMeans()  #: since the last checkpoint that was due
-        self.nonfinite, self.due = NonFiniteSteps(train.max_skips, self.stream.all_indices), False
-        self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
-        self._restore(found)
-        self.compiled = (accelerator.device.type == "cuda") if train.compile is None else train.compile
-        if self.compiled:
-            self._compile()
-        self._wrap()
-        self.captured = captured_step(self)
 
     def _new_objective(self, *, fresh: bool) -> Objective:
         """The student with initial weights, if `fresh`, and its guidances, on the device."""
@@ -158,17 +162,17 @@ class Trainer:
         try:
             self._preview(self.step == self.stage.steps, again=True)
             batches = self.stream.from_step(self.step, pin=self.accelerator.device.type == "cuda")
-            first = self.compiled
+            compiles = self.compiled  # whether the next step does
             while self.step < self.stage.steps:
-                if first:
+                if compiles:
                     bar.set_postfix({"compiling": "the first step takes longer"})
                 started = time.perf_counter()
                 guarded_step(self, batches)
                 took = time.perf_counter() - started
                 self.seconds += took
-                if first:
+                if compiles:
                     bar.set_postfix({"first step, compiled": f"{took:.1f} s"}, refresh=False)
-                first = False
+                compiles = False
                 bar.update()
                 self._after_step(journal, bar)
         except FloatingPointError:
@@ -182,7 +186,7 @@ class Trainer:
         found = checkpoint.newest(self.checkpoints)
         assert found is not None and found.step == self.step
         if main:
-            self._prune()  # an earlier process may have been killed between its last checkpoint and this
+            checkpointing.prune(self)  # an earlier process may have been killed between its last checkpoint and this
         return found
 
     def train_step(self, batches: Iterator[Loaded]) -> None:
@@ -258,8 +262,8 @@ class Trainer:
     def _log(self, journal: JsonlLog | None, bar: Any) -> None:
         """Write a log line of the steps since the last one."""
         self._read()
-        values = self._means(self.window)
-        self.window.clear()
+        values = self._means(self.since_log)
+        self.since_log.clear()
         skips = self.nonfinite.pop_report()
         if journal is None:
             return
@@ -288,52 +292,40 @@ class Trainer:
             self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
     def _save(self, *, required: bool) -> None:
-        """Write a checkpoint in the main process. A full disk gives a warning, or an OSError if the run ends here.
-
-        While updates are skipped, a checkpoint is written only if `required`, and none is removed.
-        """
+        """Write a checkpoint; while updates are skipped only if it is `required`, as the run ends here."""
         self._read()
         if self.nonfinite.in_a_row and not required:
             return  # `due` stays true, so that the next finite step writes it
+        self._check_weights()
+        checkpointing.write(self, self._means_to_keep(), required=required)
+
+    def _check_weights(self) -> None:
+        """FloatingPointError, with the remedy, unless all weights are finite."""
+        where = f"step {self.step} of {self.stage.name}"
         try:
-            where = f"step {self.step} of {self.stage.name}"
             between_steps(self, "a checkpoint", lambda: check_weights(list(self.objective.parameters()), where))
         except FloatingPointError as error:
             raise with_remedy(error, self.checkpoints) from None
-        flow = self._means(self.span).get("flow") if self.due else None  # the mean of a few steps would be noise
-        windows = {"window": self.window.state(self.accelerator), "flow": flow}
-        if self.due:
-            self.due = False
-            self.span.clear()
-        windows["span"] = self.span.state(self.accelerator)
-        tensors = fsdp.gather_checkpoint(
-            self.objective, self.ema.model, optimizer_tensors(self.optimizer.optimizer, self.objective)
-        )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            try:
-                checkpointing.write(self, tensors, windows)
-                self._prune()
-            except OSError as error:
-                if required:
-                    raise OSError(f"{error}; free disk space, then the same command continues") from error
-                warnings.warn(f"{error}; training continues, earlier checkpoints stay valid", stacklevel=2)
-        self.accelerator.wait_for_everyone()
 
-    def _prune(self) -> None:
-        train = self.config.train
-        if not self.nonfinite.in_a_row:
-            checkpoint.prune(self.checkpoints, self.step, train.keep, best=train.keep_best, every=train.keep_every)
+    def _means_to_keep(self) -> dict[str, Any]:
+        """The running means for a checkpoint; those since the last one that was due begin anew at one that is due."""
+        since_log = self.since_log.state(self.accelerator)
+        flow = None  # of a checkpoint between two that are due: the mean of a few steps would be noise
+        if self.due:
+            flow = self._means(self.since_checkpoint).get("flow")
+            self.since_checkpoint.clear()
+            self.due = False
+        return {"window": since_log, "flow": flow, "span": self.since_checkpoint.state(self.accelerator)}
 
     def _restore(self, found: checkpoint.Checkpoint | None) -> None:
         """Continue from the newest valid checkpoint of the stage. Order and noise follow from the step."""
-        self.step = found.step if found else 0
         if found:
+            self.step = found.step
             with checkpoint_errors(found):
                 check_data(found, self.shards.manifest)
                 check_teacher(found, self.teacher)
                 self.origin = {key: value for key, value in found.state.items() if key == IMPORTED}
-        self._retire()
+        self._retire()  # a checkpoint has no tensors of guidance that has ended
         if found:
             with checkpoint_errors(found, ValueError):
                 checkpointing.load(self, found)

@@ -38,9 +38,9 @@ def launched_step(trainer: Trainer, batches: Iterator[Loaded]) -> None:
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.nonfinite.note(step, checked)
     for report in reports:
-        trainer.window.add(report, sound)
-        trainer.span.add({"flow": report["flow"]}, sound)
-    trainer.window.add({"grad_norm": checked[2]}, sound)
+        trainer.since_log.add(report, sound)
+        trainer.since_checkpoint.add({"flow": report["flow"]}, sound)
+    trainer.since_log.add({"grad_norm": checked[2]}, sound)
 
 
 def micro_step(trainer: Trainer, batch: Batch, step: int | Tensor, *, last: bool) -> Report:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
-from selftrans.experiments.measurement import SHARED
+from selftrans.experiments.comparison.measurement import SHARED
 from selftrans.messages import first_line, plural, printable
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
 from selftrans.ui.found_runs import Found

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from selftrans.experiments.comparison.summary import AXES, curve, mean_curve, rows
 from selftrans.experiments.html_report import HEADINGS, cells, depends_on, failures, legend, marked, settings_text
-from selftrans.experiments.summary import AXES, curve, mean_curve, rows
 from selftrans.messages import first_line, printable
 from selftrans.methods.registry import BASELINE, titles
 from selftrans.sections import RESERVED_KEYS, RUN_SECTIONS

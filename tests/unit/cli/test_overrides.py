@@ -110,7 +110,7 @@ def test_recipe_may_be_anywhere_between_options(command, argv):
 def test_compare_takes_its_own_options_and_overrides(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "selftrans.experiments.compare.compare_methods",
+        "selftrans.experiments.comparison.compare.compare_methods",
         lambda *args, **options: calls.append((args, options)) or {"failed": []},
     )
     argv = (

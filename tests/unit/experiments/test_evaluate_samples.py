@@ -20,8 +20,8 @@ from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments import evaluate_samples as scores
 from selftrans.experiments import reference
-from selftrans.experiments.comparison_settings import override, shared_settings
-from selftrans.experiments.measurement import Measurement, measure_checkpoint, samples_of
+from selftrans.experiments.comparison.comparison_settings import override, shared_settings
+from selftrans.experiments.comparison.measurement import Measurement, measure_checkpoint, samples_of
 from selftrans.sampling.images import Sampler
 from selftrans.train.run import train
 from tests.support import toy

@@ -43,6 +43,12 @@ def test_failed_run_is_in_table_figure_and_page_with_its_reason(monkeypatch):
     assert convergence(summary | {"failed": []}).get_supxlabel() == ""
 
 
+def test_failed_run_of_a_method_without_a_row_is_listed():
+    """In a file from elsewhere: the rows that `compare` writes have all of its methods."""
+    failed = [{"method": "structure", "seed": 0, "reason": "r"}]
+    assert html_report.failures({"table": [row()], "failed": failed}) == ["failed: stage 1 only, seed 0: r"]
+
+
 def test_methods_have_their_titles_in_table_figure_and_page(monkeypatch):
     monkeypatch.setattr(html_report, "depends_on", lambda summary: {})
     names = ("structure", "self_transcendence", "mine")

@@ -22,7 +22,7 @@ from selftrans.evaluate.extractors import ClassifierExtractor, Extractor, Values
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments import evaluate_samples as scores
 from selftrans.experiments import reference
-from selftrans.experiments.measurement import Measurement, measure_checkpoint
+from selftrans.experiments.comparison.measurement import Measurement, measure_checkpoint
 from tests.support import toy
 from tests.support.pictures import class_folders, save_vae
 from tests.support.toy import quick  # noqa: F401 - a fixture

@@ -58,7 +58,11 @@ def built(folder: Path, capture: str, settings: dict[str, Any], *, cpu: bool = T
 def state(one: Trainer) -> dict[str, torch.Tensor]:
     """Everything that a step changes, by name."""
     one._read()
-    means = {f"{name}/{k}": v for name, w in (("window", one.window), ("span", one.span)) for k, v in w.means().items()}
+    means = {
+        f"{name}/{k}": v
+        for name, w in (("log", one.since_log), ("checkpoint", one.since_checkpoint))
+        for k, v in w.means().items()
+    }
     held = {f"objective/{k}": v for k, v in one.objective.state_dict().items()}
     held |= {f"ema/{k}": v for k, v in one.ema.model.state_dict().items()}
     held |= {f"optimizer/{k}": v for k, v in optimizer_tensors(one.optimizer.optimizer, one.objective).items()}
@@ -151,7 +155,7 @@ def test_captured_steps_equal_launched_steps(tmp_path: Path, case: str) -> None:
     one = built(tmp_path, "on", settings)
     assert one.captured is not None
     toy.assert_same(steps(one), launched)
-    assert one.nonfinite.skipped == 2 and float(launched["window/flow"]) > 0
+    assert one.nonfinite.skipped == 2 and float(launched["log/flow"]) > 0
 
 
 @pytest.mark.usefixtures("spoilt")
@@ -447,7 +451,7 @@ def assert_close(found: dict[str, torch.Tensor], launched: dict[str, torch.Tenso
     """The means of the log: on a GPU the rate is rounded, and kernels add in another order."""
     assert found.keys() == launched.keys()
     for name, value in launched.items():
-        if name.startswith(("window/", "span/")):
+        if name.startswith(("log/", "checkpoint/")):
             assert float(found[name]) == pytest.approx(float(value), rel=1e-4), name
 
 

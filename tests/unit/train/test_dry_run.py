@@ -13,8 +13,8 @@ from selftrans.cli.main import main
 from selftrans.data.buckets import open_data
 from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.train.capture_rules import ENDED, NotCaptured
-from selftrans.train.data_window import Transfer
 from selftrans.train.dry_run import _extrapolated, dry_run, duration, text
+from selftrans.train.run_data import Transfer
 from selftrans.train.trainer import Trainer
 from tests.support import toy
 from tests.support.served import ROWS, folder_of, serving
@@ -133,7 +133,7 @@ def test_extrapolation_is_linear_in_the_samples():
 
 def test_data_on_the_device_as_in_the_run(tmp_path, monkeypatch):
     held = []
-    monkeypatch.setattr("selftrans.train.run.OnDevice", lambda shards, device: held.append(device.type) or shards)
+    monkeypatch.setattr("selftrans.train.run_data.OnDevice", lambda shards, device: held.append(device.type) or shards)
     dry_run(toy.toy({"data.on_device": True}), tmp_path / "run", steps=1)
     assert held == ["cpu"]
 

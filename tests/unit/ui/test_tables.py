@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from selftrans.experiments.summary import mean_curve, rows
+from selftrans.experiments.comparison.summary import mean_curve, rows
 from selftrans.ui.contained import Contained, JsonFiles
 from selftrans.ui.found_runs import Found
 from selftrans.ui.tables import distances, measured_tables, stored_table

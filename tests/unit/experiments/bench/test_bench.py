@@ -32,7 +32,7 @@ from selftrans.experiments.bench.machine import Clock, Peak, cpu_name
 from selftrans.experiments.bench.plain_step import PlainStep, plain_losses, update_ema
 from selftrans.experiments.bench.rounds import PARTS, Memory, in_turn, interleaved, randomise
 from selftrans.experiments.bench.text_table import table
-from selftrans.experiments.comparison_settings import for_method
+from selftrans.experiments.comparison.comparison_settings import for_method
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage2

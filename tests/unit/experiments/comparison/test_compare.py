@@ -26,11 +26,12 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.cli.main import main
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate.classifier import SmallClassifier
-from selftrans.experiments import comparison_settings, html_report, measurement, reference, runner
-from selftrans.experiments.compare import compare_methods
-from selftrans.experiments.comparison import Comparison, interval
-from selftrans.experiments.comparison_settings import for_method, shared_settings
-from selftrans.experiments.measurement import (
+from selftrans.experiments import html_report, reference
+from selftrans.experiments.comparison import comparison_settings, measurement, runner, worker
+from selftrans.experiments.comparison.compare import compare_methods
+from selftrans.experiments.comparison.compared_runs import Comparison, interval
+from selftrans.experiments.comparison.comparison_settings import for_method, shared_settings
+from selftrans.experiments.comparison.measurement import (
     Measurement,
     PointsFile,
     identity_of,
@@ -38,8 +39,16 @@ from selftrans.experiments.measurement import (
     measured_before,
     stored_conditions,
 )
-from selftrans.experiments.runner import StepBar, train_one
-from selftrans.experiments.summary import as_csv, curve, first_below, mean_curve, rows, time_line, time_shares
+from selftrans.experiments.comparison.summary import (
+    as_csv,
+    curve,
+    first_below,
+    mean_curve,
+    rows,
+    time_line,
+    time_shares,
+)
+from selftrans.experiments.comparison.worker import StepBar, train_one
 from selftrans.methods.registry import titles
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
@@ -461,7 +470,7 @@ def test_features_of_other_images_are_refused_before_training(tmp_path, capfd):
 
 
 def watched_worker(comparison: Comparison, *shared: Any) -> None:
-    """`_init_worker` of a process that notes each decoding of the training data, and is killed in its run, if it is the first
+    """`init_worker` of a process that notes each decoding of the training data, and is killed in its run, if it is the first
     to get there."""
     toy.quicken()
     decode, update, steps = reference.decoded_images, StepBar.update, Counter[StepBar]()
@@ -483,7 +492,7 @@ def watched_worker(comparison: Comparison, *shared: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     reference.decoded_images, StepBar.update = noting, killed  # type: ignore[assignment, method-assign]
-    runner._init_worker(comparison, *shared)
+    runner.init_worker(comparison, *shared)
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -497,7 +506,7 @@ def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path
         expected[job] = [measure_point(run, folder, measuring) for folder in plain.due(job)]
     comparison = dataclasses.replace(plain, out=tmp_path / "interrupted")
     comparison.out.mkdir()
-    monkeypatch.setattr(runner, "_init_worker", watched_worker)
+    monkeypatch.setattr(runner, "init_worker", watched_worker)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     with pytest.raises(ValueError, match=r"^a worker process was ended .* continues: give it --workers 1, [^\n]*$"):
         runner.train_and_measure(comparison, workers=2)
@@ -511,7 +520,7 @@ def test_comparison_with_a_killed_worker_continues_as_if_there_was_none(tmp_path
 
 
 def worker_of_a_failing_pool(comparison: Comparison, *shared: Any) -> None:
-    """`_init_worker` of a pool in which, at step 5 of the run, computing the reference fails or its worker, idle by then, is
+    """`init_worker` of a pool in which, at step 5 of the run, computing the reference fails or its worker, idle by then, is
     killed; the run then reports more steps than the pipe to the parent process holds."""
     toy.quicken()
     update, steps, out = StepBar.update, Counter[StepBar](), comparison.out
@@ -542,8 +551,8 @@ def worker_of_a_failing_pool(comparison: Comparison, *shared: Any) -> None:
         if not (out / "kill").exists():
             raise ValueError("the reference cannot be computed")
 
-    StepBar.update, runner._measurement = training, measurement  # type: ignore[method-assign, assignment]
-    runner._init_worker(comparison, *shared)
+    StepBar.update, worker._measurement = training, measurement  # type: ignore[method-assign, assignment]
+    runner.init_worker(comparison, *shared)
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -555,7 +564,7 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     comparison, job = Comparison(config, {"vanilla": config}, (0,), tmp_path, 24, "values", every=20), ("vanilla", 0)
     if kill:
         (tmp_path / "kill").touch()
-    monkeypatch.setattr(runner, "_init_worker", worker_of_a_failing_pool)
+    monkeypatch.setattr(runner, "init_worker", worker_of_a_failing_pool)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     with pytest.raises(ValueError, match=message):
         runner.train_and_measure(comparison, workers=2)
@@ -566,17 +575,19 @@ def test_run_in_training_ends_with_a_checkpoint_where_another_worker_fails(tmp_p
     assert reported == [step, *[1] * (20 - step)], "the run continues"
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("workers", "load", "policy"), [(1, 0.1, None), (1, 1.2, "PASSIVE"), (2, 0.1, "PASSIVE")])
-def test_threads_wait_without_spinning_where_others_use_the_cores(tmp_path, monkeypatch, workers, load, policy):
-    """What this process itself has added to the load average since it began does not count."""
-    monkeypatch.setattr(runner, "LOAD", load)
-    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0), raising=False)
+def test_threads_wait_without_spinning_where_others_use_the_cores(tmp_path, monkeypatch, workers, load, policy, given):
+    """What this process itself has added to the load average since it began does not count, if `load` is given."""
+    now = 9.0 if given else load
+    monkeypatch.setattr(os, "getloadavg", lambda: (now, now, now), raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "")  # restored afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(runner, "_in_workers", lambda *shared: os.environ.get("OMP_WAIT_POLICY"))
     config = toy.toy({"method": "vanilla"})
     comparison = Comparison(config, {"vanilla": config}, (0, 1), tmp_path, 24, "values")
-    assert runner.train_and_measure(comparison, workers=workers, finished={}) == policy
+    before = load if given else None
+    assert runner.train_and_measure(comparison, workers=workers, finished={}, load=before) == policy
 
 
 @pytest.mark.parametrize(
@@ -592,7 +603,7 @@ def test_workers_have_no_more_threads_than_the_environment_says(tmp_path, monkey
 
 
 def worker_with_graphs(comparison: Comparison, *shared: Any) -> None:
-    """`_init_worker` of a pool in which CUDA ends the recording of the second run."""
+    """`init_worker` of a pool in which CUDA ends the recording of the second run."""
     toy.quicken()
     run = Trainer.run
 
@@ -605,7 +616,7 @@ def worker_with_graphs(comparison: Comparison, *shared: Any) -> None:
         return run(trainer)
 
     Trainer.run = recorded  # type: ignore[method-assign]
-    runner._init_worker(comparison, *shared)
+    runner.init_worker(comparison, *shared)
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -613,7 +624,7 @@ def test_comparison_starts_its_workers_anew_where_graphs_end_one(tmp_path, monke
     """What is trained and measured stays; the run that ended goes on without graphs, and is in the result."""
     config = toy.toy({"method": "vanilla", "train.steps": 10, "sample.steps": 1})
     comparison = Comparison(config, {"vanilla": config}, (0, 1), tmp_path, 24, "values", every=10)
-    monkeypatch.setattr(runner, "_init_worker", worker_with_graphs)
+    monkeypatch.setattr(runner, "init_worker", worker_with_graphs)
     monkeypatch.setattr(runner, "processes", lambda comparison, workers: (workers, 1))
     failed = {("vanilla", 0): "it had no memory in the first attempt"}
     with pytest.warns(UserWarning, match="^all workers start anew, and one run goes on without graphs: CUDA ended the"):
@@ -624,7 +635,7 @@ def test_comparison_starts_its_workers_anew_where_graphs_end_one(tmp_path, monke
 
 
 def worker_of_an_interrupted_pool(comparison: Comparison, *shared: Any) -> None:
-    """`_init_worker` of a pool in whose run, at step 5, SIGINT is sent to the parent process alone."""
+    """`init_worker` of a pool in whose run, at step 5, SIGINT is sent to the parent process alone."""
     toy.quicken()
     update, steps = StepBar.update, Counter[StepBar]()
 
@@ -636,13 +647,13 @@ def worker_of_an_interrupted_pool(comparison: Comparison, *shared: Any) -> None:
             time.sleep(1)  # the parent process has passed it on
 
     StepBar.update = training  # type: ignore[method-assign]
-    runner._init_worker(comparison, *shared)
+    runner.init_worker(comparison, *shared)
 
 
 def test_interrupt_leads_to_a_checkpoint_and_one_line_that_says_how_to_continue(tmp_path, monkeypatch, capfd):
     config = toy.toy({"method": "vanilla", "train.steps": 20, "sample.steps": 1})
     comparison, job = Comparison(config, {"vanilla": config}, (0,), tmp_path, 24, "values", every=20), ("vanilla", 0)
-    monkeypatch.setattr(runner, "_init_worker", worker_of_an_interrupted_pool)
+    monkeypatch.setattr(runner, "init_worker", worker_of_an_interrupted_pool)
     with pytest.raises(
         KeyboardInterrupt, match=r"^stopped by SIGINT; .* wrote a checkpoint; the same command continues$"
     ):

@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from selftrans.experiments import stopping
-from selftrans.experiments.stopping import Stopped, StopRequest, end_workers, ignore_interrupts, interrupts_held
+from selftrans.experiments.comparison import stopping
+from selftrans.experiments.comparison.stopping import (
+    Stopped,
+    StopRequest,
+    end_workers,
+    ignore_interrupts,
+    interrupts_held,
+)
 from tests.support.processes import LONGEST
 
 

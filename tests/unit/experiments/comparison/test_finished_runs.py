@@ -26,11 +26,11 @@ from selftrans.data.dataset import Dataset
 from selftrans.evaluate import extractors
 from selftrans.evaluate.classifier import SmallClassifier
 from selftrans.evaluate.extractors import FeaturesNotFinite, extractor_sha256, load_extractor
-from selftrans.experiments import compare, comparison_settings, measurement, runner
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.comparison_settings import classifier_of, equal_lengths, for_method
-from selftrans.experiments.finished_runs import all_measured, finished_runs
-from selftrans.experiments.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
+from selftrans.experiments.comparison import compare, comparison_settings, measurement, runner, worker
+from selftrans.experiments.comparison.compared_runs import Comparison
+from selftrans.experiments.comparison.comparison_settings import classifier_of, equal_lengths, for_method
+from selftrans.experiments.comparison.finished_runs import all_measured, finished_runs
+from selftrans.experiments.comparison.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import InUse, lock_file
 from tests.support import toy
@@ -368,9 +368,9 @@ def test_method_that_diverges_fails_alone_and_is_tried_again(tmp_path, monkeypat
             raise FloatingPointError(f"2 updates in a row in {run}; a lower train.lr")
         train(config, run, **options)
 
-    train, config = runner.train, toy.toy(SMALL)
+    train, config = worker.train, toy.toy(SMALL)
     again = lambda: compare.compare_methods(config, tmp_path, NAMES[1:], images=24, features="values")  # noqa: E731
-    monkeypatch.setattr(runner, "train", diverging)
+    monkeypatch.setattr(worker, "train", diverging)
     with pytest.warns(UserWarning, match="^structure, seed 0, failed, and the others go on: 2 updates in a row in"):
         summary = again()
     reason = "2 updates in a row in structure-seed0; a lower train.lr"
@@ -382,7 +382,7 @@ def test_method_that_diverges_fails_alone_and_is_tried_again(tmp_path, monkeypat
     assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(summary))
     assert all(reason in text for text in (capfd.readouterr().out, (tmp_path / "compare.html").read_text()))
     assert (tmp_path / "compare.csv").read_text().splitlines()[1].startswith("structure,0,,")
-    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(worker, "train", train)
     DONE.clear()
     summary = again()
     assert DONE == {"reference": 1, "run": 1, "measurement": 2} and not summary["failed"]
@@ -419,7 +419,7 @@ def test_comparison_of_which_every_run_fails_is_an_error(kind, tmp_path, monkeyp
     def crowded(*_: object, **__: object) -> None:
         raise kind("cuda is out of memory; use a smaller model")
 
-    monkeypatch.setattr(runner, "train", crowded)
+    monkeypatch.setattr(worker, "train", crowded)
     message = "^every run failed; first vanilla, seed 0: cuda is out of memory; use a smaller model$"
     with pytest.warns(UserWarning, match="vanilla, seed 1, failed"), pytest.raises(ValueError, match=message):
         compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], seeds=(0, 1), images=24, features="values")

@@ -3,7 +3,7 @@
 OUT/<method>-seed<k>/    ordinary run directories          OUT/compare.{json,csv,png,html}    what people open
 OUT/reference-*.npz      statistics of the training data
 
-comparison_settings ⇒ Comparison ⇒ finished_runs ⇒ runner (schedule, measurement) ⇒ summary ⇒ html_report
+comparison_settings ⇒ compared_runs ⇒ finished_runs ⇒ runner (schedule, measurement) ⇒ summary ⇒ html_report
 """
 
 from __future__ import annotations
@@ -23,18 +23,25 @@ import torch
 from selftrans.config import RunConfig, to_object
 from selftrans.evaluate import plots
 from selftrans.experiments import html_report
-from selftrans.experiments.comparison import Comparison
-from selftrans.experiments.comparison_settings import check_measuring, for_method, shared_settings
-from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
-from selftrans.experiments.measurement import MEASURED, PROBED_BLOCK, samples_of, stored_conditions, stored_points
-from selftrans.experiments.runner import Results, check_counts, processes, train_and_measure
-from selftrans.experiments.schedule import Job
-from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
+from selftrans.experiments.bench.machine import load_average
+from selftrans.experiments.comparison.compared_runs import Comparison
+from selftrans.experiments.comparison.comparison_settings import check_measuring, for_method, shared_settings
+from selftrans.experiments.comparison.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
+from selftrans.experiments.comparison.measurement import (
+    MEASURED,
+    PROBED_BLOCK,
+    samples_of,
+    stored_conditions,
+    stored_points,
+)
+from selftrans.experiments.comparison.runner import Results, check_counts, processes, train_and_measure
+from selftrans.experiments.comparison.schedule import Job
+from selftrans.experiments.comparison.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
 from selftrans.methods.registry import METHODS, find, meta_objective, stages
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import lock_file, recorded, removed_if_refused, sha256_file, write_json, write_text
-from selftrans.train.data_window import data_of
 from selftrans.train.given_weights import with_given_model
+from selftrans.train.run_data import data_of
 from selftrans.train.teachers import teacher_of
 
 SHOWN = 32  #: samples on the page, per method
@@ -58,7 +65,7 @@ def compare_methods(
     All share data, model, student steps, batch, sampler, extractor and number of images. Every stage is as long as the
     student's training, unless the settings say otherwise; a stage that another method trains alone, with the same settings
     and seed, is shared. Distances are to the training data. Repeating the call continues it; methods and seeds may be added.
-    Runs that fail (`runner.FAILURES`) are listed in the result (`failed`), and the others go on; a repeated call tries them
+    Runs that fail (`worker.FAILURES`) are listed in the result (`failed`), and the others go on; a repeated call tries them
     again.
 
     Args:
@@ -73,6 +80,7 @@ def compare_methods(
     for name in methods:
         find(name)
     check_counts(seeds, images, workers)
+    load = load_average()  # of others: before anything is prepared or trained here
     made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
     new = [path for path in (*made, out) if not path.exists()]
     with lock_file(out / ".lock"):
@@ -83,7 +91,7 @@ def compare_methods(
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
             finished = finished_runs(chosen)
             check_before(chosen, finished)
-        summary = unchanged(chosen, finished) or _measured(chosen, finished, workers)
+        summary = unchanged(chosen, finished) or _measured(chosen, finished, workers, load)
     print(html_report.text_table(summary))
     if not all_measured(chosen, finished) and (line := time_line(summary["time"])):
         print(f"\n{line}")
@@ -91,10 +99,13 @@ def compare_methods(
     return summary
 
 
-def _measured(chosen: Comparison, finished: Mapping[Job, FinishedRun], workers: int | None) -> dict[str, Any]:
+def _measured(
+    chosen: Comparison, finished: Mapping[Job, FinishedRun], workers: int | None, load: float | None
+) -> dict[str, Any]:
     """Train and measure what is left, and write the files of the comparison; returns what compare.json holds."""
     started, failed = time.perf_counter(), dict[Job, str]()
-    results = train_and_measure(chosen, workers=workers, finished=with_samples(chosen, finished), failed=failed)
+    readable = with_samples(chosen, finished)
+    results = train_and_measure(chosen, workers=workers, finished=readable, failed=failed, load=load)
     if not results:
         (name, seed), reason = next(iter(failed.items()))
         raise ValueError(f"every run failed; first {name}, seed {seed}: {reason}")

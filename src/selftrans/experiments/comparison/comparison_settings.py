@@ -14,11 +14,11 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate.extractors import MAX_VALUES, extract, load_extractor
-from selftrans.experiments.measurement import check_sizes, image_shape
+from selftrans.experiments.comparison.measurement import check_sizes, image_shape
 from selftrans.experiments.train_classifier import classifier_from_data, data_of_classifier
 from selftrans.methods.registry import REGISTRY, sections_of, stages
 from selftrans.sections import fields_of
-from selftrans.train.data_window import data_of
+from selftrans.train.run_data import data_of
 
 
 def shared_settings(config: RunConfig, out: Path, *, features: str | None = None) -> tuple[RunConfig, str, str | None]:

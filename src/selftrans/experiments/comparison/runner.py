@@ -1,81 +1,49 @@
 """Variants trained in worker processes and measured alike: the same data, seeds, sampler and metric; resumable.
 
+This is the parent process; `worker.py` has what a worker does, and `schedule.py` in which order.
+
 Every run is an ordinary run directory `OUT/<method>-seed<k>`. Its checkpoints are the points of its curve; each point is
 measured once and kept in the run's `measured.json`. The statistics of the training data are computed once, too, by one worker
-while the others train, and kept in `OUT/reference-*.npz`. `schedule.py` has the order in which all this is done.
+while the others train, and kept in `OUT/reference-*.npz`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import multiprocessing
 import os
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import FILES, REPORT
+from selftrans.checkpoints.load import REPORT
 from selftrans.device import cpu_cores
-from selftrans.experiments.comparison import Comparison, config_of_run
-from selftrans.experiments.finished_runs import FinishedRun, all_measured, finished_runs
-from selftrans.experiments.measurement import (
-    Measurement,
+from selftrans.experiments.bench.machine import load_average
+from selftrans.experiments.comparison.compared_runs import Comparison
+from selftrans.experiments.comparison.finished_runs import FinishedRun, all_measured, finished_runs
+from selftrans.experiments.comparison.measurement import (
     Point,
     PointsFile,
-    Progress,
     check_alike,
-    measure_point,
 )
-from selftrans.experiments.schedule import Job, Schedule, Task
-from selftrans.experiments.stopping import (
+from selftrans.experiments.comparison.schedule import Job, Schedule, Task
+from selftrans.experiments.comparison.stopping import (
     StopRequest,
-    end_with_parent,
     end_workers,
-    ignore_interrupts,
     interrupts_held,
 )
-from selftrans.messages import first_line
-from selftrans.plugins import trust_named
-from selftrans.sampling.images import NotFinite
+from selftrans.experiments.comparison.worker import Outcome, init_worker, make_reference, run_task
 from selftrans.train.capture_rules import NotCaptured
 from selftrans.train.log import progress_bar
-from selftrans.train.out_of_memory import is_out_of_memory
-from selftrans.train.run import train
 
 Result: TypeAlias = tuple[dict[str, Any], list[Point]]  #: run.json, and the measured points
 Results: TypeAlias = dict[Job, Result]
-#: what one run fails with, while others can go on: training that diverges, samples that are not finite, no memory to train or
-#: to measure it
-FAILURES = (FloatingPointError, NotFinite, MemoryError, torch.OutOfMemoryError)
-#: processes of others that ran on average in the minute before the command began
-LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-class StepBar:
-    """Takes the place of a run's progress bar, and passes its steps on to the bar of the comparison."""
-
-    def __init__(self, progress: Progress, initial: int) -> None:
-        self.progress = progress
-        progress(initial)
-
-    def update(self, steps: int = 1) -> None:
-        self.progress(steps)
-
-    def set_postfix(self, *_: Any, **__: Any) -> None:
-        """The comparison's bar shows no losses."""
-
-    def close(self) -> None:
-        """The comparison's bar stays open."""
 
 
 def train_and_measure(
@@ -84,18 +52,27 @@ def train_and_measure(
     workers: int | None = None,
     finished: Mapping[Job, FinishedRun] | None = None,
     failed: dict[Job, str] | None = None,
+    load: float | None = None,
 ) -> Results:
     """Train and measure every variant with every seed: (name, seed) -> (run.json, measured points, oldest first).
 
-    `workers` processes run at the same time (None: one per core, one on a GPU). Repeating the call continues it; `finished` are
-    the runs that it finds (None: it looks). A run that ends with one of FAILURES is left out of the result, with the reason in
-    `failed`, and the others go on (None: ValueError with the reason). At any other error the other processes end, too, runs
-    with a checkpoint, and it is raised, but for a run that continues without CUDA graphs: then all start anew. ValueError where
-    a process is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to this process is passed on, and `Stopped` raised when all
-    have ended; a second one ends them at once.
+    Repeating the call continues it.
+
+    Args:
+        workers: processes that run at the same time; None: one per core, one on a GPU.
+        finished: the runs that need no more training; None: they are looked for.
+        failed: gets the reason of each run that ends with one of `worker.FAILURES`; it is left out of the result, and others
+            go on. None: such a run ends the call with a ValueError.
+        load: `load_average` before the command did any work of its own; None: the one now.
+    At any other error the other processes end, too, runs with a checkpoint, and it is raised, but for a run that continues
+    without CUDA graphs: then all start anew. ValueError where a process is killed. A stop signal (SIGINT, SIGTERM, SIGUSR1) to
+    this process is passed on, and `Stopped` raised when all have ended; a second one ends them at once.
     """
     workers, threads = processes(comparison, workers)
-    if workers > 1 or LOAD > 0.5:  # threads that wait by spinning are faster, unless they have to share the cores
+    load = load_average() if load is None else load
+    if (
+        workers > 1 or (load or 0) > 0.5
+    ):  # threads that wait by spinning are faster, unless they have to share the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     finished = finished_runs(comparison) if finished is None else finished
     shown = {"total": comparison.total, "disable": all_measured(comparison, finished), "unit": "step"}
@@ -114,7 +91,7 @@ def train_and_measure(
     warnings.warn(f"all workers start anew, and one run goes on without graphs: {reason}", stacklevel=2)
     if failed is not None:
         failed.clear()  # these runs are tried again, as where the command is repeated
-    return train_and_measure(comparison, workers=workers, failed=failed)
+    return train_and_measure(comparison, workers=workers, failed=failed, load=load)
 
 
 def processes(comparison: Comparison, workers: int | None) -> tuple[int, int]:
@@ -135,17 +112,6 @@ def check_counts(seeds: Sequence[int], images: int, workers: int | None) -> None
         raise ValueError(f"--workers {workers} should be 1 or more; leave it out for one process per core")
 
 
-def seconds_trained(run: Path) -> float:
-    """Seconds of training steps until the newest checkpoints of a run."""
-    total = 0.0
-    for folder in run.glob("*/checkpoints"):
-        for _, path in reversed(checkpoint.steps(folder)):
-            with contextlib.suppress(ValueError, KeyError):  # damaged: the run continues from an earlier one
-                total += float(checkpoint.read_header(path / FILES["ema"])["seconds"])
-                break
-    return total
-
-
 @dataclass
 class Spent:
     """Seconds that this call spent on one run."""
@@ -153,15 +119,6 @@ class Spent:
     steps: float = 0.0  #: training steps
     training: float = 0.0  #: training steps, building models, writing checkpoints
     measuring: float = 0.0
-
-
-class Outcome(NamedTuple):
-    """What a worker has done."""
-
-    seconds: float = 0.0
-    steps: float = 0.0  #: of them, those of training steps
-    point: Point | None = None  #: of a checkpoint
-    failure: str = ""  #: why a run could not be trained, or a checkpoint not be measured; one line
 
 
 @dataclass
@@ -230,9 +187,9 @@ def _run_tasks(work: Work, workers: int, threads: int, bar: Any) -> None:
     context, schedule = multiprocessing.get_context("spawn"), work.schedule
     steps_done = context.SimpleQueue()
     shared = (work.comparison, threads, steps_done, warnings.showwarning)
-    with StopRequest() as stop, ProcessPoolExecutor(workers, context, _init_worker, shared) as pool:
+    with StopRequest() as stop, ProcessPoolExecutor(workers, context, init_worker, shared) as pool:
         with interrupts_held():
-            reference = pool.submit(_make_reference)
+            reference = pool.submit(make_reference)
         running: dict[Future[Any], Task | None] = {reference: None}
         if workers == 1:  # nothing is trained meanwhile, and large data take minutes
             bar.set_postfix_str("first: measuring the training data")
@@ -241,7 +198,7 @@ def _run_tasks(work: Work, workers: int, threads: int, bar: Any) -> None:
                 stop.check()
                 while len(running) < workers and (task := schedule.next(measuring=reference not in running)):
                     with interrupts_held():
-                        running[pool.submit(_run_task, task)] = task
+                        running[pool.submit(run_task, task)] = task
                 finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 _update_bar(steps_done, bar)
                 for future in finished:
@@ -268,75 +225,3 @@ def _update_bar(steps_done: Any, bar: Any) -> None:
     """Show the steps that the workers have reported."""
     while not steps_done.empty():
         bar.update(steps_done.get())
-
-
-def _init_worker(comparison: Comparison, threads: int, steps_done: Any, show_warning: Any) -> None:
-    """In a new worker: what its jobs share, and how the parent process shows warnings."""
-    warnings.showwarning = show_warning
-    ignore_interrupts()
-    end_with_parent()
-    torch.set_num_threads(threads)
-    for config in comparison.variants.values():  # the permission to import code, which the parent got, is not inherited
-        trust_named(config.method, config.model.name)
-    _worker.update(comparison=comparison, progress=steps_done.put)
-
-
-_worker: dict[str, Any] = {}  #: of this process, set by `_init_worker`
-
-
-def _make_reference() -> None:
-    """In a worker: compute the statistics of the training data, unless the folder of the comparison holds them."""
-    _measurement()
-
-
-def _measurement() -> Measurement:
-    """In a worker: how it measures, from its first measurement on."""
-    if "measurement" not in _worker:
-        comparison: Comparison = _worker["comparison"]
-        _worker["measurement"] = Measurement.of(
-            comparison.shared,
-            comparison.features,
-            weights=comparison.weights,
-            images=comparison.images,
-            block=comparison.block,
-            total=comparison.measurements * comparison.images,
-            kept=comparison.out,
-        )
-    return _worker["measurement"]
-
-
-def _run_task(task: Task) -> Outcome:
-    """In a worker: train a run, or measure one checkpoint."""
-    try:
-        return _trained(task.job) if task.checkpoint is None else _measured(task.job, task.checkpoint)
-    except (*FAILURES, RuntimeError) as error:
-        if not isinstance(error, FAILURES) and not is_out_of_memory(error):
-            raise
-        reason = first_line(error, limit=600)
-    gc.collect()  # frees the memory of the failed run for the next one, and for other workers on the same GPU
-    torch.cuda.empty_cache()
-    return Outcome(failure=reason)
-
-
-def _trained(job: Job) -> Outcome:
-    comparison, started = _worker["comparison"], time.perf_counter()
-    run = comparison.run(job)
-    before = seconds_trained(run)
-    train_one(comparison, job, _worker["progress"])
-    report = json.loads((run / REPORT).read_text())
-    steps = max(0.0, sum(stage["seconds"] for stage in report["stages"]) - before)
-    return Outcome(time.perf_counter() - started, steps)
-
-
-def _measured(job: Job, folder: Path) -> Outcome:
-    comparison, started = _worker["comparison"], time.perf_counter()
-    point = measure_point(comparison.run(job), folder, _measurement())
-    _worker["progress"](comparison.measuring_cost)
-    return Outcome(time.perf_counter() - started, point=point)
-
-
-def train_one(comparison: Comparison, job: Job, progress: Progress) -> Path:
-    """Train one variant with one seed, or continue it, with a checkpoint at every point; returns its run directory."""
-    run, config = comparison.run(job), config_of_run(comparison, job)
-    train(config, run, bar=lambda **options: StepBar(progress, options["initial"]), quiet=True)
-    return run

@@ -1,15 +1,26 @@
-"""Opening the data of a run; for data at a URL also the cache, and the number of shards that are shuffled together."""
+"""The data of a run: opened, checked against the settings, and ready for the first step.
+
+For data at a URL also the cache, and the number of shards that are shuffled together.
+"""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
 
 from selftrans.config import Data, RunConfig
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
+from selftrans.data.manifest import Manifest
+from selftrans.data.on_device import OnDevice
+from selftrans.data.prepare import prepare_builtin
 from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.data.streaming.streamed import Streamed
 from selftrans.data.windows import SHARE_OF_CACHE, classes_in_a_window, window_that_fits
+from selftrans.encoders.identity import scales_differ
 from selftrans.messages import gigabytes, plural, printable
 
 
@@ -32,6 +43,54 @@ def cache_of(data: Data) -> CacheOptions:
 def data_of(data: Data) -> Dataset:
     """The prepared data that these settings name. ValueError as `open_data`."""
     return open_data(str(data.path), text_encoder=data.text_encoder, cache=cache_of(data))
+
+
+def data_of_run(config: RunConfig, out: Path, accelerator: Accelerator | None = None) -> Dataset:
+    """The data of the run; built-in data are prepared here. ValueError when they are not what the config expects.
+
+    accelerator: of the processes that share `out`, the first of which prepares the data; None: this process is alone.
+    """
+    main = accelerator is None or accelerator.is_main_process
+    path = config.data.path
+    if path is None:
+        if config.data.builtin is None:
+            raise ValueError(f"recipe {config.recipe} needs --data DIR, a directory made by `selftrans prepare`")
+        path = str(out / "data")
+        if main:
+            prepare_builtin(config.data.builtin, path)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+    shards = open_data(
+        path,
+        verify=config.data.verify and main,
+        text_encoder=config.data.text_encoder,
+        cache=cache_of(config.data),
+    )
+    _check_expected(config.data, path, shards.manifest)
+    small = sum(size < config.train.batch_size for size in shards.parts)
+    if small and len(shards.parts) > 1 and main:
+        warnings.warn(
+            f"{small} of the {plural(len(shards.parts), 'bucket')} of {path} {'has' if small == 1 else 'have'} fewer "
+            f"pictures than the batch, {config.train.batch_size}: a batch of those has some of them more than once",
+            stacklevel=3,
+        )
+    return shards
+
+
+def _check_expected(expected: Data, path: str, manifest: Manifest) -> None:
+    """ValueError where the settings expect another shape, number of classes or autoencoder than the data have."""
+    if expected.shape is not None and tuple(expected.shape) != tuple(manifest.shape):
+        raise ValueError(f"{path} holds latents {manifest.shape}, but data.shape expects {expected.shape}")
+    if expected.classes is not None and expected.classes != manifest.num_classes:
+        raise ValueError(
+            f"{path} has {plural(manifest.num_classes, 'class')}, but data.classes expects {expected.classes}"
+        )
+    own = expected.autoencoder
+    if own is not None and scales_differ(own, manifest.autoencoder, tolerance=0):
+        raise ValueError(
+            f"{path} holds latents by {manifest.autoencoder}, which data.autoencoder {own} would decode to other pixels; leave "
+            "data.autoencoder out"
+        )
 
 
 def with_window(config: RunConfig, shards: Dataset, before: RunConfig | None) -> RunConfig:
@@ -76,6 +135,21 @@ def _fitting(window: int | None, shards: Streamed, *, new: bool) -> int | None:
             "--data.cache-gb"
         )
     return window or most
+
+
+def ready_data(config: RunConfig, shards: Dataset, accelerator: Accelerator, *, quiet: bool = False) -> Dataset:
+    """The data ready for training: fetched, unless they are read in windows, and on the device with data.on_device.
+
+    Raises ValueError where they cannot be fetched, and for buckets on the device.
+    """
+    if (line := describe_data(config, shards)) and not quiet:
+        accelerator.print(line)
+    if config.data.on_device and len(shards.parts) > 1:
+        raise ValueError(f"{shards.path} holds buckets of several sizes; leave data.on_device off")
+    if config.data.window is None:
+        shards.fetch(progress=not quiet)
+    shards.ready(accelerator.device)
+    return OnDevice(shards, accelerator.device) if config.data.on_device else shards
 
 
 def describe_data(config: RunConfig, shards: Dataset) -> str | None:

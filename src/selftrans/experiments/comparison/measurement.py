@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,7 +34,7 @@ from selftrans.sampling.conditioning import Conditioning, LabelConditioning, cap
 from selftrans.sampling.images import NotFinite, SampledBatch, Sampler, applicable_settings, decoder_dtype
 from selftrans.sampling.sized_sampler import SizedSampler
 from selftrans.storage import recorded, write_json
-from selftrans.train.data_window import data_of
+from selftrans.train.run_data import data_of
 
 MEASURED = "measured.json"  #: of a run: its points, oldest first
 DECODED_BY = "autoencoder_sha256"  #: entry of a point: a hash of the files of the autoencoder that decoded its samples
@@ -58,9 +58,9 @@ class Measurement:
     sample: SampleConfig  #: how many images, and how
     block: int  #: the shallow block that is probed (1-based)
     conditioning: Conditioning  #: the conditions of the images: labels, or captions stored with the data
+    identity: dict[str, Any]  #: see `identity_of`
     total: int | None = None  #: images that the process samples in all, from which compilation may save time
     decoder: torch.dtype = torch.float32  #: of the autoencoder's network, for samples and reference alike
-    identity: dict[str, Any] = field(default_factory=dict)  #: see `identity_of`
 
     @classmethod
     def of(
@@ -89,7 +89,7 @@ class Measurement:
         sample = dataclasses.replace(config.sample, num=images, batch_size=min(most, images))
         conditioning = stored_conditions(dataset, sample)
         identity = identity_of(sample, dataset, conditioning, extractor.sha256, block)
-        return cls(extractor, reference, dataset, sample, block, conditioning, total, dtype, identity)
+        return cls(extractor, reference, dataset, sample, block, conditioning, identity, total, dtype)
 
 
 def identity_of(

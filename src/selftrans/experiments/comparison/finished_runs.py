@@ -17,8 +17,8 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.data.dataset import Dataset
 from selftrans.evaluate.extractors import extractor_sha256
-from selftrans.experiments.comparison import Comparison, config_of_run
-from selftrans.experiments.measurement import (
+from selftrans.experiments.comparison.compared_runs import Comparison, config_of_run
+from selftrans.experiments.comparison.measurement import (
     MEASURED,
     Point,
     identity_of,
@@ -26,13 +26,13 @@ from selftrans.experiments.measurement import (
     measured_before,
     stored_conditions,
 )
-from selftrans.experiments.schedule import Job
+from selftrans.experiments.comparison.schedule import Job
 from selftrans.storage import UNREADABLE
-from selftrans.train.data_window import data_of, with_window
 from selftrans.train.initial_weights import resolve_init
 from selftrans.train.preview import with_prompts
 from selftrans.train.resume import differences, settings_before, settle
 from selftrans.train.run import stages_to_run
+from selftrans.train.run_data import data_of, with_window
 
 COSTS = ("student_tflops", "total_tflops", "total_seconds")  #: entries of run.json that tables show; None: unknown
 

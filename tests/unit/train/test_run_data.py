@@ -15,8 +15,8 @@ from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.train.batches import Stream
-from selftrans.train.data_window import describe_data, with_window
 from selftrans.train.run import train
+from selftrans.train.run_data import describe_data, with_window
 from tests.support import ratios, toy
 from tests.support.served import ROWS, folder_of
 

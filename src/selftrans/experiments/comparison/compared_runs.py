@@ -6,6 +6,7 @@ A run whose last stage is taught by a stage that another run of the comparison t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.checkpoints.load import REPORT
+from selftrans.checkpoints.load import FILES, REPORT
 from selftrans.config import RunConfig, settings_of
-from selftrans.experiments.measurement import PROBED_BLOCK
-from selftrans.experiments.schedule import Job
+from selftrans.experiments.comparison.measurement import PROBED_BLOCK
+from selftrans.experiments.comparison.schedule import Job
 from selftrans.methods.registry import stages
 from selftrans.methods.spec import Stage
 from selftrans.sampling.samplers import EVALUATIONS
@@ -108,6 +109,17 @@ def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
     """(step, checkpoint) of the last stage of a finished run, oldest first."""
     stage = json.loads((run / REPORT).read_text())["stages"][-1]["stage"]
     return checkpoint.steps(run / stage / "checkpoints")
+
+
+def seconds_trained(run: Path) -> float:
+    """Seconds of training steps until the newest checkpoints of a run."""
+    total = 0.0
+    for folder in run.glob("*/checkpoints"):
+        for _, path in reversed(checkpoint.steps(folder)):
+            with contextlib.suppress(ValueError, KeyError):  # damaged: the run continues from an earlier one
+                total += float(checkpoint.read_header(path / FILES["ema"])["seconds"])
+                break
+    return total
 
 
 def _own_teacher(config: RunConfig) -> Stage | None:

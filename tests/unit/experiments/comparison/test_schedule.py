@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from selftrans.experiments.schedule import Job, Schedule, Task
+from selftrans.experiments.comparison.schedule import Job, Schedule, Task
 
 VANILLA, TEACHER, TAUGHT = ("vanilla", 0), ("stage 1", 0), ("both", 0)
 STEPS: Mapping[Job, int] = {VANILLA: 15, TEACHER: 10, TAUGHT: 10}

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from selftrans.experiments.runner import Results
-from selftrans.experiments.schedule import Job
+from selftrans.experiments.comparison.runner import Results
+from selftrans.experiments.comparison.schedule import Job
 from selftrans.messages import plural
 from selftrans.methods.registry import BASELINE
 
