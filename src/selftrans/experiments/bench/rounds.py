@@ -88,7 +88,7 @@ class TrainerStep:
             if accelerator.device.type == "cuda" and not self.replayed:
                 raise NotCaptured("no graph was recorded in the steps before the measurement")
             self.trainer.captured.flush()
-            means = {name: float(self.trainer.window.means()[name]) for name in ("flow", "grad_norm")}
+            means = {name: float(self.trainer.since_log.means()[name]) for name in ("flow", "grad_norm")}
             self.means = {name: value if math.isfinite(value) else None for name, value in means.items()}
         else:
             self.trainer.wrapped.register_forward_pre_hook(lambda *_: accelerator.timestamp())
