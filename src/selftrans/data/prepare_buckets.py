@@ -91,11 +91,21 @@ def prepare_buckets(
         raise ValueError(none_readable(len(opened), "picture", source))
     if not all((out / name / FILE).is_file() for name in made):
         return f"{out} is not finished: the other parts make the rest, and the last one completes it"
-    with lock_file(out / LOCK, wait=True):
-        remove_stale_temporaries(out, BUCKETS)
-        share_statistics([out / name for name in made], progress)
-        write_names(out, made)
+    if not _is_complete(out, made):
+        with lock_file(out / LOCK, wait=True):
+            remove_stale_temporaries(out, BUCKETS)
+            share_statistics([out / name for name in made], progress)
+            write_names(out, made)
+            (out / LOCK).unlink(missing_ok=True)
     return open_buckets(out).summary()
+
+
+def _is_complete(out: Path, made: Sequence[str]) -> bool:
+    """Whether `out` already is a data set of these buckets: nothing is left to write, so that it may be read-only."""
+    try:
+        return (out / BUCKETS).is_file() and [Path(b.origin).name for b in open_buckets(out).buckets] == list(made)
+    except ValueError:  # damaged, or a bucket that was made again has its own statistics
+        return False
 
 
 def bucket_sizes(resolution: int, buckets: int, cell: int) -> tuple[Size, ...]:
