@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,21 +92,20 @@ def prepare_buckets(
         raise ValueError(none_readable(len(opened), "picture", source))
     if not all((out / name / FILE).is_file() for name in made):
         return f"{out} is not finished: the other parts make the rest, and the last one completes it"
-    if not _is_complete(out, made):
-        with lock_file(out / LOCK, wait=True):
-            remove_stale_temporaries(out, BUCKETS)
-            share_statistics([out / name for name in made], progress)
-            write_names(out, made)
-            (out / LOCK).unlink(missing_ok=True)
+    _complete(out, made, progress)
     return open_buckets(out).summary()
 
 
-def _is_complete(out: Path, made: Sequence[str]) -> bool:
-    """Whether `out` already is a data set of these buckets: nothing is left to write, so that it may be read-only."""
-    try:
-        return (out / BUCKETS).is_file() and [Path(b.origin).name for b in open_buckets(out).buckets] == list(made)
-    except ValueError:  # damaged, or a bucket that was made again has its own statistics
-        return False
+def _complete(out: Path, made: Sequence[str], progress: bool) -> None:
+    """Make one data set of these finished buckets. Where `out` is one already nothing is written: it may be read-only."""
+    with suppress(ValueError):  # not complete, or a bucket that was made again has statistics of its own
+        if [Path(bucket.origin).name for bucket in open_buckets(out).buckets] == list(made):
+            return
+    with lock_file(out / LOCK, wait=True):
+        remove_stale_temporaries(out, BUCKETS)
+        share_statistics([out / name for name in made], progress)
+        write_names(out, made)
+        (out / LOCK).unlink(missing_ok=True)
 
 
 def bucket_sizes(resolution: int, buckets: int, cell: int) -> tuple[Size, ...]:

@@ -6,9 +6,9 @@ Shape legend: N images, (C, *S) latent.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -19,14 +19,17 @@ from selftrans.data.decoded import data_latents, decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.fonts import class_names
-from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
-from selftrans.evaluate.probes import can_be_probed, collect, linear_probe, pca_maps, tsne
+from selftrans.evaluate.plots import INK, as_pictures, curves, middle_slices, pca_grid, save, scatter
+from selftrans.evaluate.probes import can_be_probed, collect, held_out, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import fitting_data
 from selftrans.flow import PATHS
 from selftrans.messages import plural
 from selftrans.storage import check_writable, write_json
 from selftrans.train.log import progress_bar
 from selftrans.types import Backbone, Cond, map_cond
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TIMES = (0.2, 0.4, 0.6)  #: of the noisy latents
 MAPPED = 8  #: images whose features are shown as PCA maps
@@ -68,16 +71,16 @@ def analyse(
         maps |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _mapped_blocks(blocks)}
         clouds[t] = tsne(feats[blocks[len(blocks) // 2]])
     decoded = decode_images(decoder, z0[:MAPPED].to(device))
-    shown_maps = {"data": as_pictures(decoded)} | maps
-    save(pca_grid(shown_maps, title="principal components of the features"), out / "pca.png")
+    shown_maps = {"data": as_pictures(middle_slices(decoded))} | maps
+    title = "principal components of the features" + ", middle frame" * (len(model.grid) == 3)
+    save(pca_grid(shown_maps, title=title), out / "pca.png")
     for t, cloud in clouds.items():
         title = f"t-SNE of block {blocks[len(blocks) // 2]} at t = {t:g}"
         names = class_names(dataset.manifest.classes) or None
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     chance = float(labels.bincount().max()) / len(labels)  # of always naming the most frequent class
     if probes:
-        series = {f"t = {t:g}": (blocks, accuracy) for t, accuracy in probes.items()}
-        save(curves(series, xlabel="block", ylabel=f"linear probe accuracy (chance {chance:.2f})"), out / "probes.png")
+        save(_accuracies(probes, chance, held_out(len(labels))), out / "probes.png")
     report = {
         "source": loaded.source,
         "stage": loaded.stage,
@@ -91,6 +94,17 @@ def analyse(
     }
     write_json(out / "analyse.json", report)
     return report
+
+
+def _accuracies(probes: Mapping[float, Sequence[float]], chance: float, tested: int) -> Figure:
+    """Accuracy of the probes of every block, a line for each t."""
+    series = {f"t = {t:g}": (range(1, len(each) + 1), each) for t, each in probes.items()}
+    figure = curves(series, xlabel="block", ylabel=f"linear probe accuracy, {plural(tested, 'sample')} held out")
+    (axes,) = figure.axes
+    axes.axhline(chance, color=INK, linewidth=0.8, linestyle=":", label=f"chance {chance:.2f}")
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False)
+    return figure
 
 
 def _can_be_fitted(dataset: Dataset, labels: Tensor) -> bool:

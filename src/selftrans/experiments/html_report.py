@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AXIS_LABELS = {"step": "student steps", "tflops": "TFLOPs in all, the teacher's training included"}  #: of curves
-#: heading -> entry of a row, and digits after the point (see `spread_text`): means over seeds, and where the baseline's end is reached
+#: heading -> entry of a row, and digits of `spread_text`: means over seeds, and where the baseline's end is reached
 MEANS = {
     "seconds": ("seconds", 0),
     "total seconds": ("total_seconds", 0),
