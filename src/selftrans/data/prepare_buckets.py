@@ -29,7 +29,7 @@ from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
 from selftrans.encoders.identity import identity_kind
-from selftrans.messages import plural, printable
+from selftrans.messages import escaped, plural, printable
 from selftrans.storage import lock_file, remove_stale_temporaries
 
 MOST = 99  #: buckets
@@ -91,7 +91,7 @@ def prepare_buckets(
     if not made:
         raise ValueError(none_readable(len(opened), "picture", source))
     if not all((out / name / FILE).is_file() for name in made):
-        return f"{out} is not finished: the other parts make the rest, and the last one completes it"
+        return f"{escaped(out)} is not finished: the other parts make the rest, and the last one completes it"
     _complete(out, made, progress)
     return open_buckets(out).summary()
 

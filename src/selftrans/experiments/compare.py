@@ -30,6 +30,7 @@ from selftrans.experiments.measurement import MEASURED, PROBED_BLOCK, samples_of
 from selftrans.experiments.runner import Results, check_counts, processes, train_and_measure
 from selftrans.experiments.schedule import Job
 from selftrans.experiments.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
+from selftrans.messages import escaped
 from selftrans.methods.registry import METHODS, find, meta_objective, stages
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import lock_file, recorded, removed_if_refused, sha256_file, write_json, write_text
@@ -87,7 +88,7 @@ def compare_methods(
     print(html_report.text_table(summary))
     if not all_measured(chosen, finished) and (line := time_line(summary["time"])):
         print(f"\n{line}")
-    print(f"\nOpen {out / 'compare.html'}")
+    print(f"\nOpen {escaped(out / 'compare.html')}")
     return summary
 
 

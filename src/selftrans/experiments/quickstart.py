@@ -32,7 +32,7 @@ from selftrans.experiments.quickstart_report import compared, cut, duration, ove
 from selftrans.experiments.runner import Results, check_counts, seconds_trained, train_and_measure
 from selftrans.experiments.summary import as_csv, mean_curve, rows
 from selftrans.flow import PATHS
-from selftrans.messages import first_line, printable
+from selftrans.messages import escaped, first_line, printable
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
@@ -85,10 +85,10 @@ def quickstart(
         summary = summarise(chosen, results)
         now = round(time.perf_counter() - started, 1), begun
         summary["seconds"], summary["continued"] = time_taken(out, summary["table"], results, now)
-        print(f"All is trained and measured; drawing {out / 'report.html'}", flush=True)
+        print(f"All is trained and measured; drawing {escaped(out / 'report.html')}", flush=True)
         write(chosen, summary, dataset)
     print(text(summary, METHODS))
-    print(f"\n{duration(summary)}. Open {out / 'report.html'}")
+    print(f"\n{duration(summary)}. Open {escaped(out / 'report.html')}")
     return summary
 
 

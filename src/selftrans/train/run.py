@@ -27,7 +27,7 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare_builtin
 from selftrans.encoders.identity import scales_differ
-from selftrans.messages import plural
+from selftrans.messages import escaped, plural
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
@@ -291,7 +291,7 @@ def _announce(trainer: Trainer, number: int, of: int) -> str:
     size += f" ({trained / 1e6:.3g} M trained{heads})" if trained != parameters else ""
     what = f"{start}, {size}, {guided or 'no guidance'}"
     memory = f"\n{memory_line(trainer.memory)}" if trainer.initial else ""
-    return f"[{number}/{of}] {stage.name}: {what} -> {trainer.directory}{memory}"
+    return f"[{number}/{of}] {stage.name}: {what} -> {escaped(trainer.directory)}{memory}"
 
 
 def _spent(trainer: Trainer) -> dict[str, Any]:
