@@ -263,7 +263,7 @@ def cheap(module: str) -> bool:
     own = module.split(".")[:2] in (["selftrans", "cli"], ["selftrans", "suggest"], ["selftrans", "plugins"])
     return (
         own
-        or module == "selftrans.train.autoencoder_settings"
+        or module in ("selftrans.train.autoencoder_settings", "selftrans.messages")
         or module.split(".")[0] in {"tyro"} | sys.stdlib_module_names
     )
 

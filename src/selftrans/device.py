@@ -1,4 +1,4 @@
-"""The default device of a process, and its CPU cores."""
+"""The default device of a process, its memory, and CPU cores."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ def default_device() -> torch.device:
 def cpu_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_total(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU, or of the machine where that can be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -15,6 +15,11 @@ def printable(text: object, limit: int | None = 160) -> str:
     return start if start.isprintable() else ascii(start)[1:-1][:limit]
 
 
+def escaped(text: object) -> str:
+    """Text on one line, in which only what a terminal does not print is escaped: `a\\nb`. For a path that is named in full."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def one_line(text: str) -> str:
     """A caption or a name on one line that can be encoded in UTF-8, without control characters and double spaces."""
     encodable = text.encode("utf-8", "replace").decode("utf-8")

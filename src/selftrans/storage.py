@@ -112,16 +112,13 @@ def check_writable(path: Path, *, size: int = 1 << 16) -> None:
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A new directory that replaces `path` when the block ends.
 
-    After an error it is removed, and `path` is unchanged. `replace` removes a `path` that exists and is not empty.
-    Raises OSError when it cannot be written, or `path` is not empty and `replace` is False.
+    After an error it is removed, and `path` is unchanged. `replace` removes a `path` that exists and is not empty. Errors
+    name `path`, not the temporary directory. Raises OSError when it cannot be written, or `path` is not empty and `replace`
+    is False.
     """
     temporary = temporary_for(path)
     try:
         temporary.mkdir(parents=True)
-    except OSError as error:
-        error.filename = str(path)  # the temporary name means nothing to a user
-        raise
-    try:
         yield temporary
         for written in (*temporary.rglob("*"), temporary):
             sync(written)
@@ -129,9 +126,17 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             _remove(path)
         temporary.replace(path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        _rename_in(error, temporary, path)
         raise
+
+
+def _rename_in(error: BaseException, temporary: Path, path: Path) -> None:
+    """Give `path` in an error for the temporary name in it, which means nothing to a user."""
+    error.args = tuple(arg.replace(str(temporary), str(path)) if isinstance(arg, str) else arg for arg in error.args)
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        error.filename = error.filename.replace(str(temporary), str(path))
 
 
 def remove_stale_temporaries(folder: Path, *targets: str) -> None:

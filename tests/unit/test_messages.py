@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from selftrans import messages
-from selftrans.messages import are, first_line, gigabytes, is_own_code, listed, one_line, plural, printable, shape_text
+from selftrans.messages import (
+    are,
+    escaped,
+    first_line,
+    gigabytes,
+    is_own_code,
+    listed,
+    one_line,
+    plural,
+    printable,
+    shape_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +33,10 @@ from selftrans.messages import are, first_line, gigabytes, is_own_code, listed, 
 )
 def test_control_characters_are_escaped(text, shown):
     assert printable(text) == shown and printable(text).isprintable()
+
+
+def test_only_what_a_terminal_does_not_print_is_escaped():
+    assert escaped("Ölbaum\n\x1b[31m \\ 猫 \udcff") == "Ölbaum\\n\\x1b[31m \\ 猫 \\udcff"
 
 
 def test_escaped_text_is_truncated():

@@ -216,6 +216,18 @@ def test_directory_that_cannot_be_made_is_named_and_not_its_temporary(tmp_path):
     assert error.value.filename == str(tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_errors_while_a_directory_is_written_name_it_and_not_its_temporary(kind, tmp_path):
+    out = tmp_path / "out"
+
+    def failing(path):
+        raise OSError(errno.ENOSPC, "full", str(path)) if kind is OSError else ValueError(f"{path} is too large")
+
+    with pytest.raises(kind) as error, atomic_directory(out) as directory:
+        failing(directory / "sub" / "x")
+    assert str(out / "sub" / "x") in str(error.value) and ".tmp" not in str(error.value) and names(tmp_path) == []
+
+
 def test_directory_replaces_another_only_when_asked(tmp_path):
     (tmp_path / "out").mkdir()
     with atomic_directory(tmp_path / "out") as directory:  # an empty directory may be replaced

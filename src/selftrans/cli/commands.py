@@ -33,6 +33,7 @@ from selftrans.cli.options import (
     Weights,
 )
 from selftrans.cli.prepare_command import Prepare
+from selftrans.messages import escaped
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Train(RecipeCommand[Config]):
             return
         report = train(config, self.out, typed=self.typed)
         if os.environ.get("RANK", "0") == "0":
-            print(f"{totals(report)} -> {self.out}")
+            print(f"{totals(report)} -> {escaped(self.out)}")
 
 
 @dataclass

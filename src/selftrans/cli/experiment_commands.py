@@ -25,6 +25,7 @@ from selftrans.cli.options import (
     Typed,
     Weights,
 )
+from selftrans.messages import escaped
 from selftrans.train.autoencoder_settings import CHECKPOINT_EVERY, AutoencoderSettings
 
 
@@ -183,7 +184,7 @@ class Analyse(Command):
         options |= {"timesteps": TIMES if self.timesteps is None else self.timesteps, "weights": self.weights or "ema"}
         report = analyse(self.run_or_file, **options)
         probes = "probes.png, " if report["probe_accuracy"] else ""
-        print(f"pca.png, {probes}tsne-*.png and analyse.json -> {self.out}")
+        print(f"pca.png, {probes}tsne-*.png and analyse.json -> {escaped(self.out)}")
 
     def of_target(self) -> None:
         from selftrans.experiments.analyse_target import TIMES, analyse_target
@@ -192,7 +193,7 @@ class Analyse(Command):
         options = self.options("run_or_file", "target")
         options["timesteps"] = TIMES if self.timesteps is None else self.timesteps
         analyse_target(self.run_or_file, **options, show=lambda report: print(table(report)))
-        print(f"target.png, target-maps.png and target.json -> {self.out}")
+        print(f"target.png, target-maps.png and target.json -> {escaped(self.out)}")
 
 
 @dataclass

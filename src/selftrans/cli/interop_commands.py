@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from selftrans.cli.options import CONTINUES, Command, RunOrFile, Stage, Trust, Weights
+from selftrans.messages import escaped
 
 
 @dataclass
@@ -106,12 +107,11 @@ class Export(Command):
         if self.adapters:
             layout = "peft" if self.layout == OURS else self.layout
             options = self.options("run_or_file", "adapters") | {"layout": layout}
-            print(
-                f"adapters of the {self.weights} weights, layout {layout} -> {export_adapters(self.run_or_file, **options)}"
-            )
+            made = export_adapters(self.run_or_file, **options)
+            print(f"adapters of the {self.weights} weights, layout {layout} -> {escaped(made)}")
             return
         made = export_run(self.run_or_file, **self.options("run_or_file", "adapters"))
-        print(f"{self.weights} weights, layout {self.layout} -> {made}")
+        print(f"{self.weights} weights, layout {self.layout} -> {escaped(made)}")
 
 
 @dataclass
@@ -161,7 +161,7 @@ class Push(Command):
 
             out = self.out or Path(self.repository.rpartition("/")[2] or "push")
             files = write_folder(self.run_or_file, self.repository, out, chosen, **options)
-            print(f"{plural(len(files), 'file')} of {self.repository} -> {out}; nothing was uploaded")
+            print(f"{plural(len(files), 'file')} of {self.repository} -> {escaped(out)}; nothing was uploaded")
             return
         options |= {"private": self.private, "force": self.force, "out": self.out}
         print(f"pushed: {push(self.run_or_file, self.repository, chosen, **options)}")

@@ -22,6 +22,7 @@ from selftrans.cli.options import Command, RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
 from selftrans.cli.parse import UsageError, blank, parse
 from selftrans.cli.unknown_option import unrecognised
+from selftrans.messages import escaped, first_line, is_own_code, printable
 from selftrans.plugins import trust
 from selftrans.suggest import closest, did_you_mean
 
@@ -126,8 +127,6 @@ def _system_error(error: OSError) -> str:
     """`FILE: what is wrong; what to do`; the file and the remedy only where they are known."""
     if error.strerror is None:
         return str(error) or type(error).__name__
-    from selftrans.messages import printable
-
     remedy = REMEDIES.get(error.errno or 0, "")
     if error.filename is None:
         if error.errno == errno.ENOENT:  # of a relative path
@@ -140,7 +139,6 @@ def _runtime_error(error: RuntimeError) -> str:
     """One line for a path that cannot be resolved and for a device without memory; other errors are raised again."""
     if str(error).startswith("Symlink loop"):  # before Python 3.13
         return f"{error}: its symbolic links lead in a circle; give another path"
-    from selftrans.messages import first_line
     from selftrans.train.out_of_memory import is_out_of_memory
 
     if not is_out_of_memory(error):
@@ -159,16 +157,14 @@ def _terminate(number: int, frame: object) -> None:
 
 def _reported(message: str, status: int) -> int:
     """Print an error as one line; returns the exit status."""
-    print(f"selftrans: {' '.join(message.split())}", file=sys.stderr)
+    print(f"selftrans: {escaped(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 
 def _show_warning(message: Warning | str, category: Any, filename: str, lineno: int, *_: Any) -> None:
     """Warnings of selftrans are one line; those of libraries are not shown."""
-    from selftrans.messages import is_own_code
-
     if issubclass(category, UserWarning) and is_own_code(filename):
-        print(f"selftrans: warning: {message}", file=sys.stderr)
+        print(f"selftrans: warning: {escaped(message)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
 from selftrans.encoders.identity import identity_kind
-from selftrans.messages import plural, printable
+from selftrans.messages import escaped, plural, printable
 from selftrans.storage import lock_file, remove_stale_temporaries
 
 MOST = 99  #: buckets
@@ -90,12 +91,21 @@ def prepare_buckets(
     if not made:
         raise ValueError(none_readable(len(opened), "picture", source))
     if not all((out / name / FILE).is_file() for name in made):
-        return f"{out} is not finished: the other parts make the rest, and the last one completes it"
+        return f"{escaped(out)} is not finished: the other parts make the rest, and the last one completes it"
+    _complete(out, made, progress)
+    return open_buckets(out).summary()
+
+
+def _complete(out: Path, made: Sequence[str], progress: bool) -> None:
+    """Make one data set of these finished buckets. Where `out` is one already nothing is written: it may be read-only."""
+    with suppress(ValueError):  # not complete, or a bucket that was made again has statistics of its own
+        if [Path(bucket.origin).name for bucket in open_buckets(out).buckets] == list(made):
+            return
     with lock_file(out / LOCK, wait=True):
         remove_stale_temporaries(out, BUCKETS)
         share_statistics([out / name for name in made], progress)
         write_names(out, made)
-    return open_buckets(out).summary()
+        (out / LOCK).unlink(missing_ok=True)
 
 
 def bucket_sizes(resolution: int, buckets: int, cell: int) -> tuple[Size, ...]:

@@ -14,13 +14,13 @@ from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.file_kinds import describe_ignored
 from selftrans.data.sources.source import Samples
 from selftrans.data.sources.source_warnings import keep_labels, source_warnings
-from selftrans.messages import listed, plural, printable
+from selftrans.messages import escaped, listed, plural, printable
 
 
 def say(text: str, progress: bool) -> None:
     """Print a progress message to standard error; standard output is for the command's result."""
     if progress:
-        print(text, file=sys.stderr)
+        print(escaped(text), file=sys.stderr)
 
 
 def report_source(samples: Samples, progress: bool, *, flip: bool = False) -> None:

@@ -28,6 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 FRAMES = 8  #: most slices of an array of three spatial dimensions that are shown
+STRIP = 0.3  #: least height of a picture in a grid of maps, over its width
 INK, RULE = "#222222", "#DDDDDD"
 
 #: (x, y), or (x, y, deviation of y) which is drawn as a band
@@ -37,13 +38,15 @@ Series: TypeAlias = tuple[Sequence[float], Sequence[float]] | tuple[Sequence[flo
 def image_grid(images: np.ndarray, columns: int | None = None, upscale: int = 1, *, gap: int = 2) -> np.ndarray:
     """One picture, uint8 (height, width, C), of images uint8 (n, H, W, C), in rows, on white.
 
-    Each pixel becomes `upscale` x `upscale` pixels without smoothing; `columns` defaults to the square root of n.
+    Each pixel becomes `upscale` x `upscale` pixels without smoothing. `columns` defaults to the square root of n, or for images
+    more than twice as wide as high (or the reverse) to the number that makes the grid about square.
     Raises ValueError for anything but uint8 images with one or three channels.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(f"images are {images.dtype} {images.shape}; a grid shows uint8 (n, H, W, 1 or 3)")
     n, channels = len(images), images.shape[-1]
-    columns = min(columns or math.ceil(math.sqrt(n)), n)
+    ratio = images.shape[1] / images.shape[2]
+    columns = min(columns or math.ceil(math.sqrt(n if 0.5 <= ratio <= 2 else n * ratio)), n)
     rows = math.ceil(n / columns)
     large = images.repeat(upscale, axis=1).repeat(upscale, axis=2)
     tiles = np.pad(large, ((0, rows * columns - n), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
@@ -100,6 +103,11 @@ def as_pictures(samples: np.ndarray) -> np.ndarray:
     shown = (samples if samples.shape[1] == 3 else samples[:, :1]).transpose(0, 2, 3, 1).astype(np.float64)
     low, span = shown.min(), np.ptp(shown) or 1.0
     return np.round((shown - low) * (255 / span)).astype(np.uint8)
+
+
+def middle_slices(samples: np.ndarray) -> np.ndarray:
+    """The middle slice (n, C, H, W) of arrays (n, C, F, H, W), as `flat_map` takes it of their maps; others unchanged."""
+    return samples[:, :, samples.shape[2] // 2] if samples.ndim == 5 else samples
 
 
 def _strips(samples: np.ndarray) -> np.ndarray:
@@ -206,14 +214,15 @@ def pca_grid(
     """One row of pictures per name: colour maps float (n, *grid, 3) in [0, 1], or images uint8 (n, H, W, 1 or 3).
 
     A map of a 1-D grid is drawn as a strip, a map of a 3-D grid by its middle slice. `columns` are headings; `cell` is
-    the side of a picture in inches. Raises ValueError when rows differ in n.
+    the width of a picture in inches. Raises ValueError when rows differ in n.
     """
     counts = {name: len(maps) for name, maps in rows.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"rows of a grid have different numbers of pictures, {counts}; give the same number to each")
-    size = 1.4 + cell * max(counts.values()), cell * len(rows) + 0.1 + 0.3 * bool(title) + 0.2 * bool(columns)
+    heights = [_height(maps[0]) for maps in rows.values()]
+    size = 1.4 + cell * max(counts.values()), cell * sum(heights) + 0.1 + 0.3 * bool(title) + 0.2 * bool(columns)
     figure = blank_figure(size, pad=0.02)
-    grid = figure.subplots(len(rows), max(counts.values()), squeeze=False)
+    grid = figure.subplots(len(rows), max(counts.values()), squeeze=False, height_ratios=heights)
     for row, (name, maps) in zip(grid, rows.items(), strict=True):
         for axes, picture in zip(row, maps, strict=True):
             _draw_map(axes, picture)
@@ -232,6 +241,12 @@ def _draw_map(axes: Axes, picture: np.ndarray) -> None:
     shown = flat_map(picture)
     shown = shown.repeat(3, axis=-1) if shown.shape[-1] == 1 else shown
     axes.imshow(shown, interpolation="nearest", aspect="auto" if picture.ndim == 2 else "equal")
+
+
+def _height(picture: np.ndarray) -> float:
+    """Height of a picture or map in a `pca_grid`, over its width."""
+    shown = flat_map(picture)
+    return STRIP if picture.ndim == 2 else min(2.0, max(STRIP, shown.shape[0] / shown.shape[1]))
 
 
 def flat_map(picture: np.ndarray) -> np.ndarray:

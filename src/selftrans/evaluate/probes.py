@@ -89,11 +89,15 @@ def linear_probe(features: Tensor, labels: Tensor) -> float:
     return (class_guesses(x[fit], y[fit], x[held], kind="ridge") == y[held]).double().mean().item()
 
 
+def held_out(count: int) -> int:
+    """How many of `count` rows `linear_probe` is tested on."""
+    return min(max(1, round(0.25 * count)), count - 1)
+
+
 def _split(count: int) -> tuple[Tensor, Tensor]:
     """Rows that a probe is fitted on, and those that are held out, at least one of each."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    held_out = min(max(1, round(0.25 * count)), count - 1)
-    return order[held_out:], order[:held_out]
+    return order[held_out(count) :], order[: held_out(count)]
 
 
 def can_be_probed(labels: Tensor) -> bool:

@@ -6,9 +6,9 @@ Shape legend: N images, (C, *S) latent.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -19,14 +19,17 @@ from selftrans.data.decoded import data_latents, decode_images
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.fonts import class_names
-from selftrans.evaluate.plots import as_pictures, curves, pca_grid, save, scatter
-from selftrans.evaluate.probes import can_be_probed, collect, linear_probe, pca_maps, tsne
+from selftrans.evaluate.plots import INK, as_pictures, curves, middle_slices, pca_grid, save, scatter
+from selftrans.evaluate.probes import can_be_probed, collect, held_out, linear_probe, pca_maps, tsne
 from selftrans.experiments.reference import fitting_data
 from selftrans.flow import PATHS
 from selftrans.messages import plural
 from selftrans.storage import check_writable, write_json
 from selftrans.train.log import progress_bar
 from selftrans.types import Backbone, Cond, map_cond
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TIMES = (0.2, 0.4, 0.6)  #: of the noisy latents
 MAPPED = 8  #: images whose features are shown as PCA maps
@@ -60,8 +63,9 @@ def analyse(
     probed = labels if _can_be_fitted(dataset, labels) else None
     found = _examined(model, z0, probed, timesteps, loaded.config.train.path)
     chance = float(labels.bincount().max()) / len(labels)  # of always naming the most frequent class
-    pictures = as_pictures(decode_images(decoder, z0[:MAPPED].to(device)))
-    _draw(found, pictures, labels, class_names(dataset.manifest.classes) or None, chance, out)
+    pictures = as_pictures(middle_slices(decode_images(decoder, z0[:MAPPED].to(device))))
+    names = class_names(dataset.manifest.classes) or None
+    _draw(found, pictures, labels, names, chance, out, "middle frame" if len(model.grid) == 3 else "")
     report = {
         "source": loaded.source,
         "stage": loaded.stage,
@@ -106,16 +110,36 @@ def _examined(model: Backbone, z0: Tensor, labels: Tensor | None, timesteps: Seq
 
 
 def _draw(
-    found: Findings, pictures: np.ndarray, labels: Tensor, names: Sequence[str] | None, chance: float, out: Path
+    found: Findings,
+    pictures: np.ndarray,
+    labels: Tensor,
+    names: Sequence[str] | None,
+    chance: float,
+    out: Path,
+    shown: str,
 ) -> None:
-    """pca.png with the `pictures` above their maps, a t-SNE per timestep, and probes.png where there are probes."""
-    save(pca_grid({"data": pictures} | found.maps, title="principal components of the features"), out / "pca.png")
+    """pca.png with the `pictures` above their maps, a t-SNE per timestep, and probes.png where there are probes.
+
+    shown: the part of the data that the pictures and maps are of, for the title; empty for all of it.
+    """
+    title = ", ".join(("principal components of the features", *([shown] if shown else [])))
+    save(pca_grid({"data": pictures} | found.maps, title=title), out / "pca.png")
     for t, cloud in found.clouds.items():
         title = f"t-SNE of block {found.middle} at t = {t:g}"
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     if found.probes:
-        series = {f"t = {t:g}": (found.taps, accuracy) for t, accuracy in found.probes.items()}
-        save(curves(series, xlabel="block", ylabel=f"linear probe accuracy (chance {chance:.2f})"), out / "probes.png")
+        save(_accuracies(found.probes, chance, held_out(len(labels))), out / "probes.png")
+
+
+def _accuracies(probes: Mapping[float, Sequence[float]], chance: float, tested: int) -> Figure:
+    """Accuracy of the probes of every block, a line for each t."""
+    series = {f"t = {t:g}": (range(1, len(each) + 1), each) for t, each in probes.items()}
+    figure = curves(series, xlabel="block", ylabel=f"linear probe accuracy, {plural(tested, 'sample')} held out")
+    (axes,) = figure.axes
+    axes.axhline(chance, color=INK, linewidth=0.8, linestyle=":", label=f"chance {chance:.2f}")
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False)
+    return figure
 
 
 def _can_be_fitted(dataset: Dataset, labels: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AXIS_LABELS = {"step": "student steps", "tflops": "TFLOPs in all, the teacher's training included"}  #: of curves
-#: heading -> entry of a row, and digits after the point: means over seeds, and where the baseline's end is reached
+#: heading -> entry of a row, and digits of `spread_text`: means over seeds, and where the baseline's end is reached
 MEANS = {
     "seconds": ("seconds", 0),
     "total seconds": ("total_seconds", 0),
@@ -56,9 +57,15 @@ def _reached(row: dict[str, Any], key: str, digits: int) -> str:
 
 
 def spread_text(value: Mapping[str, float] | None, digits: int) -> str:
-    """`1,234.5 ± 0.3`: mean and standard deviation, without one that rounds to zero; `-` for None."""
+    """`1,234.5 ± 0.3`: mean and standard deviation, without one that rounds to zero; `-` for None.
+
+    digits: after the point; small numbers get more, so that the larger of both has two significant ones (`0.0043`).
+    """
     if value is None:
         return "-"
+    size = max(abs(value["mean"]), value["std"])
+    if size and math.isfinite(size):
+        digits = max(digits, 1 - math.floor(math.log10(size)))
     deviation = f" ± {value['std']:,.{digits}f}" if round(value["std"], digits) else ""
     return f"{value['mean']:,.{digits}f}{deviation}"
 
@@ -88,10 +95,13 @@ def text_table(summary: Mapping[str, Any]) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Headings and rows in columns, with a rule below the headings."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    texts.insert(1, "  ".join("-" * width for width in widths))
+    """Headings and rows in columns, with a rule below the headings; all but the first column are right-aligned."""
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
+        "  ".join([line[0].ljust(first), *(text.rjust(width) for text, width in zip(line[1:], others, strict=True))])
+        for line in lines
+    ]
+    texts.insert(1, "  ".join("-" * width for width in (first, *others)))
     return "\n".join(texts)
 
 

@@ -33,7 +33,7 @@ from selftrans.experiments.comparison.runner import Results, check_counts, train
 from selftrans.experiments.comparison.summary import as_csv, mean_curve, rows
 from selftrans.experiments.quickstart_report import compared, cut, duration, overview, page, sentence, text
 from selftrans.flow import PATHS
-from selftrans.messages import first_line, printable
+from selftrans.messages import escaped, first_line, printable
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
@@ -86,10 +86,10 @@ def quickstart(
         summary = summarise(chosen, results)
         now = round(time.perf_counter() - started, 1), begun
         summary["seconds"], summary["continued"] = time_taken(out, summary["table"], results, now)
-        print(f"All is trained and measured; drawing {out / 'report.html'}", flush=True)
+        print(f"All is trained and measured; drawing {escaped(out / 'report.html')}", flush=True)
         write(chosen, summary, dataset)
     print(text(summary, METHODS))
-    print(f"\n{duration(summary)}. Open {out / 'report.html'}")
+    print(f"\n{duration(summary)}. Open {escaped(out / 'report.html')}")
     return summary
 
 

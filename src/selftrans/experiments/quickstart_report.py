@@ -104,7 +104,7 @@ def sentence(found: Mapping[str, Any], guided: str, baseline: str) -> str:
 def cells(found: Mapping[str, Any], names: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table as text."""
     headings = ["distance", "total TFLOPs", *(f"at step {step:,}" for step in found["steps"])]
-    headings.append(f"at {found['tflops']['mean']:.2f} TFLOPs")
+    headings.append(f"at {spread_text(found['tflops'] | {'std': 0.0}, 2)} TFLOPs")
     rows = [
         [
             names[row["method"]],

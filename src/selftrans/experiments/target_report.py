@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN = "logistic"  #: the probe in the picture
+TICKS = 12  #: most blocks of which each has its tick
 LIGHT_TEXT = 0.67  #: a share above which white text has more contrast on its colour than dark text
 
 
@@ -45,7 +46,7 @@ def table(report: Mapping[str, Any]) -> str:
     for name, title in _titles(report).items():
         if name in next(iter(blocks.values()))["shares"]:
             lines += _rows(report, title, {k: _headed(of["shares"][name], _share) for k, of in blocks.items()})
-    norms = {k: _headed(of["token_norm"], "{:.4g}".format) for k, of in sizes.items()}
+    norms = {k: _headed(of["token_norm"], "{:#.4g}".format) for k, of in sizes.items()}
     lines += _rows(report, "mean norm of a token", norms)
     if scales:
         ratios = {k: {text: _number(of[key]) for key, text in SIZES.items()} for k, of in sizes.items()}
@@ -211,7 +212,7 @@ def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
     sizes = [of["sizes"] for of in report["blocks"].values()]
     _draw_blocks(report, axes, {name: [each[key] for each in sizes] for key, name in SIZES.items()})
     axes.set(ylabel="size of f_c - f_u over f_u")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.06 * (axes.dataLim.ymax or 1.0))
     plots.style_axes(axes, "what guidance multiplies by w", grid="y", size=8)
     axes.legend(frameon=False, fontsize=8)
 
@@ -222,7 +223,10 @@ def _draw_blocks(report: Mapping[str, Any], axes: Axes, lines: Mapping[str, Sequ
     known = {name: [math.nan if value is None else value for value in each] for name, each in lines.items()}
     plots.draw_lines(axes, {name: (blocks, each) for name, each in known.items()})
     axes.set(xlabel="block")
-    axes.locator_params(axis="x", integer=True)
+    if len(blocks) <= TICKS:  # else chosen by matplotlib
+        axes.set_xticks(blocks)
+    else:
+        axes.locator_params(axis="x", integer=True)
 
 
 def draw_maps(
@@ -238,7 +242,7 @@ def draw_maps(
     rows: positions of the n pictures in the data; kept: "u" and "own" -> block -> features (n, T, D).
     """
     decoded = decode_images(load_autoencoder(dataset.manifest.autoencoder, device="cpu"), latents_of(dataset, rows)[0])
-    maps = {"data": plots.as_pictures(decoded)}
+    maps = {"data": plots.as_pictures(plots.middle_slices(decoded))}
     blocks = sorted(kept["u"])
     for k in sorted({blocks[0], int(_shown_block(report)), blocks[-1]}):
         u = kept["u"][k]
@@ -251,6 +255,7 @@ def draw_maps(
     classes = class_names(dataset.manifest.classes)
     names = [classes[label][:10] for label in dataset.labels[rows]] if classes else None
     title = f"principal components at t = {report['timesteps'][0]:g}" if report["timesteps"] else "principal components"
+    title += ", middle frame" * (len(grid) == 3)
     plots.save(plots.pca_grid(maps, columns=names, title=title, cell=0.7), path)
 
 

@@ -20,7 +20,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.classifier import SmallClassifier, train_classifier
-from selftrans.messages import plural
+from selftrans.messages import escaped, plural
 from selftrans.storage import check_writable, lock_file, recorded, write_json
 from selftrans.train.log import progress_bar
 from selftrans.train.optim import load_optimizer, optimizer_tensors
@@ -60,7 +60,9 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
             # until it has the lock, another process may finish a classifier
             description = _finished(out, settings) or _train(dataset, out, folder, settings)
     _remove_training(folder, settings)
-    return f"{out}: accuracy {description['accuracy']:.3f} on {plural(description['held_out'], 'held-out image')}"
+    return (
+        f"{escaped(out)}: accuracy {description['accuracy']:.3f} on {plural(description['held_out'], 'held-out image')}"
+    )
 
 
 def _train(dataset: Dataset, out: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
 from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import MOST, read
-from selftrans.messages import first_line, listed, plural, printable, shape_text
+from selftrans.messages import escaped, first_line, listed, plural, printable, shape_text
 from selftrans.methods.registry import BASELINE, METHODS, meta_objective, stages
 from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
@@ -72,7 +72,7 @@ def import_run(
         held = checkpoint.steps(out / stages(config)[0].name / "checkpoints")
         if not held:
             raise ValueError(f"{out} holds this import without its checkpoint; remove it, or choose another --out")
-        say(f"{out} holds this import already")
+        say(f"{escaped(out)} holds this import already")
         return held[-1][1]
     parts, notes = _tensors(published, model, config, guided)
     trained = _trained(published, parts["optimizer"], step)
@@ -88,7 +88,7 @@ def import_run(
     written = _write(out, config, model, done, parts, source, projectors if keep_heads else {})
     for line in (f"time and sign are those of {model.convention.upper()}, {model.reason}", *notes):
         say(line)
-    say(f"{_summary(model, autoencoder)}, after {plural(done, 'step')} -> {out}")
+    say(f"{_summary(model, autoencoder)}, after {plural(done, 'step')} -> {escaped(out)}")
     say(f"to train on: {_command(config, out)}")
     return written
 

@@ -27,6 +27,7 @@ NUMBERS = {
     "accuracy": "accuracy",
     "clip_score": "CLIP score",
 }
+LARGEST = 1e30  #: of numbers in a card
 TASKS = {"text": "text-to-image"}  #: kind of condition -> task of the hub; others: unconditional-image-generation
 
 
@@ -77,7 +78,7 @@ def _about(loaded: LoadedModel, data: dict[str, Any] | None) -> str:
     source = str((data or {}).get("source", ""))
     known = [cell(last_parts(source))] if source else []
     count = (data or {}).get("count")
-    known += [plural(count, "sample")] if isinstance(count, int) else []
+    known += [plural(count, "sample")] if _is_number(count) and isinstance(count, int) else []
     conditions = loaded.model.conditions
     return (
         f"{cell(loaded.config.model.name)} with {millions:.3g} M parameters on latents of "
@@ -91,7 +92,7 @@ def _about(loaded: LoadedModel, data: dict[str, Any] | None) -> str:
 def _count(report: dict[str, Any], key: str, noun: str) -> str:
     """`500 samples`; `None samples` where a report has no number."""
     count = report.get(key)
-    return plural(count, noun) if isinstance(count, int) else f"{cell(count)} {noun}s"
+    return plural(count, noun) if _is_number(count) and isinstance(count, int) else f"{cell(count, 20)} {noun}s"
 
 
 def _conditions(conditions: Any) -> str:
@@ -124,9 +125,9 @@ def _numbers(evaluations: Sequence[dict[str, Any]]) -> str:
         made, found = report["made"], []
         for key, name in {report["metric"]: str(report.get("label", report["metric"])), **NUMBERS}.items():
             value = report.get(key)
-            if isinstance(value, int | float):
+            if _is_number(value):
                 spread = report.get(f"{key}_std")
-                found.append((name, f"{value:.4g}" + (f" ± {spread:.2g}" if isinstance(spread, int | float) else "")))
+                found.append((name, f"{value:.4g}" + (f" ± {spread:.2g}" if _is_number(spread) else "")))
         depends = (
             f"{_count(report, 'num_images', 'sample')} against {cell(last_parts(str(report.get('reference'))))} "
             f"({_count(report, 'reference_images', 'image')}), features of {cell(last_parts(str(report.get('extractor'))))} "
@@ -149,8 +150,19 @@ def _compute(compute: dict[str, Any] | None) -> str:
     return "\n".join([*lines, "", f"In total, teachers included: {total}."])
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value of a file is a number that was measured: files may be damaged, and hold anything else."""
+    return isinstance(value, int | float) and abs(value) < LARGEST
+
+
 def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else "unknown"
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and _is_number(value)
+        else f"{value:,.4g}"
+        if _is_number(value)
+        else "unknown"
+    )
 
 
 def _settings(loaded: LoadedModel) -> str:

@@ -124,7 +124,7 @@ class PatchTransformer(Backbone):
             patch = "model.patch or model.patch_frames" if len(self.cells) == 3 else "model.patch"
             raise ValueError(
                 f"a latent of {size} does not divide into patches of {cells}; change {patch}, or take latents whose sides "
-                f"are multiples of {cells} (prepare --resolution, --bucket-multiple, --length, --frames)"
+                f"are multiples of {cells} (prepare --resolution, --bucket-multiple, --length, --frames; sample --size)"
             )
         return tuple(side // p for side, p in zip(sides, self.cells, strict=True))
 

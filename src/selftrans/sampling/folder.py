@@ -27,7 +27,7 @@ from numpy.lib import format as npy
 from selftrans.checkpoints.load import Weights
 from selftrans.data.buckets import is_prepared
 from selftrans.data.resolution import parse_resolution
-from selftrans.messages import plural, printable
+from selftrans.messages import escaped, plural, printable
 from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
@@ -75,7 +75,7 @@ def summary_line(out: str | Path, count: int) -> str:
     views = "".join(f"{suffix}, " for suffix in (".wav", ".gif") if any(Path(out).glob(f"[0-9]*{suffix}")))
     held = max(count, sum(1 for _ in Path(out).glob(f"[0-9]*{kind.suffix}")))
     new = f", {count} of them new" if held > count else ""
-    return f"{plural(held, 'sample')}{new} -> {out} ({views}{kind.suffix} files, samples.npz, samples.json)"
+    return f"{plural(held, 'sample')}{new} -> {escaped(out)} ({views}{kind.suffix} files, samples.npz, samples.json)"
 
 
 def class_line(out: str | Path) -> str:
@@ -114,7 +114,9 @@ def write_samples(
     mine = todo[todo % world == rank]
     if complete and not len(todo) and _npz_count(out / "samples.npz") == num:
         if rank == 0:
-            print(f"{out} already holds {'this sample' if num == 1 else f'these {num:,} samples'}; nothing to do")
+            print(
+                f"{escaped(out)} already holds {'this sample' if num == 1 else f'these {num:,} samples'}; nothing to do"
+            )
         return 0
     if len(mine):
         folder.write_samples(sample(mine), len(mine))

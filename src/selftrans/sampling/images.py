@@ -32,6 +32,7 @@ from selftrans.sampling.captured_passes import CapturedPasses
 from selftrans.sampling.chosen_labels import chosen_labels
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
 from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided, launched
+from selftrans.sampling.size_cost import check_cost
 from selftrans.sampling.streams import NOISE_STREAM, image_stream
 from selftrans.sampling.weak_model import weak_model
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
@@ -197,7 +198,10 @@ class Sampler:
             yield SampledBatch(chunk, labels[: len(chunk)], images[: len(chunk)])
 
     def resize(self, resolution: Resolution) -> None:
-        """Sample pictures of this size instead of the model's own. ValueError where model or autoencoder does not take it."""
+        """Sample pictures of this size instead of the model's own. A warning for a much larger one.
+
+        ValueError where model, autoencoder or the device's memory does not take it.
+        """
         size, factor = sides(resolution), self.autoencoder.downsample
         if not self.autoencoder.pictures or len(self.shape) != 3:
             raise ValueError("a size is for models of pictures; leave it out")
@@ -205,6 +209,8 @@ class Sampler:
             raise ValueError(f"size {size_text(resolution)} is not a multiple of {factor}, as the autoencoder needs")
         self.shape = (self.shape[0], *(side // factor for side in size))
         if self.shape != tuple(self.model.shape):
+            batch, dtype = min(self.settings.batch_size, self.settings.num), PRECISIONS[self.settings.precision]
+            check_cost(self.model, self.shape, resolution, batch=batch, dtype=dtype, device=self.device)
             for model in self.models:
                 check_takes(model, self.shape)  # now, not when the folder of samples is begun
             self.described["size"] = size_text(resolution)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
-import os
 import resource
 import shutil
 import statistics
@@ -31,6 +30,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig, Train
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
+from selftrans.device import memory_total
 from selftrans.messages import gigabytes, plural
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import config_of_teacher
@@ -144,7 +144,7 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
         all_shards, shards = shards, ready_data(config, shards.dry_run_data(), accelerator, quiet=True)
         found = DryRun(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            memory_total=_total(device),
+            memory_total=memory_total(device),
             samples=len(shards),
             batch_size=config.train.batch_size,
             micro_batch=config.train.batch_size // (config.train.accumulate * accelerator.num_processes),
@@ -279,16 +279,6 @@ def _written(config: RunConfig, plan: list[Stage]) -> list[str]:
 
 def _every(steps: int) -> str:
     return "every step" if steps == 1 else f"every {steps} steps"
-
-
-def _total(device: torch.device) -> int | None:
-    """Bytes of memory of a GPU, or of the machine where that can be asked."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _peak(device: torch.device) -> int:

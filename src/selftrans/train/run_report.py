@@ -7,7 +7,7 @@ from typing import Any
 
 from selftrans.checkpoints.adapted import INIT
 from selftrans.config import RunConfig
-from selftrans.messages import plural
+from selftrans.messages import escaped, plural
 from selftrans.methods.spec import Stage
 from selftrans.train.capture_rules import description
 from selftrans.train.initial_weights import InitialWeights
@@ -34,7 +34,7 @@ def opening_line(trainer: Trainer, number: int, of: int) -> str:
     size += f" ({trained / 1e6:.3g} M trained{heads})" if trained != parameters else ""
     what = f"{start}, {size}, {guided or 'no guidance'}"
     memory = f"\n{memory_line(trainer.memory)}" if trainer.initial else ""
-    return f"[{number}/{of}] {stage.name}: {what} -> {trainer.directory}{memory}"
+    return f"[{number}/{of}] {stage.name}: {what} -> {escaped(trainer.directory)}{memory}"
 
 
 def stage_report(trainer: Trainer) -> dict[str, Any]:

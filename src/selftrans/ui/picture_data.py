@@ -24,7 +24,7 @@ from selftrans.data.decoded import decode_images, latents_of
 from selftrans.data.resolution import resolution_of
 from selftrans.data.sources.decode import check_pixels, open_picture, to_array, unreadable
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, from_uint8, load_autoencoder
-from selftrans.evaluate.plots import as_pictures
+from selftrans.evaluate.plots import as_pictures, middle_slices
 from selftrans.ui.contained import Contained, part
 from selftrans.ui.run_state import RunState
 
@@ -99,7 +99,7 @@ def pictures(
         raise ValueError(f"row {row:,} is not in the data; use 0 to {len(fitting) - 1:,}")
     else:
         z0, labels = latents_of(fitting, np.append(row, others))
-    return Pictures(z0, labels, as_pictures(decode_images(autoencoder, z0[:1].to(device))))
+    return Pictures(z0, labels, as_pictures(middle_slices(decode_images(autoencoder, z0[:1].to(device)))))
 
 
 def encoded(content: bytes, autoencoder: Autoencoder, shape: tuple[int, ...]) -> Tensor:

@@ -380,6 +380,16 @@ def results(tmp_path_factory):
     return folder
 
 
+def test_paths_with_control_characters_are_shown_on_one_line(tmp_path, capsys):
+    """Of a command that succeeds, of a warning and of an error: a terminal would carry out what the name of a folder says."""
+    odd = tmp_path / "two\nlines \x1b[31m"
+    assert main(["export", str(toy.finished()), "--out", str(odd)]) == 0
+    assert capsys.readouterr().out.endswith("two\\nlines \\x1b[31m/model.safetensors\n")
+    assert main(["sample", str(odd / "absent"), "--out", str(tmp_path / "s")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "\x1b" not in error and "lines \\x1b[31m/absent does not exist" in error
+
+
 def test_classifier_prints_its_accuracy(results, tmp_path, capsys):
     path = tmp_path / "again.safetensors"
     assert main(["classifier", str(toy.digits()), f"--out={path}", "--epochs=1"]) == 0

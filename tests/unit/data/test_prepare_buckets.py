@@ -99,6 +99,21 @@ def test_interrupted_preparation_continues_to_the_same_bytes(tmp_path):
     assert shards(ratios.prepared(tmp_path / "twice", batch_size=2, shard_size=4)) == shards(once)
 
 
+def test_complete_folder_stays_as_it_is_also_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+    """As `prepare` of data of one shape: no lock is left behind, and none is needed."""
+    data = ratios.prepared(tmp_path)
+    before = toy.tree(data)
+    assert not [name for name in before if ".lock" in name]
+
+    def refused(*_, **__):
+        raise PermissionError
+
+    for name in ("data.prepare_buckets.lock_file", "data.resumable.lock_file", "storage.atomic_write"):
+        monkeypatch.setattr(f"selftrans.{name}", refused)
+    ratios.prepared(tmp_path, progress=True)
+    assert toy.tree(data) == before and "8x8 is complete already" in capsys.readouterr().err
+
+
 def test_parts_make_the_same_and_the_last_one_completes_it(tmp_path):
     ratios.pictures(tmp_path / "pictures")
     options = {"resolution": 8, "buckets": 3, "shard_size": 4, "progress": False}

@@ -70,6 +70,34 @@ def test_sheet_of_series_shows_a_line_per_channel() -> None:
         plots.sample_sheet(np.zeros((2, 4), np.float32))
 
 
+def test_sheet_of_strips_is_about_square() -> None:
+    """36 films of 8 frames: 2 columns of 18 rows, not 6 columns, in which nothing can be seen."""
+    films = plots.as_pictures(np.zeros((36, 1, 8, 12, 12), np.float32))
+    assert films.shape == (36, 12, 96, 1)
+    assert plots.image_grid(films, gap=0).shape == (12 * 12, 3 * 96, 1)
+    assert plots.image_grid(films.swapaxes(1, 2), gap=0).shape == (3 * 96, 17 * 12, 1)
+
+
+def test_slice_of_a_volume_is_the_one_that_its_map_shows() -> None:
+    """Of 8 frames in tokens of 2 frames, the map shows the third token of four: frames 4 and 5."""
+    films = np.arange(8, dtype=np.float32).reshape(1, 1, 8, 1, 1) * np.ones((1, 1, 1, 2, 2), np.float32)
+    assert plots.middle_slices(films).shape == (1, 1, 2, 2) and plots.middle_slices(films)[0, 0, 0, 0] == 4
+    tokens = films[0].reshape(4, 2, 2, 2).mean(axis=1)[..., None].repeat(3, axis=-1)
+    assert plots.flat_map(tokens)[0, 0, 0] == 4.5
+    pictures = np.zeros((2, 3, 4, 4), np.float32)
+    assert plots.middle_slices(pictures) is pictures
+
+
+def test_rows_of_maps_are_as_high_as_their_pictures() -> None:
+    wide = np.random.default_rng(0).random((2, 2, 4, 3))
+    figure = plots.pca_grid({"data": np.zeros((2, 8, 16, 1), np.uint8), "block 1": wide}, cell=1.0)
+    square = plots.pca_grid({"data": np.zeros((2, 8, 8, 1), np.uint8), "block 1": wide.repeat(2, 1)}, cell=1.0)
+    assert figure.get_size_inches().tolist() == pytest.approx([3.4, 1.1])
+    assert square.get_size_inches().tolist() == pytest.approx([3.4, 2.1])
+    series = plots.pca_grid({"sound": np.zeros((1, 96, 160, 3), np.uint8), "block 1": wide[:1, 0]}, cell=1.0)
+    assert series.get_size_inches().tolist() == pytest.approx([2.4, 0.1 + 0.6 + plots.STRIP])
+
+
 def figures() -> dict:
     x = [100, 200, 300]
     return {

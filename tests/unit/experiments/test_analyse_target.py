@@ -141,6 +141,35 @@ def test_data_without_conditions_have_features_and_no_guidance(tmp_path, capsys)
     assert "no guidance" in capsys.readouterr().err
 
 
+def test_maps_of_videos_show_one_frame_and_that_of_the_data(tmp_path, monkeypatch):
+    """A strip of all frames would be too small to read, and would not say which frame the map below it is of."""
+    arrays = np.random.default_rng(0).normal(size=(40, 1, 4, 4, 8)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", data=arrays, labels=np.arange(40) % 2)
+    prepare(tmp_path / "a.npz", tmp_path / "data", autoencoder="values", progress=False)
+    config = toy.toy(
+        {"data.path": str(tmp_path / "data"), "model.patch": 4, "model.patch_frames": 2, "method": "vanilla"}
+    )
+    train(
+        config.override({"train.steps": 1, "train.batch_size": 8, "train.preview_every": 0}),
+        tmp_path / "run",
+        quiet=True,
+    )
+    figures = {}
+    monkeypatch.setattr(
+        "selftrans.experiments.analyse_run.save", lambda figure, path: figures.update({path.name: figure})
+    )
+    monkeypatch.setattr("selftrans.evaluate.plots.save", lambda figure, path: figures.update({path.name: figure}))
+    assert main(["analyse", str(tmp_path / "run"), "--out", str(tmp_path / "a"), "--t", "0.4"]) == 0
+    analysed(tmp_path / "b", tmp_path / "run", "--t", "0.4", "--blocks", "1", "--w", "1", images=40)
+    for name in ("pca.png", "target-maps.png"):
+        assert figures[name].get_suptitle().endswith("middle frame")
+        shapes = {axes.get_images()[0].get_array().shape[:2] for axes in figures[name].axes}
+        assert shapes == {(4, 8), (1, 2)}, "the frame, and a row of two tokens"
+    (axes,) = figures["probes.png"].axes
+    assert axes.get_ylabel().endswith("10 samples held out") and axes.get_ylim() == (-0.03, 1.03)
+    assert axes.get_legend().get_texts()[-1].get_text() == "chance 0.50"
+
+
 def test_classes_are_drawn_where_there_are_too_many_for_a_table(tmp_path):
     dataset = Dataset.open(toy.digits())
     with pytest.warns(UserWarning, match="4 of 10 classes are measured"):

@@ -7,7 +7,15 @@ import pytest
 from matplotlib.figure import Figure
 
 from selftrans.experiments import html_report
-from selftrans.experiments.html_report import HEADINGS, cells, comparison_page, convergence, spread_text, text_table
+from selftrans.experiments.html_report import (
+    HEADINGS,
+    aligned,
+    cells,
+    comparison_page,
+    convergence,
+    spread_text,
+    text_table,
+)
 
 
 def row(deviation=0.0):
@@ -22,6 +30,19 @@ def test_numbers_of_a_row_have_their_thousands_marked():
     found = dict(zip(HEADINGS, cells(row(deviation=0.25), {"vanilla": "vanilla"}), strict=True))
     assert found["student steps"] == found["steps to vanilla's end"] == "1,000"
     assert found["distance"] == "1,234.50 ± 0.25" and found["TFLOPs to vanilla's end"] == "-"
+
+
+def test_compute_of_a_tiny_run_is_not_zero_in_the_table():
+    tiny = row() | {"total_tflops": {"mean": 0.00432, "std": 0.00008}}
+    found = dict(zip(HEADINGS, cells(tiny, {"vanilla": "vanilla"}), strict=True))
+    assert found["total TFLOPs"] == "0.0043 ± 0.0001" and found["distance"] == "1,234.50"
+    assert spread_text({"mean": 0.0, "std": 0.0}, 2) == "0.00" and spread_text({"mean": 0.43, "std": 0.0}, 2) == "0.43"
+
+
+def test_numbers_of_a_table_in_a_terminal_are_right_aligned():
+    assert aligned([("block", "norm", "f_u"), ("1", "9.5", "-0.051"), ("12*", "123.4", "-")]) == (
+        "block   norm     f_u\n-----  -----  ------\n1        9.5  -0.051\n12*    123.4       -"
+    )
 
 
 def test_failed_run_is_in_table_figure_and_page_with_its_reason(monkeypatch):

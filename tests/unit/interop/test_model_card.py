@@ -50,6 +50,17 @@ def test_names_in_files_stay_text():
     assert "<b>" not in text and "<i>" not in text and "[x](y)" not in text and text.count(r"\<b\> steps of a") == 2
 
 
+def test_numbers_that_cannot_be_are_unknown():
+    """Of a damaged run.json, data.json or evaluate.json: 400 digits, and what json calls Infinity and NaN."""
+    huge = 10**400 - 1
+    stage = {"stage": "vanilla", "steps": huge, "seconds": float("inf"), "tflops": float("nan")}
+    compute = {"stages": [stage], "total_tflops": huge, "total_seconds": 2.5}
+    report = {"metric": "fid", "fid": huge, "recall": 0.5, "recall_std": huge, "made": {}}
+    text = a_card(data={"count": huge}, compute=compute, evaluations=[report | {"num_images": huge}])
+    assert "| vanilla | unknown | unknown | unknown |" in text and "unknown TFLOPs, 2.5 s" in text
+    assert "| recall | 0.5 |" in text and "9" * 30 not in text and "inf" not in text and "nan" not in text
+
+
 def test_numbers_are_shown_with_what_they_depend_on():
     made = {"steps": 25, "sampler": "heun", "guidance_scale": 1.5, "guidance_interval": [0.0, 0.6], "seed": 7}
     report = {

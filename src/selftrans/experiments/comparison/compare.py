@@ -37,6 +37,7 @@ from selftrans.experiments.comparison.measurement import (
 from selftrans.experiments.comparison.runner import Results, check_counts, processes, train_and_measure
 from selftrans.experiments.comparison.schedule import Job
 from selftrans.experiments.comparison.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
+from selftrans.messages import escaped
 from selftrans.methods.registry import METHODS, find, meta_objective, stages
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import lock_file, recorded, removed_if_refused, sha256_file, write_json, write_text
@@ -95,7 +96,7 @@ def compare_methods(
     print(html_report.text_table(summary))
     if not all_measured(chosen, finished) and (line := time_line(summary["time"])):
         print(f"\n{line}")
-    print(f"\nOpen {out / 'compare.html'}")
+    print(f"\nOpen {escaped(out / 'compare.html')}")
     return summary
 
 
