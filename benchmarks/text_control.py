@@ -1,6 +1,7 @@
 """Does the prompt control the sample? The recipe digits_t2i, trained with several methods, and asked in sentences.
 
-    python benchmarks/text_control.py --out results/digits_t2i --seeds 0 1
+    python benchmarks/text_control.py --out results/digits_t2i --seeds 0 1 2
+    python benchmarks/text_control.py --out results/repa --methods repa --encoder results/encoder --set repa.weight=1.0
 
 Trains every method with every seed (the run of stage 1 alone teaches stage 2), samples prompts in the wordings of training and
 in reserved ones, and writes control.json: digit accuracy, and the correlation of each attribute asked for with the attribute
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from prompt_control import WORDINGS, Measured, PromptControl, Scans, pooled, sum
 from tqdm import tqdm
 
 from selftrans.checkpoints.load import load_model
+from selftrans.config import RunConfig
 from selftrans.data.sources.digit_attributes import ATTRIBUTES
 from selftrans.encoders.text import encoder_of
 from selftrans.evaluate.extractors import load_extractor
@@ -35,7 +38,8 @@ from selftrans.sampling.conditioning import PromptConditioning
 from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 
-METHODS = ("vanilla", "structure", "self_transcendence")  #: a teacher before the run that it teaches
+METHODS = ("vanilla", "structure", "self_transcendence")  #: of the recipe; a teacher before the run that it teaches
+OTHERS = ("repa", "sra", "layersync")  #: with --methods
 #: prompts of the picture, in pairs with the same noise; the last pair is in words that are never trained on
 SHOWN = (
     "a thin three",
@@ -55,22 +59,40 @@ COLUMNS = 12  #: samples of each
 POINTS = (1, 4)  #: of the five checkpoints of a run, those that are measured: after 2/5 and all of its steps
 
 
-def main() -> None:
+def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS + OTHERS)
+    parser.add_argument("--encoder", help="vision model of transformers for REPA, such as benchmarks/encoder.py makes")
+    parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="settings of every method")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--along", type=float, default=2.0, help="scale at which checkpoints along a run are measured")
     parser.add_argument("--threads", type=int)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
+    if "repa" in options.methods and not options.encoder:
+        parser.error("repa needs --encoder, a vision model such as benchmarks/encoder.py makes")
+    return options
+
+
+def settings_of(options: argparse.Namespace) -> RunConfig:
+    """The recipe with the options' settings, and heads of the other methods as wide as its own."""
+    config = override(recipe("digits_t2i"), steps=options.steps)
+    config = config.override({"repa.head_width": 128, "sra.head_width": 128, "repa.encoder": options.encoder})
+    return config.override({key: json.loads(value) for key, _, value in (each.partition("=") for each in options.set)})
+
+
+def main() -> None:
+    options = options_of()
     if options.threads:
         torch.set_num_threads(options.threads)
-    config, features, weights = shared_settings(override(recipe("digits_t2i"), steps=options.steps), options.out)
+    config = settings_of(options)
+    config, features, weights = shared_settings(config, options.out)
     check_measuring(config, features, weights)
-    variants = {name: for_method(config, name) for name in METHODS if name in options.methods}
+    variants = {name: for_method(config, name).check() for name in METHODS + OTHERS if name in options.methods}
     chosen = Comparison(config, variants, tuple(options.seeds), options.out, options.images, features, weights)
     scans = Scans(load_extractor("digits", weights=weights))
     control = PromptControl(scans, options.out / "measured", images=options.images)

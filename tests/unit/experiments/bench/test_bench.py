@@ -402,6 +402,18 @@ def test_every_change_is_measured() -> None:
     assert len(table) == 5 and all(row["plain_ms"] > 0 and row["ours_ms"] > 0 for row in table)
 
 
+def test_prompt_control_takes_other_methods_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    control = script("text_control")
+    words = ["--out", "x", "--methods", "repa", "--set", "repa.weight=1.0", "stage2.until_step=null"]
+    with pytest.raises(SystemExit):
+        control.options_of(words)
+    assert "repa needs --encoder" in capsys.readouterr().err
+    config = control.settings_of(control.options_of([*words, "--encoder", "folder", "--steps", "20"]))
+    repa, stage2 = config.sections["repa"], config.sections["stage2"]
+    assert (repa.weight, repa.encoder, repa.head_width) == (1.0, "folder", 128)
+    assert (stage2.until_step, config.train.steps) == (None, 20)
+
+
 def test_prompt_control_reads_the_measured_checkpoints_and_prints_a_table(tmp_path: Path) -> None:
     control = script("text_control")
     stage = tmp_path / "stage1" / "checkpoints"
