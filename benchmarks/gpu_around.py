@@ -21,7 +21,6 @@ import numpy as np
 import shard_reads
 import torch
 from PIL import Image
-from selftrans.experiments.compare import compare_methods
 
 from selftrans.data.decoded import decode_images
 from selftrans.data.prepare import prepare
@@ -32,6 +31,7 @@ from selftrans.evaluate.extractors import ClassifierExtractor
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.bench import loading_sampling
 from selftrans.experiments.bench.machine import Clock
+from selftrans.experiments.comparison.compare import compare_methods
 from selftrans.models.sit import SiTConfig
 from selftrans.recipes import recipe
 

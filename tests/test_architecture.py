@@ -21,6 +21,9 @@ TESTS = ROOT / "tests"
 SRC = ROOT / "src" / "selftrans"
 FILES = {path.relative_to(SRC).as_posix(): path.read_text(encoding="utf-8") for path in sorted(SRC.rglob("*.py"))}
 
+MODULES = {file.removesuffix(".py") for file in FILES}
+PACKAGES = {Path(file).parent.as_posix() for file in FILES}
+
 #: packages and modules of src/selftrans; each may import those above it in this list
 ORDER = (
     "suggest",      # the nearest known word to a misspelt one
@@ -501,6 +504,44 @@ def test_import_needs_torch_only() -> None:
     assert packages - {"torch"} == {"selftrans"}
 
 
+def missing_imports(source: str, file: str) -> list[str]:
+    """Modules of selftrans, and names in them, that `source` imports and that do not exist."""
+    wrong = []
+    for found in imports(source, file):
+        if found.module.partition(".")[0] != "selftrans":
+            continue
+        path = found.module.replace(".", "/").removeprefix("selftrans").removeprefix("/")
+        held = FILES.get(f"{path}.py", FILES.get(f"{path}/__init__.py".removeprefix("/")))
+        submodules = {name for name in found.names if f"{path}/{name}".removeprefix("/") in MODULES | PACKAGES}
+        known = {"*"} | submodules | set(re.findall(r"\w+", held or ""))
+        if held is None or not (set(found.names) <= known or "import *" in held):
+            wrong.append(f"{file}:{found.line} imports {found.module} {' '.join(set(found.names) - known)}")
+    return wrong
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "docs", "tests"])
+def test_scripts_import_what_exists(folder: str) -> None:
+    """No test runs all of them, and the type checker is not asked about modules that are missing."""
+    sources = {path.as_posix(): path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).rglob("*.py"))}
+    wrong = [line for file, source in sources.items() for line in missing_imports(source, file)]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("source", "right"),
+    [
+        ("from selftrans.train.data_window import data_of", False),
+        ("from selftrans.train.run_data import accelerator_of", False),
+        ("def f():\n    import selftrans.experiments.compare", False),
+        ("from selftrans.train.run_data import data_of", True),
+        ("from selftrans.experiments import bench, html_report", True),
+        ("from selftrans import flow, Objective\nimport selftrans", True),
+    ],
+)
+def test_missing_imports_are_found(source: str, right: bool) -> None:
+    assert bool(missing_imports(source, "script.py")) != right
+
+
 def shared_file_names(files: Iterable[str]) -> set[str]:
     """Names that more than one file of these paths has, without those that may be shared."""
     counts = collections.Counter(Path(file).name for file in files)
@@ -526,7 +567,6 @@ def module_of(test: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-MODULES = {file.removesuffix(".py") for file in FILES}
 UNIT_TESTS = {
     path.relative_to(TESTS / "unit").as_posix().removesuffix(".py") for path in TESTS.glob("unit/**/test_*.py")
 }
