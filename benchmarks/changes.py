@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from selftrans import flow
+from selftrans.device import load_average
 from selftrans.experiments.bench import settings
-from selftrans.experiments.bench.machine import Clock, describe, load_average
+from selftrans.experiments.bench.machine import Clock, describe
 from selftrans.experiments.bench.plain_step import update_ema
 from selftrans.experiments.bench.rounds import in_turn, randomise
 from selftrans.methods.guidance import Frozen

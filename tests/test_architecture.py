@@ -31,7 +31,7 @@ ORDER = (
     "storage",      # atomic writes, locks, hashes
     "plain_json",   # json of files that may be damaged, checked by declared types
     "precision",    # fp32, bf16, fp16 -> torch's dtypes
-    "device",       # which device a process works on
+    "device",       # which device a process works on, its memory, cores and load
     "graphs",       # functions recorded as CUDA graphs
     "sections",     # settings as frozen dataclasses, to and from json
     "fine_tuning",  # settings of a run that starts from given weights

@@ -1,4 +1,4 @@
-"""The default device of a process, its memory, and CPU cores."""
+"""The default device of a process, its memory, CPU cores, and how busy they are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def default_device() -> torch.device:
 def cpu_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Mean number of runnable processes over the last minute, this one included; None where the system does not tell it."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def memory_total(device: torch.device) -> int | None:

@@ -20,12 +20,11 @@ from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decode_images, latents_of
 from selftrans.data.prepare import prepare_builtin
-from selftrans.device import default_device
+from selftrans.device import default_device, load_average
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
-from selftrans.experiments.bench.machine import load_average
 from selftrans.experiments.comparison.compared_runs import Comparison, checkpoints_of, interval, seconds_trained
 from selftrans.experiments.comparison.comparison_settings import for_method
 from selftrans.experiments.comparison.measurement import PROBE_T, samples_of

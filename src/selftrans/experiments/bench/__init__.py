@@ -18,9 +18,9 @@ import torch
 
 from selftrans.config import Log, RunConfig, Train, sections
 from selftrans.data.dataset import Dataset
-from selftrans.device import default_device
+from selftrans.device import default_device, load_average
 from selftrans.experiments.bench.loading_sampling import loading, prepare_sampling, random_dataset, sampling
-from selftrans.experiments.bench.machine import Clock, Peak, describe, load_average
+from selftrans.experiments.bench.machine import Clock, Peak, describe
 from selftrans.experiments.bench.read_report import CAPTURED, PLAIN
 from selftrans.experiments.bench.rounds import (
     PARTS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from selftrans.device import cpu_cores
+from selftrans.device import cpu_cores, load_average
 
 #: sizes of square matrix products; the fastest one defines the machine's peak
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
@@ -75,11 +74,6 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
         "dtype": precision,
         "load_before": load_average(),
     }
-
-
-def load_average() -> float | None:
-    """Mean number of runnable processes over the last minute (the load average), bench itself included."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def cpu_name() -> str:

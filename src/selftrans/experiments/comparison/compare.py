@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from selftrans.config import RunConfig, to_object
+from selftrans.device import load_average
 from selftrans.evaluate import plots
 from selftrans.experiments import html_report
-from selftrans.experiments.bench.machine import load_average
 from selftrans.experiments.comparison.compared_runs import Comparison
 from selftrans.experiments.comparison.comparison_settings import check_measuring, for_method, shared_settings
 from selftrans.experiments.comparison.finished_runs import FinishedRun, all_measured, finished_runs, with_samples

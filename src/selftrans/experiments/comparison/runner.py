@@ -23,21 +23,12 @@ from typing import Any, TypeAlias
 import torch
 
 from selftrans.checkpoints.load import REPORT
-from selftrans.device import cpu_cores
-from selftrans.experiments.bench.machine import load_average
+from selftrans.device import cpu_cores, load_average
 from selftrans.experiments.comparison.compared_runs import Comparison
 from selftrans.experiments.comparison.finished_runs import FinishedRun, all_measured, finished_runs
-from selftrans.experiments.comparison.measurement import (
-    Point,
-    PointsFile,
-    check_alike,
-)
+from selftrans.experiments.comparison.measurement import Point, PointsFile, check_alike
 from selftrans.experiments.comparison.schedule import Job, Schedule, Task
-from selftrans.experiments.comparison.stopping import (
-    StopRequest,
-    end_workers,
-    interrupts_held,
-)
+from selftrans.experiments.comparison.stopping import StopRequest, end_workers, interrupts_held
 from selftrans.experiments.comparison.worker import Outcome, init_worker, make_reference, run_task
 from selftrans.train.capture_rules import NotCaptured
 from selftrans.train.log import progress_bar
@@ -70,9 +61,8 @@ def train_and_measure(
     """
     workers, threads = processes(comparison, workers)
     load = load_average() if load is None else load
-    if (
-        workers > 1 or (load or 0) > 0.5
-    ):  # threads that wait by spinning are faster, unless they have to share the cores
+    # threads that wait by spinning are faster, unless they have to share the cores
+    if workers > 1 or (load or 0) > 0.5:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     finished = finished_runs(comparison) if finished is None else finished
     shown = {"total": comparison.total, "disable": all_measured(comparison, finished), "unit": "step"}
