@@ -130,7 +130,7 @@ def compared(job: Any, part: str, choices: Mapping[str, Choice]) -> None:
 def one_by_one(job: Any, title: str, model: str, config: SiTConfig, rows: tuple[str, ...], **given: Any) -> bool:
     """The rows of a model, each built alone, so that the memory of one is enough. Whether all were measured.
 
-    Those that an earlier call has measured on such a GPU stay.
+    Those that an earlier call has measured on such a GPU stay; what failed there, or did not end, comes last.
     """
     job.found.setdefault("models", job.earlier(job.found["machine"]).get("models", {}))
 
@@ -140,6 +140,7 @@ def one_by_one(job: Any, title: str, model: str, config: SiTConfig, rows: tuple[
         return {"models": job.found["models"] | {title: found | {"rows": before["rows"] | found["rows"]}}}
 
     left = [row for row in rows if row not in job.found["models"].get(title, {"rows": {}})["rows"]]
+    left.sort(key=lambda row: job.stopped(f"{title}, {row}"))
     done = [job.attempt(f"{title}, {row}", partial(once, row), needs=NEEDED) for row in left]
     return all(done)
 
@@ -159,12 +160,17 @@ def largest_batch() -> int:
 
 def route(job: Any) -> None:
     """Captured steps in which half of the tokens skip the middle blocks (`model.route`)."""
-    for part in ("b2",) if job.toy else ("b2", "s2"):
-        name, tokens, batch = ("toy", 16, 4) if job.toy else MODELS[part]
-        config = TOY if job.toy else SiTConfig(name=name)
+    models = {
+        f"{name} route {ROUTE}": (name, tokens, batch)
+        for name, tokens, batch in ([("toy", 16, 4)] if job.toy else [MODELS["b2"], MODELS["s2"]])
+    }
+    pieces = [(title, row) for title in models for row in ("captured_vanilla", "captured_stage2")]
+    # of both models: an error of the first one may end the use of the GPU
+    for title, row in sorted(pieces, key=lambda piece: job.stopped(", ".join(piece))):
+        name, tokens, batch = models[title]
         given: dict[str, Any] = {"batch_size": batch, "tokens": tokens, "seconds": 0.0 if job.toy else 4.0}
         given["overrides"] = {"model.route": ROUTE}
-        one_by_one(job, f"{name} route {ROUTE}", name, config, ("captured_vanilla", "captured_stage2"), **given)
+        one_by_one(job, title, name, TOY if job.toy else SiTConfig(name=name), (row,), **given)
 
 
 def memory(job: Any) -> None:

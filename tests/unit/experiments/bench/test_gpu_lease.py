@@ -175,6 +175,23 @@ def test_nothing_is_measured_after_an_error_that_spoils_the_process(job: Any) ->
     assert job.asked == ["SiT-B/2 route 0.5 captured_vanilla"] and len(first.postponed) == 3
     first.write()
     assert first.found["unfinished"].startswith("not measured: SiT-B/2 route 0.5, captured_stage2, SiT-S/2")
+    others = [
+        f"SiT-{name} route 0.5 {row}" for name in ("B/2", "S/2") for row in ("captured_vanilla", "captured_stage2")
+    ]
+    job.variants.route(job.new("route"))
+    assert job.asked == [*others[1:], others[0]], "the next call measures the others first"
+
+
+def test_rows_of_the_largest_model_after_one_that_fails_are_measured_by_the_next_call(job: Any) -> None:
+    title = "SiT-XL/2 batch 128"
+    job.errors[f"{title} captured_vanilla"] = NotCaptured("CUDA ended the recording")
+    first = job.new("xl2")
+    job.variants.xl2(first)
+    assert job.asked == [f"{title} vanilla", f"{title} captured_vanilla"] and first.postponed == [f"{title}, stage2"]
+    second = job.new("xl2")
+    job.variants.xl2(second)
+    assert job.asked == [f"{title} stage2", f"{title} captured_vanilla"]
+    assert set(second.found["models"][title]["rows"]) == {"vanilla", "stage2"}
 
 
 def test_more_blocks_of_the_largest_model_are_recomputed_where_few_do_not_fit(job: Any) -> None:
