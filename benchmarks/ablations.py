@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from selftrans.cli.main import INTERRUPTED
+from selftrans.device import load_average
 from selftrans.experiments import html_report
 from selftrans.experiments.comparison.compare import check_before
 from selftrans.experiments.comparison.compared_runs import Comparison
@@ -175,6 +176,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Train and measure the variants, print the table, and write ablations.json."""
+    load = load_average()  # of others: nothing is trained here yet
     config = override(recipe(options.recipe), data=options.data, steps=options.steps)
     fixed = dict(setting.split("=", 1) for setting in options.fixed)
     config = config.override({key: json.loads(value) for key, value in fixed.items()})
@@ -188,7 +190,7 @@ def run(options: argparse.Namespace) -> None:
     comparison = Comparison(config, variants, seeds, options.out, options.images, features, weights, every=every)
     finished = finished_runs(comparison)
     check_before(comparison, finished)
-    results = train_and_measure(comparison, workers=options.workers, finished=finished)
+    results = train_and_measure(comparison, workers=options.workers, finished=finished, load=load)
     table = rows(results, tuple(variants))
     curves = {name: mean_curve(results, name) for name in variants}
     settings = {

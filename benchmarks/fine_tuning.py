@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from selftrans.data.prepare import prepare
+from selftrans.device import load_average
 from selftrans.evaluate.classifier import digits
 from selftrans.experiments.comparison.compared_runs import Comparison
 from selftrans.experiments.comparison.comparison_settings import check_measuring, for_method, shared_settings
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
+    load = load_average()  # of others: nothing is trained here yet
     first, second = split(options.source, options.out, options.side, options.per_class)
     common: dict[str, Any] = {
         "method": "vanilla",
@@ -110,7 +112,7 @@ def main() -> None:
         del overrides[f"LoRA, rank {options.rank}, both stages"]
     variants = {name: for_method(shared.override(dotted)).check() for name, dotted in overrides.items()}
     chosen = Comparison(shared, variants, tuple(options.seeds), options.out, options.images, features, weights)
-    results = train_and_measure(chosen, workers=options.workers)
+    results = train_and_measure(chosen, workers=options.workers, load=load)
     table = rows(results, tuple(variants), SCRATCH)
     curves = {name: mean_curve(results, name) for name in variants}
     sizes = {name: _sizes(chosen.run((name, options.seeds[0]))) for name in variants}
