@@ -254,9 +254,9 @@ class Trainer:
             raise with_remedy(error, self.checkpoints) from None
         self.seconds += time.perf_counter() - started
 
-    def _means(self, window: RunningMeans) -> dict[str, float]:
+    def _means(self, running: RunningMeans) -> dict[str, float]:
         """Means over steps and processes, without skipped updates."""
-        means = self.accelerator.reduce(window.means(), reduction="mean")
+        means = self.accelerator.reduce(running.means(), reduction="mean")
         return {name: value for name, mean in means.items() if np.isfinite(value := float(mean))}
 
     def _log(self, journal: JsonlLog | None, bar: Any) -> None:
@@ -308,7 +308,10 @@ class Trainer:
             raise with_remedy(error, self.checkpoints) from None
 
     def _means_to_keep(self) -> dict[str, Any]:
-        """The running means for a checkpoint; those since the last one that was due begin anew at one that is due."""
+        """The running means for a checkpoint; those since the last one that was due begin anew at one that is due.
+
+        In a checkpoint, `window` has the means since the last log line, `span` those since the last checkpoint that was due.
+        """
         since_log = self.since_log.state(self.accelerator)
         flow = None  # of a checkpoint between two that are due: the mean of a few steps would be noise
         if self.due:
