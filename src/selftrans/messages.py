@@ -10,20 +10,23 @@ JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and 
 
 
 def printable(text: object, limit: int | None = 160) -> str:
-    """Text from a file on one line of at most `limit` characters, with control characters escaped for the terminal."""
-    start = str(text)[:limit]
-    return start if start.isprintable() else ascii(start)[1:-1][:limit]
+    """Text from a file, `escaped`, of at most `limit` characters."""
+    return escaped(str(text)[:limit])[:limit]
 
 
 def escaped(text: object) -> str:
     """Text on one line, in which only what a terminal does not print is escaped: `a\\nb`. For a path that is named in full."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return "".join(c if _is_shown(c) else ascii(c)[1:-1] for c in str(text))
+
+
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or character in JOINERS
 
 
 def one_line(text: str) -> str:
     """A caption or a name on one line that can be encoded in UTF-8, without control characters and double spaces."""
     encodable = text.encode("utf-8", "replace").decode("utf-8")
-    return " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in encodable).split())
+    return " ".join("".join(c if _is_shown(c) else " " for c in encodable).split())
 
 
 def decoded_text(data: bytes) -> str:

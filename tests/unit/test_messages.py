@@ -35,8 +35,12 @@ def test_control_characters_are_escaped(text, shown):
     assert printable(text) == shown and printable(text).isprintable()
 
 
-def test_only_what_a_terminal_does_not_print_is_escaped():
-    assert escaped("Ölbaum\n\x1b[31m \\ 猫 \udcff") == "Ölbaum\\n\\x1b[31m \\ 猫 \\udcff"
+@pytest.mark.parametrize("made", [escaped, printable])
+def test_only_what_a_terminal_does_not_print_is_escaped(made):
+    """Not the rest of such a name, nor what joins letters in Persian and parts of emoji."""
+    assert made("Ölbaum\n\x1b[31m \\ 猫 \udcff") == "Ölbaum\\n\\x1b[31m \\ 猫 \\udcff"
+    for name in ("خانه\u200cها", "\U0001f469\u200d\U0001f680", "cafe\u0301", "हिंदी"):
+        assert made(name) == name
 
 
 def test_escaped_text_is_truncated():
