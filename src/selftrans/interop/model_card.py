@@ -156,13 +156,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(value: Any) -> str:
-    return (
-        f"{value:,}"
-        if isinstance(value, int) and _is_number(value)
-        else f"{value:,.4g}"
-        if _is_number(value)
-        else "unknown"
-    )
+    if not _is_number(value):
+        return "unknown"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _settings(loaded: LoadedModel) -> str:
