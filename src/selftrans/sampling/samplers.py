@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selftrans.flow import LINEAR, Path, score_from_v
 from selftrans.messages import plural
-from selftrans.types import Backbone, Cond, cat_cond
+from selftrans.types import Backbone, Cond, Output, cat_cond
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) -> (N, ...)
 Noise: TypeAlias = Callable[[], Tensor]  #: the next standard normal (N, ...)
@@ -233,18 +233,25 @@ def early_guided(model: Backbone, z: Tensor, times: Tensor, cond: Cond, scale: f
     """
     if scale != 1:
         return extrapolated(model, z, times, cond, scale)
-    v = model(z, times, cond).v
-    assert v is not None
-    return v.to(z.dtype)
+    return velocity_of(model, model(z, times, cond), z)
 
 
 def extrapolated(model: Backbone, z: Tensor, times: Tensor, cond: Cond, scale: float) -> Tensor:
     """v_early + scale (v - v_early) at times (N,), from one pass of a model that has a second output."""
     out = model(z, times, cond, taps=(model.early_block,))
-    assert out.v is not None
-    v = out.v.to(z.dtype)
+    v = velocity_of(model, out, z)
     weak = model.from_tokens(model.early_cells(out.feats[model.early_block]), tuple(z.shape[1:])).to(z.dtype)
     return weak + scale * (v - weak)
+
+
+def velocity_of(model: Backbone, out: Output, z: Tensor) -> Tensor:
+    """The velocity that a model returned at z (N, ...), in the dtype of z. ValueError for one of another shape."""
+    assert out.v is not None
+    if out.v.shape != z.shape:  # else a prediction of other channels would be broadcast
+        raise ValueError(
+            f"{type(model).__name__} returned {tuple(out.v.shape)}; expected a velocity of shape {tuple(z.shape)}"
+        )
+    return out.v.to(z.dtype)
 
 
 def inside(t: Tensor, interval: tuple[float, float]) -> bool:

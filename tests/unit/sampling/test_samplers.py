@@ -213,6 +213,21 @@ def test_scale_one_needs_one_conditional_pass():
     assert spy.calls == [(2, 0.5)]
 
 
+def test_prediction_of_other_channels_is_no_velocity():
+    """Such as noise with a variance: on one channel it would be broadcast."""
+
+    class Variance(Spy):
+        def __call__(self, x, t, cond, *, taps=(), stop=False):
+            return Output(super().__call__(x, t, cond).v.repeat(1, 2, 1, 1), {})
+
+    for velocity in (
+        guided(Variance(), torch.tensor([1, 2]), scale=2.0),
+        autoguided(Spy(), Variance(), torch.tensor([1, 2]), scale=2.0),
+    ):
+        with pytest.raises(ValueError, match=r"Variance returned \(\d, 2, 1, 1\); expected a velocity of shape"):
+            velocity(torch.zeros(2, 1, 1, 1), torch.tensor(0.5))
+
+
 def test_guidance_of_an_unconditional_model_is_ignored_with_a_warning():
     spy = Spy()
     with pytest.warns(UserWarning, match="guidance scale 3.0 is ignored"):
