@@ -172,8 +172,10 @@ def check_times(times: str) -> None:
 def own_times(t: Tensor, n: int) -> Tensor:
     """Times that a caller gives, in float32. ValueError unless they are (n,) floats in [0, 1]; of times on a GPU the device
     checks the range."""
-    if t.shape != (n,) or not t.is_floating_point():
-        found = f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}"
+    if not isinstance(t, Tensor) or t.shape != (n,) or not t.is_floating_point():
+        found = f"a {type(t).__name__}"
+        if isinstance(t, Tensor):
+            found = f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}"
         raise ValueError(f"times must be floats of shape ({n},) in [0, 1], one per sample, not {found}")
     inside = ((t >= 0) & (t <= 1)).all()
     if t.device.type == "cuda":

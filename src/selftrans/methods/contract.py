@@ -90,13 +90,13 @@ def checked_cells(student: Backbone) -> int:
 def check_output(out: Output, x: Tensor, student: Backbone, taps: tuple[int, ...], *, velocity: bool = True) -> None:
     """ValueError unless a student returned the velocity of latents x (N, C, *S) and the tokens (N, T, D) after each tap.
 
-    T is known for latents of the model's own shape only. Without `velocity` any output is accepted.
+    T is known for latents of the model's own shape only. Without `velocity` any tensor is accepted.
     """
     name = type(student).__name__
     if not isinstance(out, Output):
         raise ValueError(f"{name}.forward must return an Output, not {type(out).__name__}")
     found = tuple(out.v.shape) if isinstance(out.v, Tensor) else out.v
-    if velocity and found != tuple(x.shape):
+    if not isinstance(out.v, Tensor) or (velocity and found != tuple(x.shape)):
         raise ValueError(
             f"{name} returned a velocity of shape {found}; expected that of its input, {tuple(x.shape)}; for a model that "
             "predicts something else give Objective(loss=)"

@@ -530,6 +530,7 @@ def test_times_and_noise_of_the_caller_by_hand():
             {"t": torch.tensor([1, 0, 1])},
             r"times must be floats of shape \(3,\) in \[0, 1\], .* not int64 of shape \(3,\)",
         ),
+        ({"t": 0.5}, "not a float$"),
         ({"t": torch.rand(3, 1)}, r"not float32 of shape \(3, 1\)"),
         ({"t": torch.tensor([0.0, 20.0, 999.0])}, "of which 0 is data and 1 is noise, not 0 to 999"),
         ({"noise": torch.zeros(3, 1, 4, 4)}, r"noise must have the latents' shape \(3, 2, 4, 4\), not \(3, 1, 4, 4\)"),
@@ -576,3 +577,12 @@ def test_output_with_other_channels_needs_a_loss_of_the_caller():
         Objective(Variance())(data(4), 0)
     loss, _ = Objective(Variance(), loss=lambda v, d: v.chunk(2, dim=1)[0].square().mean())(data(4), 0)
     assert loss.isfinite()
+
+
+def test_a_loss_of_the_caller_needs_an_output():
+    class Nothing(Stub):
+        def forward(self, *args, **options):
+            return super().forward(*args, **options)._replace(v=None)
+
+    with pytest.raises(ValueError, match="Nothing returned a velocity of shape None"):
+        Objective(Nothing(), loss=lambda v, d: v.mean())(data(4), 0)
