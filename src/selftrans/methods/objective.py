@@ -38,8 +38,9 @@ class Objective(nn.Module):
         drop: probability in [0, 1] that the student gets the null condition in place of a sample's own.
         cosine: factor of 1 - cos between predicted and true velocity, over the channels of each latent pixel, which is added
             to the squared error (LightningDiT, 2501.01423, section 4).
-        loss: takes the student's output and the `Draw`, returns your own loss (0-d) in place of the flow loss. The output may
-            then have other channels than the latents, such as a predicted variance, and may be a prediction of the noise.
+        loss: takes the student's output and the `Draw`, returns your own loss (0-d) in place of the flow loss, also as `flow`
+            in the report. The output may then have other channels than the latents, such as a predicted variance, and may be a
+            prediction of the noise.
     Raises ValueError for an option out of range, guidances of equal names or of blocks that the student does not have, and a
     student that is no `Backbone`.
     """
@@ -128,11 +129,9 @@ class Objective(nn.Module):
 
     def _zero_of_ended(self, active: list[Guidance]) -> Tensor | float:
         """0 with a gradient of zeros for the heads of guidances that have ended: DDP refuses parameters without a gradient."""
-        ended = [g for g in self.guidances if g not in active]
-        heads = [
-            p for g in ended for p in g.parameters() if p.requires_grad and type(p.data) is Tensor
-        ]  # FSDP2 has DTensors
-        return sum(0 * p.flatten()[:1].sum().float() for p in heads)  # one number of each gives it a gradient
+        heads = [p for g in self.guidances if g not in active for p in g.parameters() if p.requires_grad]
+        plain = [p for p in heads if type(p.data) is Tensor]  # FSDP2, which has DTensors, needs no gradient
+        return sum(0 * p.flatten()[:1].sum().float() for p in plain)  # one number of each gives it a gradient
 
     def watch(self, average: Backbone) -> None:
         """Give the student's moving average to every guidance; those with it as teacher keep it.
