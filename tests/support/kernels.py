@@ -6,11 +6,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selftrans.models import fused_norm, layers
 from tests.support.diffusers_blocks import randomised
@@ -23,12 +24,20 @@ SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 
 
 
 def block_gradients(
-    device: str, size: tuple[int, int, int] = (3, 7, 32), trained: tuple[str, ...] = (), qk_norm: bool = True
+    device: str,
+    size: tuple[int, int, int] = (3, 7, 32),
+    trained: tuple[str, ...] = (),
+    qk_norm: bool = True,
+    make: Callable[[int], nn.Module] | None = None,
 ) -> dict[str, Tensor]:
-    """The output and the gradients of a compiled block, by name. `trained`: those parts of it alone, and not its inputs."""
+    """The output and the gradients of a compiled block, by name. `trained`: those parts of it alone, and not its inputs.
+
+    make: a block of this width, of another model.
+    """
     torch.manual_seed(0)
     n, t, d = size
-    block = randomised(layers.Block(d, max(2, d // 64), 4.0, qk_norm)).train().to(device)
+    made = make(d) if make else layers.Block(d, max(2, d // 64), 4.0, qk_norm)
+    block = randomised(made).train().to(device)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(not trained or name.startswith(trained))
     x, c = (torch.randn(shape, device=device, requires_grad=not trained) for shape in ((n, t, d), (n, d)))

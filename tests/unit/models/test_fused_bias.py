@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from selftrans.models import fused_bias, fused_norm, layers
+from selftrans.models.lightning import LightningBlock
 from tests.support.kernels import (
     SHARED,
     assert_compiles,
@@ -107,6 +108,22 @@ def test_compiled_block_uses_the_operators_without_a_break(qk_norm: bool, monkey
     assert used >= {"gelu_backward", "heads_backward", "gate_norm_backward"}
     assert_near(ours, theirs, 1e-2)
     assert torch.equal(ours["out"], theirs["out"])
+
+
+def test_blocks_of_other_models_use_it_for_what_their_layers_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningDiT without rotations, RMSNorm and SwiGLU: `qkv` and `mlp.fc1`, whose gates and norms are its own."""
+
+    def block(width: int) -> nn.Module:
+        plain = {"swiglu": False, "rms_norm": False, "shift": True, "mlp_ratio": 4.0}
+        return LightningBlock(width, 2, qk_norm=True, **plain)
+
+    theirs = block_gradients("cpu", make=block)
+    force_fused(monkeypatch)
+    monkeypatch.setattr(fused_bias, "FUSED_BIASES", True)
+    ours = block_gradients("cpu", make=block)
+    assert_near(ours, theirs, 2e-2)
+    changed = {name for name in BIASES if not torch.equal(ours[name], theirs[name])}
+    assert changed == {"attn.qkv.bias", "mlp.fc1.bias"}, "in float32 in place of bfloat16"
 
 
 @pytest.mark.parametrize("trained", [BIASES, ("attn.proj.weight", "mlp.fc1.bias"), ("attn.q_norm", "mlp.fc2.bias")])
