@@ -130,10 +130,13 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         if fused_norm.applies(x):
             x, y = fused_norm.modulated(x, shift1, scale1, self.norm1.eps)
-            a, bias = fused_bias.linear(self.attn.proj, self.attn.mixed(y))
+            fused = (
+                fused_bias.FUSED_BIASES
+            )  # else attention and MLP are called as modules: they may have hooks, or be others
+            a, bias = fused_bias.linear(self.attn.proj, self.attn.mixed(y)) if fused else (self.attn(y), None)
             x, y = fused_norm.gate_modulated(x, a, gate1, shift2, scale2, self.norm2.eps, bias)
             gate2 = gate2.unsqueeze(dim=1)
-            a, bias = fused_bias.linear(self.mlp.fc2, self.mlp.hidden(y))
+            a, bias = fused_bias.linear(self.mlp.fc2, self.mlp.hidden(y)) if fused else (self.mlp(y), None)
             return fused_bias.gate_add(x, a, gate2, bias)
         x = x + gate1.unsqueeze(dim=1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(dim=1) * self.mlp(modulate(self.norm2(x), shift2, scale2))

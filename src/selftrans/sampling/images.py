@@ -209,7 +209,8 @@ class Sampler:
             raise ValueError(f"size {size_text(resolution)} is not a multiple of {factor}, as the autoencoder needs")
         self.shape = (self.shape[0], *(side // factor for side in size))
         if self.shape != tuple(self.model.shape):
-            batch, dtype = min(self.settings.batch_size, self.settings.num), PRECISIONS[self.settings.precision]
+            own = -(-self.settings.num // int(os.environ.get("WORLD_SIZE", 1)))  # images of a process
+            batch, dtype = min(self.settings.batch_size, own), PRECISIONS[self.settings.precision]
             check_cost(self.model, self.shape, resolution, batch=batch, dtype=dtype, device=self.device)
             for model in self.models:
                 check_takes(model, self.shape)  # now, not when the folder of samples is begun

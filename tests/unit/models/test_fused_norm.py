@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from selftrans.models import fused_norm
+from selftrans.models import fused_norm, layers
+from tests.support.diffusers_blocks import randomised
 from tests.support.kernels import (
     SHARED,
     assert_compiles,
@@ -83,6 +84,16 @@ def test_frozen_inputs_and_modulation_leave_the_other_gradients(
     assert ours.keys() == theirs.keys() and ours.keys() - {"out"}
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=2e-2, atol=2e-2 * float(value.abs().max()))
+
+
+def test_attention_and_mlp_of_others_are_called_as_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_norm, "applies", lambda x: True)
+    block = randomised(layers.Block(8, 2, 4.0, True))
+    block.attn, block.mlp = nn.Identity(), nn.Identity()
+    x, c = torch.randn(2, 3, 8), torch.randn(2, 8)
+    ours = block(x, c)
+    monkeypatch.setattr(fused_norm, "applies", lambda x: False)
+    torch.testing.assert_close(ours, block(x, c))
 
 
 def test_fused_norm_is_used_only_in_training_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ import warnings
 import pytest
 import torch
 
+from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
+from selftrans.config import SampleConfig
 from selftrans.models.sit import SiT
-from selftrans.sampling import size_cost
+from selftrans.sampling import images, size_cost
 from selftrans.sampling.size_cost import check_cost
 from tests.support import toy
 
@@ -49,3 +51,13 @@ def test_sample_refuses_before_it_computes(tmp_path, capsys, monkeypatch):
     words = ["sample", str(toy.finished()), "--out", str(tmp_path / "s"), "--num", "1", "--size", "4000x4000"]
     assert main(words) == 1 and not (tmp_path / "s").exists()
     assert "selftrans: size 4000x4000 is 4,000,000 tokens, and takes at least" in capsys.readouterr().err
+
+
+def test_pictures_of_a_process_are_counted(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(images, "check_cost", lambda *given, batch, **rest: found.append(batch))
+    sampler = images.Sampler.of(load_model(toy.finished()), SampleConfig(num=10, batch_size=8))
+    for world in ("1", "4"):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        sampler.resize((16, 16))
+    assert found == [8, 3]
