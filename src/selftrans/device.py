@@ -1,4 +1,4 @@
-"""The default device of a process, its memory, CPU cores, and how busy they are."""
+"""The default device of a process, its memory, CPU cores and how busy they are, and the number of processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def default_device() -> torch.device:
 def cpu_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def world_size() -> int:
+    """How many processes share the work of a command, as their launcher says (WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def load_average() -> float | None:

@@ -65,7 +65,9 @@ def analyse(
     chance = float(labels.bincount().max()) / len(labels)  # of always naming the most frequent class
     pictures = as_pictures(middle_slices(decode_images(decoder, z0[:MAPPED].to(device))))
     names = class_names(dataset.manifest.classes) or None
-    _draw(found, pictures, labels, names, chance, out, "middle frame" if len(model.grid) == 3 else "")
+    title = "principal components of the features" + ", middle frame" * (len(model.grid) == 3)
+    save(pca_grid({"data": pictures} | found.maps, title=title), out / "pca.png")
+    _draw(found, labels, names, chance, out)
     report = {
         "source": loaded.source,
         "stage": loaded.stage,
@@ -109,21 +111,8 @@ def _examined(model: Backbone, z0: Tensor, labels: Tensor | None, timesteps: Seq
     return found
 
 
-def _draw(
-    found: Findings,
-    pictures: np.ndarray,
-    labels: Tensor,
-    names: Sequence[str] | None,
-    chance: float,
-    out: Path,
-    shown: str,
-) -> None:
-    """pca.png with the `pictures` above their maps, a t-SNE per timestep, and probes.png where there are probes.
-
-    shown: the part of the data that the pictures and maps are of, for the title; empty for all of it.
-    """
-    title = ", ".join(("principal components of the features", *([shown] if shown else [])))
-    save(pca_grid({"data": pictures} | found.maps, title=title), out / "pca.png")
+def _draw(found: Findings, labels: Tensor, names: Sequence[str] | None, chance: float, out: Path) -> None:
+    """A t-SNE per timestep, and probes.png where there are probes."""
     for t, cloud in found.clouds.items():
         title = f"t-SNE of block {found.middle} at t = {t:g}"
         save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")

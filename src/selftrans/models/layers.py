@@ -130,9 +130,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         if fused_norm.applies(x):
             x, y = fused_norm.modulated(x, shift1, scale1, self.norm1.eps)
-            fused = (
-                fused_bias.FUSED_BIASES
-            )  # else attention and MLP are called as modules: they may have hooks, or be others
+            # without it attention and MLP are called as modules: they may have hooks, or be others
+            fused = fused_bias.FUSED_BIASES
             a, bias = fused_bias.linear(self.attn.proj, self.attn.mixed(y)) if fused else (self.attn(y), None)
             x, y = fused_norm.gate_modulated(x, a, gate1, shift2, scale2, self.norm2.eps, bias)
             gate2 = gate2.unsqueeze(dim=1)

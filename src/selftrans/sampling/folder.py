@@ -27,6 +27,7 @@ from numpy.lib import format as npy
 from selftrans.checkpoints.load import Weights
 from selftrans.data.buckets import is_prepared
 from selftrans.data.resolution import parse_resolution
+from selftrans.device import world_size
 from selftrans.messages import escaped, plural, printable
 from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
@@ -62,7 +63,7 @@ def sample_to_folder(
         sampler.resize(parse_resolution(size))
     if is_prepared(out):
         raise ValueError(f"{out} holds prepared data; choose another folder for samples")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), world_size()
     kind, num = file_kind(sampler.autoencoder), sampler.settings.num
     classes = sampler.classes if sampler.model.conditions.kind == "labels" else None
     options: dict[str, Any] = {"kind": kind, "rank": rank, "world": world, "classes": classes}

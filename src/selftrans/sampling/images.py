@@ -7,7 +7,6 @@ Shape legend: N or n images, (C, *S) latent, (H, W, C) picture.
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from selftrans.checkpoints.load import LoadedModel, Weights, find_asked, load_mo
 from selftrans.config import SampleConfig
 from selftrans.data.decoded import decode_images
 from selftrans.data.resolution import Resolution, sides, size_text
-from selftrans.device import default_device
+from selftrans.device import default_device, world_size
 from selftrans.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_decoder
 from selftrans.messages import plural
 from selftrans.models.compiling import compile_model
@@ -209,7 +208,7 @@ class Sampler:
             raise ValueError(f"size {size_text(resolution)} is not a multiple of {factor}, as the autoencoder needs")
         self.shape = (self.shape[0], *(side // factor for side in size))
         if self.shape != tuple(self.model.shape):
-            own = -(-self.settings.num // int(os.environ.get("WORLD_SIZE", 1)))  # images of a process
+            own = -(-self.settings.num // world_size())  # images of a process
             batch, dtype = min(self.settings.batch_size, own), PRECISIONS[self.settings.precision]
             check_cost(self.model, self.shape, resolution, batch=batch, dtype=dtype, device=self.device)
             for model in self.models:
@@ -303,8 +302,7 @@ def decoder_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 def worth_compiling(settings: SampleConfig, device: torch.device) -> bool:
     """Whether each process samples enough batches on a GPU for compilation to save time."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    return device.type == "cuda" and settings.num >= MANY * settings.batch_size * world
+    return device.type == "cuda" and settings.num >= MANY * settings.batch_size * world_size()
 
 
 def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
