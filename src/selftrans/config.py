@@ -89,6 +89,8 @@ class Train(Section):
     times: str = "systematic"
     """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's),
     lognormal_standard (REPA's) or logitnormal (SD3's and LightningDiT's)"""
+    loss: Literal["own", "velocity", "noise"] = setting("own", resume="consent")
+    """whose squared error the flow loss is: velocity, noise, or own, that of what the model predicts (DiT: noise)"""
     cosine: float = setting(0.0, resume="consent")
     """factor of 1 - cos between predicted and true velocity, which is added to the flow loss (LightningDiT: 1)"""
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
@@ -303,9 +305,11 @@ def from_object(raw: Any, *, lenient: bool = False) -> RunConfig:
         if key in found:
             with contextlib.suppress(ValueError) if lenient else contextlib.nullcontext():
                 found[key] = from_plain(kind, found[key], f"config.{key}")
-    model = raw.pop("model", {})
+    model = _model_from(raw.pop("model", {}))
     config = from_plain(RunConfig, raw, "config")
-    return dataclasses.replace(config, model=_model_from(model), sections=found)
+    if model.predicts == "noise" and "loss" not in raw.get("train", {}):  # written before there was a choice
+        config = config.override({"train.loss": "velocity"})
+    return dataclasses.replace(config, model=model, sections=found)
 
 
 def _section_kinds(method: object) -> dict[str, type[Section]] | None:

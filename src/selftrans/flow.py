@@ -9,7 +9,7 @@ Shape legend: N batch, (C, *S) latent.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from torch import Tensor
 from selftrans.types import Batch, Cond, Draw, where_cond
 
 HALF_PI = math.pi / 2
+
+
+#: whose squared error the flow loss is: the velocity's, the noise's, or that of what the network predicts
+Loss: TypeAlias = Literal["own", "velocity", "noise"]
 
 
 class Path(Protocol):
@@ -97,8 +101,16 @@ def interpolate(path: Path, z0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tenso
 def noise_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """Noise that the velocity points to."""
     t = column(t, zt)
-    determinant = path.alpha(t) * path.d_sigma(t) - path.d_alpha(t) * path.sigma(t)  # linear: 1; cosine: pi / 2
-    return (path.alpha(t) * v - path.d_alpha(t) * zt) / determinant
+    return (path.alpha(t) * v - path.d_alpha(t) * zt) / _determinant(path, t)
+
+
+def noise_per_velocity(path: Path, t: Tensor) -> Tensor:
+    """The error of the noise that a velocity points to, as a multiple of the velocity's error; in the shape of t."""
+    return path.alpha(t) / _determinant(path, t)
+
+
+def _determinant(path: Path, t: Tensor) -> Tensor:
+    return path.alpha(t) * path.d_sigma(t) - path.d_alpha(t) * path.sigma(t)  # linear: 1; cosine: pi / 2
 
 
 def score_from_v(path: Path, zt: Tensor, v: Tensor, t: Tensor) -> Tensor:

@@ -141,6 +141,7 @@ class Backbone(nn.Module):
     recompute: bool | frozenset[int] = False
     #: whether blocks may draw random numbers, which a block that is computed again must repeat
     random_blocks: bool = True
+    predicts: Literal["velocity", "noise"] = "velocity"  #: by the network, before `forward` turns it into a velocity
     early_block: int = 0  #: the block whose tokens the second output reads (1-based); 0: there is none, see `add_early`
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any

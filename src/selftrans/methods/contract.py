@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from selftrans.flow import PATHS, Path, check_times
+from selftrans.flow import PATHS, Loss, Path, check_times
 from selftrans.methods.guidance import Guidance, Report
 from selftrans.types import Backbone, Output
 
@@ -21,13 +21,17 @@ from selftrans.types import Backbone, Output
 LOGGED = ("stage", "step", "loss", "flow", "grad_norm", "lr", "seconds", "tflops", "skipped", "skips")
 
 
-def check_options(path: Path, times: str, drop: float, cosine: float) -> None:
-    """ValueError for an option of `Objective` out of range."""
+def check_options(path: Path, times: str, drop: float, cosine: float, loss: Any) -> None:
+    """ValueError for an option of `Objective` out of range, and for a cosine term with a loss of the caller."""
     if isinstance(path, str):
         raise ValueError(f"path {path!r} must be a Path: one of selftrans.PATHS, which are {', '.join(PATHS)}")
     check_times(times)
     if not 0 <= drop <= 1 or not 0 <= cosine < math.inf:
         raise ValueError(f"drop {drop} must be in [0, 1], and cosine {cosine} a number from 0")
+    if callable(loss) and cosine:
+        raise ValueError("cosine is a part of the flow loss, which loss= replaces; add it there")
+    if not callable(loss) and loss not in get_args(Loss):
+        raise ValueError(f"loss {loss!r} is unknown; choose one of {', '.join(get_args(Loss))}, or give a function")
 
 
 def warn_of_second_dropping(student: Backbone, drop: float) -> None:

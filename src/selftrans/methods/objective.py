@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.flow import LINEAR, Path, draw
+from selftrans.flow import LINEAR, Loss, Path, column, draw, noise_per_velocity
 from selftrans.methods.contract import (
     check_options,
     check_output,
@@ -38,9 +38,10 @@ class Objective(nn.Module):
         drop: probability in [0, 1] that the student gets the null condition in place of a sample's own.
         cosine: factor of 1 - cos between predicted and true velocity, over the channels of each latent pixel, which is added
             to the squared error (LightningDiT, 2501.01423, section 4).
-        loss: takes the student's output and the `Draw`, returns your own loss (0-d) in place of the flow loss, also as `flow`
-            in the report. The output may then have other channels than the latents, such as a predicted variance, and may be a
-            prediction of the noise.
+        loss: whose squared error the flow loss is: "velocity"; "noise", the error of the noise that the velocity points to; or
+            "own", that of what the student predicts (`Backbone.predicts`). A function takes the student's output and the `Draw`
+            and returns your own loss (0-d) in place of the flow loss, also as `flow` in the report. The output may then have
+            other channels than the latents, such as a predicted variance, and may be a prediction of the noise.
     Raises ValueError for an option out of range, guidances of equal names or of blocks that the student does not have, and a
     student that is no `Backbone`.
     """
@@ -57,17 +58,16 @@ class Objective(nn.Module):
         times: str = "systematic",
         drop: float = 0.1,
         cosine: float = 0.0,
-        loss: Callable[[Tensor, Draw], Tensor] | None = None,
+        loss: Loss | Callable[[Tensor, Draw], Tensor] = "own",
     ) -> None:
         super().__init__()
         check_backbone(student, "the student")
-        check_options(path, times, drop, cosine)
-        if loss is not None and cosine:
-            raise ValueError("cosine is a part of the flow loss, which loss= replaces; add it there")
+        check_options(path, times, drop, cosine, loss)
         warn_of_second_dropping(student, drop)
         self.student = student
         self.guidances = nn.ModuleList(checked_guidances(guidances, student))
-        self.path, self.times, self.drop, self.cosine, self.loss = path, times, drop, cosine, loss
+        self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
+        self.loss = student.predicts if loss == "own" else loss
         self._unchecked = True  # labels on a GPU are checked in the first call only, since the check takes kernels
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
@@ -111,9 +111,9 @@ class Objective(nn.Module):
                 d = d._replace(dropped=where_cond(rows, d.null, d.dropped))
         taps = tuple(sorted({k for g in active for k in g.taps}))
         out = self.student(d.zt, d.t, d.dropped, taps=taps)
-        check_output(out, d.zt, self.student, taps, velocity=self.loss is None)
+        check_output(out, d.zt, self.student, taps, velocity=isinstance(self.loss, str))
         assert out.v is not None
-        loss = F.mse_loss(out.v.float(), d.v.float()) if self.loss is None else checked_loss(self.loss(out.v, d))
+        loss = self._flow_loss(out.v, d)
         report = {"flow": loss.detach()}
         if self.cosine:
             direction = 1 - F.cosine_similarity(out.v.float(), d.v.float(), dim=1).mean()  # over C of (N, C, *S)
@@ -126,6 +126,15 @@ class Objective(nn.Module):
         if len(active) < len(self.guidances) and dist.is_available() and dist.is_initialized():
             loss = loss + self._zero_of_ended(active)
         return loss, report
+
+    def _flow_loss(self, v: Tensor, d: Draw) -> Tensor:
+        """Mean squared error (0-d) of the velocity, or of the noise that it points to; or the loss of the caller."""
+        if not isinstance(self.loss, str):
+            return checked_loss(self.loss(v, d))
+        if self.loss == "velocity":
+            return F.mse_loss(v.float(), d.v.float())
+        factor = column(noise_per_velocity(self.path, d.t), d.v)
+        return (factor * (v.float() - d.v.float())).square().mean()
 
     def _zero_of_ended(self, active: list[Guidance]) -> Tensor | float:
         """0 with a gradient of zeros for the heads of guidances that have ended: DDP refuses parameters without a gradient."""

@@ -69,6 +69,10 @@ class NoiseConfig(DiffusersConfig):
     sample_size: int | None = None
     """side of the latents that the positions are scaled to; None: the longer side of the data's"""
 
+    @property
+    def predicts(self) -> Literal["velocity", "noise"]:
+        return "noise" if self.prediction == "noise" else "velocity"
+
     def arguments(self, shape: tuple[int, ...], conditions: Conditions) -> dict[str, Any]:
         """Arguments of diffusers' class."""
         return {
@@ -116,6 +120,7 @@ class DiffusersBackbone(Backbone):
         self.grid: tuple[int, int] = (rows // patch, columns // patch)
         self.width, self.depth = self.net.inner_dim, len(self.repeated())
         self.prediction, self.path = prediction, LINEAR
+        self.predicts = "noise" if prediction == "noise" else "velocity"
         # as bits: a model that is cast to half precision must keep its schedule
         self.register_buffer("ratios", log_ratios().float().view(torch.int32), persistent=False)
 

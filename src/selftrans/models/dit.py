@@ -33,7 +33,7 @@ DIT_SIZES = published_sizes("DiT", SIZES, patches=(2, 4, 8))
 
 @dataclass(frozen=True)
 class DiTConfig(SiTConfig):
-    """A DiT: SiT's network, which predicts noise. For released weights; a student from scratch learns better as SiT."""
+    """A DiT: SiT's network, which predicts noise."""
 
     published = DIT_SIZES
 
@@ -45,6 +45,10 @@ class DiTConfig(SiTConfig):
     """the output has a second half, the variance, as in the released models; it is neither used nor trained"""
     schedule: Schedule = "linear"
     """of the noise: linear betas, as in the released models, or cosine"""
+
+    @property
+    def predicts(self) -> Literal["velocity", "noise"]:
+        return "noise"
 
 
 def build(config: DiTConfig, shape: tuple[int, ...], conditions: Conditions) -> DiT:
@@ -115,6 +119,7 @@ class DiT(SiT):
     that step's noise.
     """
 
+    predicts = "noise"
     ratios: Tensor
 
     def __init__(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -34,6 +34,11 @@ class ModelConfig(Section):
     """a name of the family: a published size, or that of the family itself"""
     early_block: int | None = field(default=None, kw_only=True)
     """block after which a second output reads a velocity, for methods that train one and for --early-guidance; None: none"""
+
+    @property
+    def predicts(self) -> Literal["velocity", "noise"]:
+        """What the network predicts: `Backbone.predicts` of the model."""
+        return "velocity"
 
     def blocks(self) -> int:
         """Number of blocks: a weights file with fewer tensors cannot be of this model, and none is built for it."""

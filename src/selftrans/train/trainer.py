@@ -125,7 +125,12 @@ class Trainer:
         for shape in shards.shapes if len(shards.shapes) > 1 else ():
             check_takes(student, shape)
         guidances = self.stage.guide(student, self.teacher)
-        options: dict[str, Any] = {"times": train.times, "drop": train.drop, "cosine": train.cosine}
+        options: dict[str, Any] = {
+            "times": train.times,
+            "drop": train.drop,
+            "cosine": train.cosine,
+            "loss": train.loss,
+        }
         return Objective(student, guidances, path=PATHS[train.path], **options).to(self.accelerator.device)
 
     def _new_stream(self) -> Stream:

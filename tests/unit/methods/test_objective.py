@@ -52,6 +52,26 @@ def test_cosine_term_equals_a_hand_computed_value():
     assert loss.item() == pytest.approx(plain.item() + 0.5 * expected) and report["flow"].item() == plain.item()
 
 
+def test_loss_of_the_noise_equals_a_hand_computed_value():
+    """z_t = 2, t = 1/4, noise 3, v = 4: the stub predicts 1·2 + 1·¼ + 0.1·2 = 2.45, which points to the noise z_t + (1 - t) v =
+    3.8375. On the linear path the true noise is then z_t + ¾·4 = 5, so the loss is 1.1625²."""
+    d = handmade_draw([0.25], (1, 1, 1), num_classes=2)._replace(dropped=torch.tensor([2]))
+    d = d._replace(zt=torch.full((1, 1, 1, 1), 2.0), v=torch.full((1, 1, 1, 1), 4.0))
+    student = Stub((1, 1, 1), patch=1, num_classes=2, abc=(1.0, 1.0, 0.1))
+    loss, report = Objective(student, loss="noise").losses(d, 0)
+    assert loss.item() == pytest.approx(1.1625**2, abs=1e-6) and report["flow"].item() == loss.item()
+    student.predicts = "noise"
+    assert Objective(student).losses(d, 0)[0].item() == loss.item()
+    assert Objective(student, loss="velocity").losses(d, 0)[0].item() == pytest.approx(1.55**2, abs=1e-6)
+
+
+def test_unknown_loss_is_refused():
+    with pytest.raises(
+        ValueError, match=r"loss 'eps' is unknown; choose one of own, velocity, noise, or give a function"
+    ):
+        Objective(Stub(), loss="eps")
+
+
 def test_flow_loss_and_its_gradient_by_hand():
     d, student = handmade_draw(TIMES, dropped=(1, 4)), Stub()
     loss, _ = Objective(student).losses(d, 0)

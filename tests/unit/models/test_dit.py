@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 
 from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
+from selftrans.config import from_json, to_json
 from selftrans.flow import PATHS
-from selftrans.models.dit import DIT_SIZES, DiT, DiTConfig, log_ratios, timestep, velocity
+from selftrans.methods.objective import Objective
+from selftrans.models.dit import DIT_SIZES, DiT, DiTConfig, log_ratios, timestep, to_schedule, velocity
 from selftrans.models.registry import find
 from selftrans.models.sit import SiT, SiTConfig
 from selftrans.recipes import recipe
 from selftrans.sampling.samplers import guided, ode, sde
-from selftrans.types import Output
+from selftrans.types import Batch, Output
 from tests.support import published_files, toy
 from tests.support.published_files import TINY, Assembled, state
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -193,6 +195,33 @@ def test_names_choose_the_family_and_its_settings():
 def test_the_run_sets_the_path(name):
     model = toy.toy({"model.name": "DiT-S/8", "train.path": name}).build_model((4, 8, 8), find_conditions())
     assert model.path is PATHS[name]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("name", PATHS)
+def test_its_loss_is_the_squared_error_of_its_noise(name, schedule):
+    """As it is published, without the variance; so the error is not divided by alpha, which would leave the noisy end alone."""
+    torch.manual_seed(0)
+    model = DiT((1, 4, 4), 2, path=PATHS[name], schedule=schedule, **SIZES)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    objective = Objective(model, path=PATHS[name], drop=0.0)
+    batch = Batch(torch.randn(16, 1, 4, 4), torch.randint(2, (16,)))
+    d = objective.draw(batch, t=torch.linspace(0.02, 0.98, 16))
+    table = log_ratios(schedule).float()
+    scaled, step = to_schedule(PATHS[name], d.zt, d.t, table)
+    noise = SiT.forward(model, scaled, step, d.cond).v
+    expected = (noise - d.noise).square().mean()
+    assert expected > 0.1
+    torch.testing.assert_close(objective(d, 0)[0], expected, rtol=1e-4, atol=0)
+
+
+def test_runs_from_before_the_choice_keep_the_loss_of_the_velocity():
+    raw = json.loads(to_json(recipe("digits").override({"model.name": "DiT-S/2"}).restricted()))
+    assert raw["train"].pop("loss") == "own"
+    assert from_json(json.dumps(raw)).train.loss == "velocity"
+    raw["model"] = {"name": "SiT-S/2"}
+    assert from_json(json.dumps(raw)).train.loss == "own", "which is that of the velocity"
 
 
 def test_features_stop_and_truncation_are_those_of_the_network():
