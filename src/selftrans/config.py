@@ -87,8 +87,8 @@ class Train(Section):
     path: str = "linear"
     """probability path: linear or cosine"""
     times: str = "systematic"
-    """timestep sampler: systematic (evenly spread over the batch), uniform (independent), lognormal (EDM's),
-    lognormal_standard (REPA's) or logitnormal (SD3's and LightningDiT's)"""
+    """timestep sampler: systematic (uniform, evenly spread over the batch), uniform (independent), lognormal (EDM's),
+    lognormal_standard (REPA's), logitnormal (SD3's and LightningDiT's) or systematic_logitnormal (evenly spread)"""
     loss: Literal["own", "velocity", "noise"] = setting("own", resume="consent")
     """whose squared error the flow loss is: velocity, noise, or own, that of what the model predicts (DiT: noise)"""
     cosine: float = setting(0.0, resume="consent")

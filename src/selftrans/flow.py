@@ -9,7 +9,8 @@ Shape legend: N batch, (C, *S) latent.
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -166,12 +167,46 @@ def logitnormal_times(n: int, path: Path, device: torch.device) -> Tensor:
     return torch.sigmoid(torch.randn(n, device=device))
 
 
+def systematic_logitnormal_times(n: int, path: Path, device: torch.device) -> Tensor:
+    """(n,) shuffled times of the distribution of `logitnormal_times`, one in each of n parts of equal probability."""
+    return torch.sigmoid(torch.special.ndtri(systematic_times(n, path, device)))
+
+
+def _normal_share(x: float) -> float:
+    """Share of a standard normal distribution below x."""
+    return (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+def _log_ratio(t: float, path: Path) -> float:
+    """Logarithm of sigma / alpha at a time between the ends."""
+    time = torch.tensor(t, dtype=torch.float64, device="cpu")
+    return float(torch.log(path.sigma(time) / path.alpha(time)))
+
+
+class Times(NamedTuple):
+    """How the times of a batch are drawn."""
+
+    draw: Callable[[int, Path, torch.device], Tensor]  #: (n,) times in [0, 1]
+    below: Callable[[float, Path], float]  #: the share of them, on average, below a time between 0 and 1
+    even: bool = False  #: one in each of n parts of equal probability: a range holds a bounded number of them
+
+    def share(self, span: tuple[float, float], path: Path) -> float:
+        """The share of the times, on average, in a range."""
+        a, b = (t if t in (0, 1) else self.below(t, path) for t in span)
+        return b - a
+
+
+def _logitnormal_below(t: float, path: Path) -> float:
+    return _normal_share(math.log(t / (1 - t)))
+
+
 TIMES = {
-    "systematic": systematic_times,
-    "uniform": uniform_times,
-    "lognormal": lognormal_times,
-    "lognormal_standard": lognormal_standard_times,
-    "logitnormal": logitnormal_times,
+    "systematic": Times(systematic_times, lambda t, path: t, even=True),
+    "uniform": Times(uniform_times, lambda t, path: t),
+    "lognormal": Times(lognormal_times, lambda t, path: _normal_share((_log_ratio(t, path) + 1.2) / 1.2)),
+    "lognormal_standard": Times(lognormal_standard_times, lambda t, path: _normal_share(_log_ratio(t, path))),
+    "logitnormal": Times(logitnormal_times, _logitnormal_below),
+    "systematic_logitnormal": Times(systematic_logitnormal_times, _logitnormal_below, even=True),
 }
 
 
@@ -219,8 +254,8 @@ def draw(
     """
     check_times(times)
     n, device = batch.z0.shape[0], batch.z0.device
-    even = t is None and times == "systematic"
-    t = TIMES[times](n, path, device) if t is None else own_times(t, n)
+    even = t is None and TIMES[times].even
+    t = TIMES[times].draw(n, path, device) if t is None else own_times(t, n)
     noise = torch.randn_like(batch.z0) if noise is None else noise
     if noise.shape != batch.z0.shape:
         raise ValueError(f"noise must have the latents' shape {tuple(batch.z0.shape)}, not {tuple(noise.shape)}")

@@ -136,6 +136,25 @@ def test_logitnormal_times_have_the_density_of_the_paper():
     assert scipy.stats.kstest(torch.log(t / (1 - t)).numpy(), "norm").pvalue > 1e-3
 
 
+def test_systematic_logitnormal_times_are_those_of_the_paper_evenly_spread():
+    torch.manual_seed(3)
+    t = flow.systematic_logitnormal_times(4000, flow.COSINE, CPU).double()
+    quantiles = torch.from_numpy(scipy.stats.norm.cdf(torch.log(t / (1 - t)).numpy())).sort().values
+    middles = (torch.arange(4000) + 0.5) / 4000
+    assert (quantiles - middles).abs().max() <= 0.51 / 4000, "one in each of 4,000 parts of equal probability"
+    assert not torch.equal(t, t.sort().values)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("name", TIMES)
+def test_share_of_a_range_is_that_of_the_drawn_times(name, path):
+    torch.manual_seed(3)
+    t = TIMES[name].draw(40_000, path, CPU)
+    for a, b in ((0.4, 0.7), (0.0, 0.3), (0.65, 1.0), (0.0, 1.0)):
+        inside = ((t >= a) & (t <= b)).double().mean().item()
+        assert TIMES[name].share((a, b), path) == pytest.approx(inside, abs=0.01)
+
+
 def batch(n):
     return Batch(torch.randn(n, 1, 2, 2), torch.arange(n) % 10)
 
@@ -147,7 +166,7 @@ def test_draw_is_on_the_path(times):
     d = flow.draw(b, torch.full_like(b.cond, 10), path=flow.COSINE, times=times)
     zt, v = flow.interpolate(flow.COSINE, b.z0, d.noise, d.t)
     assert torch.equal(d.zt, zt) and torch.equal(d.v, v) and torch.equal(d.z0, b.z0)
-    assert d.t.shape == (16,) and d.t.dtype == torch.float32 and d.even == (times == "systematic")
+    assert d.t.shape == (16,) and d.t.dtype == torch.float32 and d.even == times.startswith("systematic")
 
 
 def test_draw_drops_to_the_null_condition_with_its_probability():

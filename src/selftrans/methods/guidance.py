@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selftrans.flow import Path, Times
 from selftrans.sections import Section
 from selftrans.types import Backbone, Cond, Draw, cat_cond, check_backbone
 
@@ -70,6 +71,9 @@ class Guidance(nn.Module):
         Called before the student, once in a step, after everything in the draw has been drawn.
         """
         return None
+
+    def use_times(self, times: Times, path: Path) -> None:
+        """Take how the objective draws times, and its path, for a guidance that acts in a range of t. Default: ignore it."""
 
     def watch(self, average: Backbone) -> None:
         """Take the student's moving average, which the trainer updates in place. Default: ignore it.

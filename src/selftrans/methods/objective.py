@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.flow import LINEAR, Loss, Path, column, draw, noise_per_velocity
+from selftrans.flow import LINEAR, TIMES, Loss, Path, column, draw, noise_per_velocity
 from selftrans.methods.contract import (
     check_options,
     check_output,
@@ -33,8 +33,8 @@ class Objective(nn.Module):
         student: the backbone that is trained.
         guidances: terms added to the flow loss; none is plain flow matching (vanilla).
         path: `LINEAR` or `COSINE`; a teacher must have been trained on the same one.
-        times: how t is drawn: "systematic" (evenly spaced over the batch, one random offset), "uniform", "lognormal",
-            "lognormal_standard" or "logitnormal" (`flow.TIMES`).
+        times: how t is drawn: "systematic" (evenly spaced over the batch, one random offset), "systematic_logitnormal",
+            "uniform", "lognormal", "lognormal_standard" or "logitnormal" (`flow.TIMES`).
         drop: probability in [0, 1] that the student gets the null condition in place of a sample's own.
         cosine: factor of 1 - cos between predicted and true velocity, over the channels of each latent pixel, which is added
             to the squared error (LightningDiT, 2501.01423, section 4).
@@ -68,6 +68,8 @@ class Objective(nn.Module):
         self.guidances = nn.ModuleList(checked_guidances(guidances, student))
         self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
         self.loss = student.predicts if loss == "own" else loss
+        for guidance in self.guidances:
+            guidance.use_times(TIMES[times], path)
         self._unchecked = True  # labels on a GPU are checked in the first call only, since the check takes kernels
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selftrans.flow import PATHS
 from selftrans.methods.dispersive import DISPERSIVE
-from selftrans.methods.guidance import Frozen
+from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.internal_guidance import INTERNAL_GUIDANCE
 from selftrans.methods.layersync import LAYERSYNC
 from selftrans.methods.objective import Objective
@@ -19,7 +20,7 @@ from selftrans.methods.sra import SRA_METHOD
 from selftrans.methods.vanilla import VANILLA
 from selftrans.plugins import Registry
 from selftrans.sections import Section
-from selftrans.types import Conditions
+from selftrans.types import Backbone, Conditions
 
 if TYPE_CHECKING:
     from selftrans.config import RunConfig
@@ -89,7 +90,21 @@ def meta_objective(
         if stage.teacher and given is None:
             model = config_of_teacher(config, stage).build_model(shape, conditions)
             given = Frozen(model, stage.teacher.block(model.depth), dtype=dtype, in_place=True)
-        return Objective(student, stage.guide(student, given))
+        return objective_of(config, student, stage.guide(student, given))
+
+
+def objective_of(config: RunConfig, student: Backbone, guidances: Iterable[Guidance]) -> Objective:
+    """An objective with the options of a run's training settings."""
+    train = config.train
+    return Objective(
+        student,
+        guidances,
+        path=PATHS[train.path],
+        times=train.times,
+        drop=train.drop,
+        cosine=train.cosine,
+        loss=train.loss,
+    )
 
 
 def sections_of(methods: Iterable[MethodSpec]) -> dict[str, type[Section]]:

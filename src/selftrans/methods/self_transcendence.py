@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from selftrans.flow import LINEAR, PATHS, Path, equal_snr_range
+from selftrans.flow import LINEAR, PATHS, Path, Times, equal_snr_range
 from selftrans.methods.contract import checked_cells
 from selftrans.methods.conv_head import ConvHead
 from selftrans.methods.guidance import (
@@ -74,6 +74,9 @@ class StructureGuidance(Guidance):
         target = self.patchify(picked.take(d.v if self.config.target == "velocity" else d.z0))  # (M, T, cells)
         error = (self.head(hidden).float() - target).square().mean(dim=(1, 2))  # (M,)
         return picked.mean(error), {"feature_norm": token_norm(hidden), "target_norm": token_norm(target)}
+
+    def use_times(self, times: Times, path: Path) -> None:
+        self.range = self.range.under(times, path)
 
     def cost(self, n: int) -> dict[str, int]:
         return {"head": self.range.computed(n), "teacher": 0}
@@ -170,6 +173,9 @@ class SelfGuidance(Guidance):
         if self.config.target_norm == "spatial":
             target = spatial_norm(target, self.config.spatial_gamma)
         return target
+
+    def use_times(self, times: Times, path: Path) -> None:
+        self.range = self.range.under(times, path)
 
     def cost(self, n: int) -> dict[str, int]:
         m = self.range.computed(n)

@@ -5,6 +5,7 @@ Shape legend: N batch, M samples that are computed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selftrans.flow import Path, Times
 from selftrans.types import Draw
 
 RANGE_MODES = ("select", "scale")
@@ -43,12 +45,17 @@ class TimestepRange:
 
     span: tuple[float, float] | None  #: [a, b], closed; None: no range
     mode: str  #: one of `RANGE_MODES`
+    share: float | None = None  #: of the times, on average, in the range; None: of times that are uniform, b - a
 
     def __post_init__(self) -> None:
         if self.mode not in RANGE_MODES:
             raise ValueError(f"range_mode '{self.mode}' is unknown; choose one of {', '.join(RANGE_MODES)}")
         if self.span is not None and not 0 <= self.span[0] < self.span[1] <= 1:
             raise ValueError(f"timestep_range {self.span} must be two increasing numbers in [0, 1], or None")
+
+    def under(self, times: Times, path: Path) -> TimestepRange:
+        """The same range where times are drawn in this way."""
+        return self if self.span is None else dataclasses.replace(self, share=times.share(self.span, path))
 
     @property
     def selects(self) -> bool:
@@ -62,14 +69,14 @@ class TimestepRange:
     def computed(self, n: int) -> int:
         """How many samples of a batch of n are computed.
 
-        With `select` it is ceil(n (b - a)), at least one: as many as can lie in [a, b] of systematic times. Of independent
-        times about as many lie inside. Where n (b - a) is a whole number, one more systematic time lies inside only if two
-        times are exactly a and b, about once in millions of steps; that sample is then left out.
+        With `select` it is ceil(n share), at least one: as many as can lie in [a, b] of systematic times. Of independent times
+        about as many lie inside. Where n share is a whole number, one more systematic time lies inside only if two times are
+        exactly a and b, about once in millions of steps; that sample is then left out.
         """
         if self.span is None or self.mode == "scale":
             return n
         a, b = self.span
-        return min(n, max(1, math.ceil(n * (b - a) - 1e-6)))
+        return min(n, max(1, math.ceil(n * (b - a if self.share is None else self.share) - 1e-6)))
 
     def gate(self, d: Draw) -> Gate:
         """The samples of a draw that are computed, and their weights."""

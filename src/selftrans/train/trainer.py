@@ -21,9 +21,10 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
-from selftrans.flow import PATHS
+from selftrans.flow import TIMES
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
+from selftrans.methods.registry import objective_of
 from selftrans.methods.spec import Stage
 from selftrans.models.compiling import compile_model
 from selftrans.train import checkpointing, fp8, fsdp
@@ -125,13 +126,7 @@ class Trainer:
         for shape in shards.shapes if len(shards.shapes) > 1 else ():
             check_takes(student, shape)
         guidances = self.stage.guide(student, self.teacher)
-        options: dict[str, Any] = {
-            "times": train.times,
-            "drop": train.drop,
-            "cosine": train.cosine,
-            "loss": train.loss,
-        }
-        return Objective(student, guidances, path=PATHS[train.path], **options).to(self.accelerator.device)
+        return objective_of(self.config, student, guidances).to(self.accelerator.device)
 
     def _new_stream(self) -> Stream:
         train, accelerator = self.config.train, self.accelerator
@@ -153,7 +148,7 @@ class Trainer:
         """
         compile_model(self.objective.student)
         if isinstance(self.teacher, Frozen):
-            compile_model(self.teacher.model, dynamic=False if self.objective.times == "systematic" else None)
+            compile_model(self.teacher.model, dynamic=False if TIMES[self.objective.times].even else None)
 
     @property
     def checkpoints(self) -> Path:

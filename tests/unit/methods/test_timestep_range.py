@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from selftrans import flow
+from selftrans.flow import LINEAR
+from selftrans.methods.objective import Objective
 from selftrans.methods.timestep_range import TimestepRange
 from tests.support.guidances import RANGE, TIMES, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, handmade_draw
@@ -93,3 +96,31 @@ def test_unknown_range_modes_are_refused():
 )
 def test_number_of_computed_samples(span, mode, expected):
     assert TimestepRange(span, mode).computed(10) == expected
+
+
+def test_share_of_a_logitnormal_range_by_hand():
+    """The logits of 0.4 and 0.7 are -0.405 and 0.847: 0.8016 - 0.3426 = 0.459 of the times are between, and not 0.3."""
+    found = TimestepRange((0.4, 0.7), "select").under(flow.TIMES["logitnormal"], LINEAR)
+    assert found.share == pytest.approx(0.459, abs=1e-3)
+    assert found.computed(100) == 46 and found.computed(256) == 118
+
+
+@pytest.mark.parametrize("span", [(0.4, 0.7), (0.0, 1.0), (0.0, 0.3), (0.65, 1.0), (0.5, 0.51), (0.1, 0.95)])
+def test_even_times_of_another_distribution_have_a_static_shape(span):
+    """Every time inside is computed, and at most one more."""
+    law, (a, b) = flow.TIMES["systematic_logitnormal"], span
+    selected = TimestepRange(span, "select").under(law, LINEAR)
+    torch.manual_seed(0)
+    for n in (1, 2, 7, 64, 255, 256):
+        for _ in range(20):
+            times = law.draw(n, LINEAR, torch.device("cpu"))
+            picked = selected.gate(handmade_draw(times.tolist(), (1, 1, 1), even=True))
+            inside = set(((times >= a) & (times <= b)).nonzero().flatten().tolist())
+            assert len(picked.rows) == selected.computed(n) and len(picked.rows) - len(inside) <= 1
+            assert {r for r, g in zip(picked.rows.tolist(), picked.gain.tolist(), strict=True) if g} == inside
+
+
+def test_objective_tells_its_guidances_how_times_are_drawn():
+    guidance = stage2(Stub(), frozen_stub(), timestep_range=(0.4, 0.7))
+    Objective(Stub(), [guidance], times="logitnormal")
+    assert guidance.cost(100) == {"head": 46, "teacher": 92}

@@ -138,6 +138,7 @@ SELF = {"method": "self_transcendence", "train.accumulate": 1}
 MORE = {
     "routed": SELF | {"model.route": 0.5, "stage2.until_step": 40},
     "scale": {"method": "structure", "stage1.range_mode": "scale"},
+    "logit-normal times": SELF | {"train.times": "systematic_logitnormal"},
     "all times": SELF | {"stage2.timestep_range": None, "train.times": "uniform"},
     "layersync": {"method": "layersync", "layersync.block": 1, "layersync.target_block": 2},
     "dispersive": {"method": "dispersive"},
