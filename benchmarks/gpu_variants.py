@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from selftrans.experiments.bench import bench
-from selftrans.models import fused_bias, fused_norm
+from selftrans.models import fused_bias, fused_gelu, fused_norm
 from selftrans.models.sit import SiTConfig
 
 #: part -> model, tokens, batch on a GPU
@@ -50,6 +50,20 @@ def without_cudnn() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+@contextlib.contextmanager
+def epilogues(sum_inside: bool = True) -> Iterator[None]:
+    """Biases in the kernels, and GELU in the epilogues of products; sum_inside: with the sum for the bias before GELU."""
+    changes = (
+        (fused_bias, "FUSED_BIASES", True),
+        (fused_gelu, "EPILOGUES", True),
+        (fused_gelu, "SUM_INSIDE", sum_inside),
+    )
+    with contextlib.ExitStack() as changed:
+        for change in changes:
+            changed.enter_context(mock.patch.object(*change))
+        yield
+
+
 def inductor(**settings: Any) -> contextlib.AbstractContextManager[Any]:
     """With these settings of inductor; "__" stands for a dot. AttributeError for one that this torch does not have."""
     from torch._inductor import config
@@ -64,6 +78,8 @@ VARIANTS: dict[str, Choice] = {
     "as it is": (contextlib.nullcontext, {}),
     "norms by inductor": (lambda: mock.patch.object(fused_norm, "FUSED_NORMS", False), {}),
     "biases in the kernels": (lambda: mock.patch.object(fused_bias, "FUSED_BIASES", True), {}),
+    "epilogues of cuBLASLt": (epilogues, {}),
+    "epilogues without the sum": (lambda: epilogues(sum_inside=False), {}),
     "without cuDNN": (without_cudnn, {}),
     "kernels joined": (lambda: inductor(combo_kernels=True), {}),
     "fewer partial sums": (lambda: inductor(triton__mix_order_reduction_split_size=1024), {}),

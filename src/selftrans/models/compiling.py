@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from selftrans.models import fused_norm
+from selftrans.models import fused_gelu, fused_norm
 from selftrans.types import Backbone
 
 VERSIONS = 64  #: compilations of a block in one process: students, teachers, samplers, batch sizes
@@ -16,10 +16,11 @@ KEEP_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  #: torch's se
 
 def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
     """`torch.compile` in place: each block of a model, with one compilation per shape for all of them, and the parts that are
-    `compiled_alone`."""
+    `compiled_alone`. ValueError where SELFTRANS_EPILOGUES lacks its library."""
     import torch._dynamo as dynamo
     import torch._functorch.config as functorch
 
+    fused_gelu.check()
     keep_compiled()
     # all blocks share one code object, and beyond 8 versions of one dynamo would run the rest uncompiled, with a mere warning
     dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)

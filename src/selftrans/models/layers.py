@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.models import fused_bias, fused_norm
+from selftrans.models import fused_bias, fused_gelu, fused_norm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -102,10 +102,18 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.hidden(x))
+        if fused_gelu.applies(self.fc1, self.fc2, x):
+            return fused_gelu.mlp(self.fc1, self.fc2, x)
+        return self.fc2(self._hidden(x))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """As `forward`, without the last layer."""
+    def biased(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, with the bias of the last layer as from `fused_bias.linear`."""
+        if not fused_gelu.applies(self.fc1, self.fc2, x):
+            return fused_bias.linear(self.fc2, self._hidden(x))
+        apart = fused_bias.applies(self.fc2, x)
+        return fused_gelu.mlp(self.fc1, self.fc2, x, bias_apart=apart), self.fc2.bias if apart else None
+
+    def _hidden(self, x: Tensor) -> Tensor:
         h, bias = fused_bias.linear(self.fc1, x)
         return gelu(h) if bias is None else fused_bias.gelu(h, bias)
 
@@ -135,7 +143,7 @@ class Block(nn.Module):
             a, bias = fused_bias.linear(self.attn.proj, self.attn.mixed(y)) if fused else (self.attn(y), None)
             x, y = fused_norm.gate_modulated(x, a, gate1, shift2, scale2, self.norm2.eps, bias)
             gate2 = gate2.unsqueeze(dim=1)
-            a, bias = fused_bias.linear(self.mlp.fc2, self.mlp.hidden(y)) if fused else (self.mlp(y), None)
+            a, bias = self.mlp.biased(y) if fused else (self.mlp(y), None)
             return fused_bias.gate_add(x, a, gate2, bias)
         x = x + gate1.unsqueeze(dim=1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(dim=1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
