@@ -20,8 +20,8 @@ budget=${BUDGET:-520}
 closing=10  # seconds for the table, and for ending a part that does not stop by itself
 parts="correctness b2 first_step xl2 memory s2 loading attention variants compare route sampling variants_s2 s4 around tests tuned"
 # seconds; docs/gpu-lease.md has what each part is expected to take
-declare -A limits=([correctness]=90 [b2]=100 [first_step]=100 [xl2]=130 [memory]=110 [s2]=80 [variants]=240 [loading]=40
-    [attention]=40 [compare]=180 [route]=150 [sampling]=100 [variants_s2]=200 [s4]=80 [around]=60 [tests]=150 [tuned]=300)
+declare -A limits=([correctness]=90 [b2]=100 [first_step]=100 [xl2]=130 [memory]=110 [s2]=80 [variants]=280 [loading]=40
+    [attention]=40 [compare]=180 [route]=150 [sampling]=100 [variants_s2]=240 [s4]=80 [around]=60 [tests]=150 [tuned]=300)
 export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}"
 
 gpu() {  # torch takes seconds to ask; nvidia-smi is not in every container

@@ -162,6 +162,7 @@ COVERED_BY = {
     "interop/published_file": "unit/interop/test_importing.py",
     "interop/run_facts": "unit/interop/test_pushing.py",
     "models/bias_kernel": "unit/models/test_fused_bias.py",
+    "models/gelu_product": "unit/models/test_fused_gelu.py",
     "models/label_published": "unit/models/test_sit_published.py",
     "models/dit_published": "unit/models/test_dit.py",
     "models/norm_kernel": "unit/models/test_fused_norm.py",

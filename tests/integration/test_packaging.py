@@ -35,7 +35,12 @@ PINS = {
     )
 }
 #: import names that differ from the name of their distribution
-DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "nvmath": "nvmath-python",
+    "sklearn": "scikit-learn",
+    "torch_fidelity": "torch-fidelity",
+}
 
 
 def test_one_version() -> None:

@@ -73,9 +73,8 @@ class _Mlp(torch.autograd.Function):
         (d,) = gradients
         x, hidden, act, weight1, weight2 = ctx.saved_tensors
         d_hidden, d_bias1 = linear_gelu_backward(d, weight2, hidden)
-        d_rows, d_hidden_rows = d.flatten(end_dim=-2), d_hidden.flatten(end_dim=-2)
-        d_weight1 = d_hidden_rows.T @ x.flatten(end_dim=-2)
-        d_weight2 = d_rows.T @ act.flatten(end_dim=-2)
+        rows, d_rows, d_hidden_rows = (each.flatten(end_dim=-2) for each in (x, d, d_hidden))
+        d_weight1, d_weight2 = d_hidden_rows.T @ rows, d_rows.T @ act.flatten(end_dim=-2)
         return d_hidden @ weight1, d_weight1, d_bias1, d_weight2, d_rows.sum(dim=0)
 
 

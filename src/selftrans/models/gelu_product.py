@@ -20,7 +20,7 @@ from nvmath.bindings import cublas, cublasLt
 from torch import Tensor
 
 WORKSPACE = 32 << 20  #: bytes that a product may use besides its operands: what NVIDIA recommends for Hopper
-ALIGNMENT = 256  #: bytes: what cuBLASLt expects of an address unless it is told otherwise
+ALIGNMENT = 256  #: bytes: what cuBLASLt expects of an address by default
 ONE, ZERO = np.ones((), np.float32), np.zeros((), np.float32)  #: factors of the product and of what was there before
 
 
@@ -105,12 +105,15 @@ def _plan(device: int, epilogue: int, weight: tuple[int, int], rows: int) -> _Pl
     cublasLt.matmul_preference_set_attribute(preference, attribute, limit.ctypes.data, limit.nbytes)
     found, count = cublasLt.MatmulHeuristicResult(1), np.zeros((), np.int32)
     handle = _handle(device)
-    cublasLt.matmul_algo_get_heuristic(handle, description, a, b, d, d, preference, 1, found.ptr, count.ctypes.data)
+    reason = "it found no algorithm"
+    try:
+        cublasLt.matmul_algo_get_heuristic(handle, description, a, b, d, d, preference, 1, found.ptr, count.ctypes.data)
+    except cublasLt.cuBLASLtError as error:
+        reason = str(error)
     cublasLt.matmul_preference_destroy(preference)
     if int(count) == 0:
-        raise RuntimeError(
-            f"cuBLASLt has no product with {cublasLt.Epilogue(epilogue).name} for {rows} rows and weight {weight}"
-        )
+        name = cublasLt.Epilogue(epilogue).name
+        raise RuntimeError(f"cuBLASLt has no product with {name} for {rows} rows and weight {weight}: {reason}")
     return _Plan(handle, description, layouts, found)
 
 

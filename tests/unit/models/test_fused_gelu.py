@@ -122,7 +122,8 @@ class Columns(SimpleNamespace):
         self.get_matmul_desc_attribute_dtype = self.get_matmul_preference_attribute_dtype = lambda attribute: np.int64
         self.create = self.matmul_preference_create = lambda: 1
         self.matmul_preference_set_attribute = self.matmul_preference_destroy = lambda *_: None
-        self.algorithms = 1
+        self.cuBLASLtError = ArithmeticError  # as its name there: a class that nothing else here raises
+        self.algorithms, self.refused = 1, False
 
     def new(self, value: Any) -> int:
         self.made.append(value)
@@ -138,6 +139,8 @@ class Columns(SimpleNamespace):
         self.made[handle][attribute.name] = ctypes.c_int64.from_address(at).value
 
     def matmul_algo_get_heuristic(self, *given: int) -> None:
+        if self.refused:
+            raise ArithmeticError("not supported")
         ctypes.c_int32.from_address(given[-1]).value = self.algorithms
 
     @staticmethod
@@ -204,7 +207,10 @@ def test_products_by_columns_equal_the_formulas(columns: Any) -> None:
                 torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.float().abs().max()))
     assert len(columns.library.made) == 1 + 3 * 4, "three products, each with a description and three layouts"
     columns.library.algorithms = 0
-    with pytest.raises(RuntimeError, match="no product with GELU_AUX_BIAS for 1 rows"):
+    with pytest.raises(RuntimeError, match=r"no product with GELU_AUX_BIAS for 1 rows .* no algorithm"):
+        columns.product.linear_gelu(drawn(1, D), weight, bias)
+    columns.library.refused = True
+    with pytest.raises(RuntimeError, match=r"no product with GELU_AUX_BIAS for 1 rows .* not supported"):
         columns.product.linear_gelu(drawn(1, D), weight, bias)
 
 

@@ -15,7 +15,7 @@ from torch.multiprocessing import ProcessExitedException
 from selftrans.checkpoints.format import newest
 from selftrans.cli.main import main
 from selftrans.methods.objective import Objective
-from selftrans.models import fused_bias, fused_norm
+from selftrans.models import fused_bias, fused_gelu, fused_norm
 from selftrans.models.compiling import compile_model
 from selftrans.models.sit import SiT
 from selftrans.train import fsdp
@@ -171,14 +171,16 @@ def test_sharded_average_is_gathered_anew_in_each_pass():
     spawn(follow_the_average)
 
 
-def compile_blocks(rank: int, biases: bool) -> None:
+def compile_blocks(rank: int, options: bool) -> None:
     """One of two processes: blocks that are sharded and then compiled, as on GPUs, have the gradients of plain ones, with the
-    operators of a GPU's norms and biases and a block that is computed again. Hooks that gather weights break no graph."""
+    operators of a GPU's norms, with those of its options, and with a block that is computed again. Hooks that gather weights
+    break no graph."""
     Accelerator(cpu=True)
     compile_module = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)  # type: ignore[method-assign]
     fused_norm.applies = lambda x: torch.compiler.is_compiling() and torch.is_grad_enabled()
-    fused_bias.FUSED_BIASES = biases
+    fused_bias.FUSED_BIASES = options
+    fused_gelu.applies = lambda fc1, fc2, x: options and fused_norm.applies(x)  # in float32, too
     found = []
     for sharded in (False, True):
         torch.manual_seed(0)
@@ -201,9 +203,9 @@ def compile_blocks(rank: int, biases: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("biases", [False, True])
-def test_sharded_blocks_are_compiled_without_a_break(biases):
-    spawn(compile_blocks, biases)
+@pytest.mark.parametrize("options", [False, True])
+def test_sharded_blocks_are_compiled_without_a_break(options):
+    spawn(compile_blocks, options)
 
 
 def test_ema_teacher_is_sharded(runs):
