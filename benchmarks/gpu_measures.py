@@ -286,6 +286,7 @@ def sampled_images(toy: bool, name: str, images: dict[str, np.ndarray]) -> dict[
 TESTS = (
     "tests/unit/models/test_fused_norm.py",
     "tests/unit/models/test_fused_bias.py",
+    "tests/unit/models/test_fused_gelu.py",
     "tests/unit/train/test_captured_step.py",
     "tests/unit/sampling/test_captured_passes.py",
 )

@@ -20,7 +20,7 @@ import torch._inductor.config as inductor
 from accelerate.state import AcceleratorState
 
 from selftrans.experiments.bench import settings
-from selftrans.models import fused_bias, fused_norm
+from selftrans.models import fused_bias, fused_gelu, fused_norm
 from selftrans.train.captured_step import NotCaptured
 from selftrans.train.interrupted import Interrupted
 from tests.support.scripts import script
@@ -109,7 +109,7 @@ def test_other_choices_for_the_step_are_measured_one_by_one(tmp_path: Path) -> N
         assert len({(row["loss"], row["grad_norm"]) for row in found.values()}) == 1, "the same weights, data and noise"
     assert not inductor.max_autotune_gemm and not inductor.coordinate_descent_tuning, "as before"
     assert (importlib.util.find_spec("triton") is not None) == fused_norm.FUSED_NORMS, "as before"
-    assert not fused_bias.FUSED_BIASES, "as before"
+    assert not fused_bias.FUSED_BIASES and not fused_gelu.EPILOGUES and fused_gelu.SUM_INSIDE, "as before"
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
