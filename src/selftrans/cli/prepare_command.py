@@ -43,7 +43,8 @@ class Prepare(Command):
     bucket_multiple: int = 2
     """sides of the buckets' latents are multiples of this, the patch size of the models"""
     standardise: bool = True
-    """give the latents of pixels zero mean and unit variance per channel; a folder that was begun without continues so"""
+    """give the latents of pixels, and of --autoencoder values, zero mean and unit variance per channel; a folder that was begun
+    without continues so"""
     flip: bool = False
     """store the mirrored pictures too"""
     skip_bad: bool = False
@@ -60,8 +61,8 @@ class Prepare(Command):
     """split of a data set on the hub (None: train), or of a folder or archive with a part for each split (train/cat, val/cat;
     train-0.tar), of which None reads all"""
     label_column: str | None = None
-    """column with the labels (integers or words) of a parquet file or a data set on the hub, or field of key.json in tars;
-    None: found by its type or name, if it holds integers"""
+    """column with the labels (integers or words) of a parquet file, a data set on the hub, or the file of --labels, or field of
+    key.json in tars; None: found by its name or type, in tables and tars if it holds integers"""
     labels: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """csv or json with the path and the label (a word, or a number from 0) of each picture of a folder or zip, in place of
     class folders"""
@@ -99,7 +100,7 @@ class Prepare(Command):
     frames: int | None = None
     """frames of a video, read from its start"""
     grey: bool = False
-    """store videos in grey instead of RGB"""
+    """store pictures or videos in grey instead of RGB: one channel in place of three"""
     range: tuple[float, float] | None = None
     """LOW HIGH: the values of black and white in pictures of more than 8 bits (0 4095 for 12 bits, or of float TIFFs);
     None: all bits"""
@@ -128,9 +129,12 @@ class Prepare(Command):
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         text = self._text()
         media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
-        reading = Reading(self.max_pixels, self.range, self.allow_empty, self.streaming, self.labels)
+        of_file = self.label_column if self.labels else None
+        limits = (self.max_pixels, self.range, self.allow_empty, self.streaming)
+        reading = Reading(*limits, self.labels, of_file, self.grey)
         others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
         given = self.options(*vars(media), *others, *Reading._fields) | {"reading": reading}
+        given["label_column"] = self.label_column
         given |= {"precision": of_vae, "text": text, "media": media, "standardise": None if self.standardise else False}
         given["resolution"] = None if self.resolution is None else parse_resolution(self.resolution)
         options: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision}

@@ -21,10 +21,11 @@ from selftrans.data.resolution import sides, size_text
 from selftrans.data.shard_file import NUMBERS, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.clips import Clips
+from selftrans.data.sources.npy import NpyFiles
 from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Source
 from selftrans.encoders.autoencoder import Autoencoder, from_uint8
-from selftrans.encoders.identity import identity_kind
+from selftrans.encoders.identity import identity_kind, standardised_name
 from selftrans.messages import printable
 from selftrans.plain_json import Option
 from selftrans.storage import sha256_file
@@ -88,20 +89,20 @@ class ShardEncoder(ShardPlan):
                 )
             shape: tuple[int, ...] = (model.channels or channels, *(side // model.downsample for side in size))
         else:
-            shape = cast(NpzValues | Clips, self.source).shape
-        shift = model.latent_space.shift
-        if isinstance(shift, tuple) and len(shift) != shape[0]:
-            raise ValueError(
-                f"autoencoder {model.name} has a shift for {len(shift)} channels, but the data have {shape[0]}"
-            )
+            shape = cast(NpzValues | NpyFiles | Clips, self.source).shape
+        try:
+            space = model.latent_space.of_channels(shape[0])
+        except ValueError as error:
+            raise ValueError(f"autoencoder {printable(model.name, 200)} {error}") from None
+        kind = identity_kind(model.name)
         return Manifest(
             version=VERSION,
             count=0,
             copies=2 if self.flip else 1,
             shape=shape,
-            latent_space=model.latent_space,
+            latent_space=space,
             dtype=self.dtype,
-            autoencoder=model.name,
+            autoencoder=standardised_name(kind, space) if kind and space != model.latent_space else model.name,
             resolution=resolution,
             image_channels=channels,
             conditions=self.text.conditions if self.text else conditions_of(self.source.classes),

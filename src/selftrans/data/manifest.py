@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -28,6 +28,7 @@ VERSION = 2
 FILE = "manifest.json"
 BUCKETS = "buckets.json"  #: takes the place of FILE in a folder of buckets, see `buckets.py`
 DTYPES = ("float16", "float32")  #: of stored moments
+MOST_NAMED = 4  #: channels whose shift and scale the summary lists
 REMEDY = "prepare the data again"
 Side: TypeAlias = Annotated[int, within(1, 1 << 16)]  #: of a picture
 
@@ -175,7 +176,12 @@ class Manifest:
         if self.latent_space == UNSCALED:
             return f"{what}, as they are"
         unit = "scaled to zero mean and unit variance" if self.options.get("standardise") else "scaled"
-        return f"{what}, {unit} ({printable(self.autoencoder.partition('(')[2].removesuffix(')'))})"
+        shift, scale = (each if isinstance(each, tuple) else (each,) for each in astuple(self.latent_space)[:2])
+        numbers = self.autoencoder.partition("(")[2].removesuffix(")")
+        if len(shift) > MOST_NAMED:
+            ranges = (f"{min(each):g} to {max(each):g}" for each in (shift, scale))
+            numbers = "{} channels: shift {}, scale {}".format(len(shift), *ranges)
+        return f"{what}, {unit} ({printable(numbers)})"
 
     def shards_sha256(self, separator: str = "\n") -> str:
         """sha256 of the sha256 of all shards, with `separator` between them: the same for the same data in another folder."""

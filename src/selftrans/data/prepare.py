@@ -73,7 +73,8 @@ def prepare(
     """Encode pictures (see `open_source`), sounds or videos (see `open_clips`) into a folder of shards; returns its manifest.
 
     Args:
-        autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`).
+        autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`), or npy
+            files of one array each (see `npy_values`).
         resolution: side, or (height, width), to crop and resize to; None keeps the size. square: refuse other shapes.
         flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float32 for values and sounds, else float16. precision: of the network.
@@ -101,7 +102,7 @@ def prepare(
     if earlier and _finished(earlier, options, samples, out, progress):
         return Manifest.load(out)
     if pictures is None:
-        report_source(samples, progress, flip=flip)
+        report_source(samples, progress, flip=flip, pixels=identity_kind(autoencoder) == "pixel")
     check_faults(samples, source, skip_bad)
     captions, device, model = _networks(samples, autoencoder, text, device, precision, progress)
     encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)

@@ -72,7 +72,7 @@ def prepare_buckets(
     opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
     if opened.in_order:
         raise ValueError("buckets need the size of every picture before the first is encoded; leave out --streaming")
-    report_source(opened, progress, flip=bool(options.get("flip")))
+    report_source(opened, progress, flip=bool(options.get("flip")), pixels=identity_kind(autoencoder) == "pixel")
     check_faults(opened, source, skip_bad)
     _check_folder(out, sizes)
     options |= {"autoencoder": autoencoder, "device": device, "text": text, "skip_bad": skip_bad, "progress": progress}

@@ -12,8 +12,8 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.file_kinds import describe_ignored
-from selftrans.data.sources.source import Samples
-from selftrans.data.sources.source_warnings import keep_labels, source_warnings
+from selftrans.data.sources.source import Samples, Source
+from selftrans.data.sources.source_warnings import all_grey, keep_labels, source_warnings
 from selftrans.messages import escaped, listed, plural, printable
 
 
@@ -23,15 +23,17 @@ def say(text: str, progress: bool) -> None:
         print(escaped(text), file=sys.stderr)
 
 
-def report_source(samples: Samples, progress: bool, *, flip: bool = False) -> None:
+def report_source(samples: Samples, progress: bool, *, flip: bool = False, pixels: bool = False) -> None:
     """Print how many files of a source are not read and why, and give its warnings.
 
-    flip: whether mirrored pictures are stored, too.
+    flip: whether mirrored pictures are stored, too. pixels: whether pictures are stored as pixels.
     """
     if samples.ignored:
         say(describe_ignored(samples.ignored), progress)
     for warning in source_warnings(samples, flip=flip):
         warnings.warn(warning, stacklevel=3)
+    if pixels and isinstance(samples, Source) and not samples.in_order and all_grey(samples):
+        say("the pictures are grey: --grey stores one channel in place of three equal ones", progress)
     for remark in samples.remarks if isinstance(samples, Clips) else ():
         say(remark, progress)
 

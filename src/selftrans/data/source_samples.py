@@ -10,6 +10,7 @@ from selftrans.data.encode_captions import TextOptions
 from selftrans.data.resolution import Resolution, check_square
 from selftrans.data.sources.clips import MediaOptions, kind_of, open_clips
 from selftrans.data.sources.decode import Reading
+from selftrans.data.sources.npy import npy_values
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples
@@ -41,12 +42,12 @@ def source_samples(
         of_pictures = {"resolution": resolution, "flip": flip, "text": text, "range": reading.range}
         if given := next((name for name, value in of_pictures.items() if value), None):
             raise ValueError(f"--{given} is for pictures; leave it out with --autoencoder values")
-        if reading.labels is not None:
-            raise ValueError(
-                "--labels does not apply to --autoencoder values; store the labels in the npz, as `labels`"
-            )
-        if label_column is not None:
+        if label_column not in (None, reading.label_column):
             warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=2)
+        if Path(source).is_dir() or Path(source).suffix.lower() in (".zip", ".tar"):
+            return npy_values(Path(source), split, reading)
+        if reading.labels is not None:
+            raise ValueError("--labels does not apply to an npz; store the labels in it, as `labels`")
         return npz_values(Path(source))
     archives = text is None
     of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
@@ -56,6 +57,7 @@ def source_samples(
     clips = open_clips(source, media, resolution, progress, archives=archives, split=split, reading=reading)
     if clips is not None:
         return clips
+    reading = reading._replace(grey=media.grey)
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     opened = open_source(
         source,

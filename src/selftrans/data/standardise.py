@@ -1,6 +1,6 @@
-"""Pixels of zero mean and unit variance: mean and deviation of each channel over all shards, as the latents' shift and scale.
+"""Zero mean and unit variance of pixels and values: mean and deviation of each channel over all shards, as shift and scale.
 
-What is stored stays the pixels in [-1, 1]. Shift and scale are known when the last shard is written; then the
+What is stored stays the pixels in [-1, 1], or the values. Shift and scale are known when the last shard is written; then the
 manifest gets them, and the name of an autoencoder that undoes them.
 Shape legend: n rows, (C, *S) values.
 """
@@ -23,7 +23,10 @@ from selftrans.plain_json import Option
 from selftrans.storage import write_text
 
 CHUNK = 256  #: rows read at a time
-CONSTANT = 1e-3  #: a channel of smaller deviation, an eighth of a grey level, is constant: it is shifted only
+#: a channel of smaller deviation is constant and is shifted only: of pixels an eighth of a grey level, of values, which may
+#: have any unit, about the rounding of float32 at the mean
+CONSTANT, ROUNDING = 1e-3, 1e-6
+SMALLEST = 1e-29  #: deviation of which the scale can be written in the name of an autoencoder
 OPTION = "standardise"  #: among the manifest's options
 #: a folder, its plan or manifest, and its finished shards
 Prepared: TypeAlias = tuple[Path, Manifest, Iterable[Shard]]
@@ -34,8 +37,8 @@ def standardise_option(
 ) -> dict[str, Option]:
     """The option to record: {OPTION: True} for a folder that is standardised, else {}, as in older manifests.
 
-    Only pixels and values can be standardised. asked: whether to; None: as the folder was begun, and in a new folder pixels
-    only. The name of an autoencoder with numbers in brackets (see `identity`) sets shift and scale instead.
+    Only pixels and values can be standardised. asked: whether to; None: as the folder was begun, and yes in a new folder.
+    The name of an autoencoder with numbers in brackets (see `identity`) sets shift and scale instead.
     Raises ValueError where `asked` is given for data whose latents have a scale of their own.
     """
     if media or autoencoder not in ("pixel", "values"):
@@ -44,7 +47,7 @@ def standardise_option(
             raise ValueError(f"standardise is for pixels and values; {what} a known scale: leave it out")
         return {}
     if asked is None:
-        asked = bool(before.options.get(OPTION)) if before else autoencoder == "pixel"
+        asked = before is None or bool(before.options.get(OPTION))
     return {OPTION: True} if asked else {}
 
 
@@ -93,7 +96,9 @@ def statistics(folders: Sequence[Prepared], progress: bool) -> LatentSpace:
         count += values.shape[0] * values.shape[2]
     mean = total / max(1, count)
     deviation = np.sqrt(np.maximum(0.0, squares / max(1, count) - mean**2))
-    scale = np.where(deviation > CONSTANT, 1 / np.maximum(deviation, CONSTANT), 1.0)
+    pixels = identity_kind(folders[0][1].autoencoder) == "pixel"
+    least = np.full(channels, CONSTANT) if pixels else np.maximum(SMALLEST, ROUNDING * np.abs(origin))
+    scale = np.where(deviation > least, 1 / np.maximum(deviation, least), 1.0)
     # rounded, so that sums that differ in their last bits give the same numbers
     return LatentSpace(tuple(map(rounded, origin + mean)), tuple(map(rounded, scale)), stochastic=False)
 

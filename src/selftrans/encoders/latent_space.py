@@ -6,7 +6,7 @@ else C).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -34,6 +34,14 @@ class LatentSpace:
     shift: Number | tuple[Number, ...]  #: one number, or one per channel
     scale: Number | tuple[Number, ...]  #: likewise
     stochastic: bool  #: moments hold the mean and then a standard deviation
+
+    def of_channels(self, count: int) -> LatentSpace:
+        """With a number for each of `count` channels, where there is one for all. Raises ValueError for another count."""
+        if not isinstance(self.shift, tuple) or not isinstance(self.scale, tuple):
+            return self
+        if len(self.shift) not in (1, count):
+            raise ValueError(f"has a shift for {len(self.shift)} channels, but the data have {count}")
+        return self if len(self.shift) == count else replace(self, shift=self.shift * count, scale=self.scale * count)
 
     def sample(self, moments: Tensor) -> Tensor:
         """Stored moments (N, M, *S) to scaled float32 latents (N, C, *S), sampled with torch's default RNG if stochastic."""

@@ -17,7 +17,13 @@ from selftrans.train.batches import Stream, to_batch
 from selftrans.types import Conditions
 from tests.support.pictures import contents, stopped_after
 
-OPTIONS: dict[str, Any] = {"autoencoder": "values", "shard_size": 5, "batch_size": 2, "progress": False}
+OPTIONS: dict[str, Any] = {
+    "autoencoder": "values",
+    "shard_size": 5,
+    "batch_size": 2,
+    "standardise": False,
+    "progress": False,
+}
 
 
 def save(path: Path, *shape: int, count: int = 13, **arrays: np.ndarray) -> np.ndarray:
@@ -118,7 +124,8 @@ def test_options_for_pictures_are_refused_in_one_line(
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
     assert main(common) == 0
     captured = capsys.readouterr()
-    assert "13 samples, unconditional" in captured.out and "2x40 latents: values, as they are, float32" in captured.out
+    assert "13 samples, unconditional" in captured.out
+    assert "2x40 latents: values, scaled to zero mean and unit variance (shift=" in captured.out
     assert "13/13" in captured.err and "samples/s" in captured.err
 
 
@@ -147,6 +154,11 @@ def test_values_refuse_pictures_and_other_sources(tmp_path: Path) -> None:
         ValueError, match=r"x.npz is a file of arrays; pictures are read from their files"
     ):  # npz pictures are for evaluate only
         prepare(tmp_path / "x.npz", tmp_path / "out", progress=False)
-    for source in ("digits", tmp_path):
-        with pytest.raises(ValueError, match="autoencoder values reads an npz file"):
-            prepare(source, tmp_path.with_name("out"), **OPTIONS)
+    with pytest.raises(
+        ValueError, match="autoencoder values reads an npz with an array `data`, or a folder of npy files"
+    ):
+        prepare("digits", tmp_path.with_name("out"), **OPTIONS)
+    with pytest.raises(
+        ValueError, match=r"no npy files in .*: --autoencoder values reads arrays, from npy files or one npz"
+    ):
+        prepare(tmp_path, tmp_path.with_name("out"), **OPTIONS)

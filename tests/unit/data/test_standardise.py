@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from selftrans.cli.main import main
@@ -118,8 +119,16 @@ def test_scale_of_other_data_may_be_given(source, tmp_path):
     )
     found = np.concatenate(list(decoded_images(Dataset.open(tmp_path / "data"))))
     assert np.array_equal(np.sort(found, axis=0), np.sort(PICTURES, axis=0))
-    with pytest.raises(ValueError, match="has a shift for 1 channels, but the data have 3"):
-        prepare(source, tmp_path / "grey", autoencoder="pixel(shift=0.0,scale=2.0)", progress=False)
+    with pytest.raises(ValueError, match="has a shift for 2 channels, but the data have 3"):
+        prepare(source, tmp_path / "two", autoencoder="pixel(shift=0.0:0.0,scale=2.0:2.0)", progress=False)
+
+
+def test_one_number_is_that_of_each_channel(source, tmp_path):
+    options = {"autoencoder": "pixel(shift=0.5,scale=2.0)", "progress": False}
+    manifest = prepare(source, tmp_path / "data", **options)
+    assert manifest.latent_space == LatentSpace((0.5, 0.5, 0.5), (2.0, 2.0, 2.0), stochastic=False)
+    assert manifest == Manifest.load(tmp_path / "data") == prepare(source, tmp_path / "data", **options)
+    assert load_autoencoder(manifest.autoencoder).latent_space == manifest.latent_space
 
 
 def test_manifest_whose_name_and_scale_disagree_is_refused(source, tmp_path):
@@ -145,19 +154,43 @@ def test_data_with_a_scale_of_their_own_are_refused(source, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_values_are_standardised_where_it_is_asked_for(tmp_path):
+def test_values_are_standardised_unless_it_is_refused(tmp_path, capsys):
     data = np.random.default_rng(0).normal([[[1000.0], [-2.0]]], [[[0.5], [30.0]]], (40, 2, 6)).astype(np.float32)
     np.savez(tmp_path / "values.npz", data=data)
-    plain = prepare(tmp_path / "values.npz", tmp_path / "plain", autoencoder="values", progress=False)
-    assert plain.latent_space == UNSCALED
-    found = prepare(
-        tmp_path / "values.npz", tmp_path / "data", autoencoder="values", standardise=True, progress=False
-    ).latent_space
-    wide = data.astype(np.float64)
+    command = ["prepare", str(tmp_path / "values.npz"), "--autoencoder=values"]
+    assert main([*command, f"--out={tmp_path / 'plain'}", "--no-standardise"]) == 0
+    assert Manifest.load(tmp_path / "plain").latent_space == UNSCALED
+    assert main([*command, f"--out={tmp_path / 'plain'}"]) == 0, "a folder continues as it was begun"
+    assert Manifest.load(tmp_path / "plain").latent_space == UNSCALED
+    assert main([*command, f"--out={tmp_path / 'data'}"]) == 0
+    assert "2x6 latents: values, scaled to zero mean and unit variance (shift=" in capsys.readouterr().out
+    found, wide = Manifest.load(tmp_path / "data").latent_space, data.astype(np.float64)
     assert found.shift == pytest.approx(wide.mean(axis=(0, 2)), rel=1e-5)
     assert found.scale == pytest.approx(1 / wide.std(axis=(0, 2)), rel=1e-4)
     again = np.concatenate(list(decoded_images(Dataset.open(tmp_path / "data"))))
     np.testing.assert_allclose(again, data, rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e9])
+def test_values_of_any_unit_have_unit_variance_and_a_constant_channel_is_shifted_only(tmp_path, unit):
+    drawn = np.random.default_rng(0).normal(2.0, 1.0, (40, 1, 6))
+    data = np.concatenate([drawn * unit, np.full_like(drawn, 3 * unit), np.zeros_like(drawn)], axis=1)
+    np.savez(tmp_path / "x.npz", data=data.astype(np.float32))
+    manifest = prepare(tmp_path / "x.npz", tmp_path / "data", autoencoder="values", progress=False)
+    assert manifest.latent_space.scale == pytest.approx([1 / (drawn.std() * unit), 1, 1], rel=1e-4)
+    assert manifest.latent_space.shift == pytest.approx([drawn.mean() * unit, 3 * unit, 0], rel=1e-5)
+    z0, _ = data_latents(Dataset.open(tmp_path / "data"), 40)
+    assert z0[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_summary_of_many_channels_has_the_range_of_their_numbers(tmp_path):
+    data = np.arange(13, dtype=np.float32)[None, :, None] + np.array([-1, 1], np.float32)[:, None, None]
+    np.savez(tmp_path / "x.npz", data=np.repeat(data, 4, axis=2))
+    manifest = prepare(tmp_path / "x.npz", tmp_path / "data", autoencoder="values", progress=False)
+    assert (
+        "values, scaled to zero mean and unit variance (13 channels: shift 0 to 12, scale 1 to 1), f"
+        in manifest.summary()
+    )
 
 
 def test_buckets_share_the_statistics_of_all_pictures(tmp_path):
@@ -183,3 +216,19 @@ def test_latent_zero_is_the_mean_pixel():
     manifest = Dataset.open(toy.digits()).manifest
     grey = decode_images(load_autoencoder(manifest.autoencoder), torch.zeros(1, 1, 8, 8))
     assert set(grey.flatten()) == {round((manifest.latent_space.shift[0] + 1) * 127.5)}
+
+
+def test_grey_stores_one_channel_and_is_named_where_all_pictures_are_grey(tmp_path, capsys):
+    levels = np.random.default_rng(0).integers(0, 4096, (5, 8, 8)).astype(np.uint16)
+    where = write(tmp_path / "scans", {f"{i}.png": encoded(Image.fromarray(each)) for i, each in enumerate(levels)})
+    command, said = ["prepare", str(where), "--range", "0", "4095"], "the pictures are grey: --grey stores one channel"
+    assert main([*command, f"--out={tmp_path / 'grey'}", "--grey"]) == 0 and said not in capsys.readouterr().err
+    assert main([*command, f"--out={tmp_path / 'data'}"]) == 0 and said in capsys.readouterr().err
+    grey, three = (Dataset.open(tmp_path / name) for name in ("grey", "data"))
+    assert (grey.manifest.shape, grey.manifest.image_channels) == ((1, 8, 8), 1) and three.manifest.shape == (3, 8, 8)
+    stored = [each.read(np.arange(5))["moments"][:, 0] for each in (grey, three)]
+    assert torch.equal(stored[0].expand(-1, 3, -1, -1), stored[1])
+    images = next(iter(decoded_images(grey, batch_size=5)))
+    assert np.abs(images[..., 0] - levels / 4095 * 255).max() <= 0.5 + 1e-6
+    assert main([*command, f"--out={tmp_path / 'data'}", "--grey"]) == 1
+    assert "was prepared without grey, not with True" in capsys.readouterr().err

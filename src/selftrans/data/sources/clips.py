@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from selftrans.data.sources.decode import STANDARD, BadSample, Reading, unreadable
-from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, junk_name
+from selftrans.data.sources.file_kinds import ARRAYS, PICTURES, SOUNDS, VIDEOS, junk_name
 from selftrans.data.sources.folder import empty_classes, files_like, folder_entries, walk
 from selftrans.data.sources.label_file import given_labels
 from selftrans.data.sources.source import Samples, Source, in_class_folders
@@ -34,7 +34,7 @@ TARS = "*.tar"
 GIF = ".gif"  #: a video with --frames, a picture without
 KNOWN = PICTURES | SOUNDS | VIDEOS
 
-Kind = Literal["sounds", "videos", "pictures"]
+Kind = Literal["sounds", "videos", "pictures", "arrays"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def open_clips(
     root = Path(source)
     kind = kind_of(root, options.frames, archives=archives)
     if kind not in ("sounds", "videos"):
-        options.refuse(f"{source}, which holds no sounds or videos")
+        replace(options, grey=False).refuse(f"{source}, which holds no sounds or videos")
         return None
     files = open_files(root, kind, options.frames, split, reading)
     if kind == "sounds":
@@ -196,29 +196,36 @@ def _kind(name: str, frames: int | None) -> Kind:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in SOUNDS:
         return "sounds"
+    if suffix in ARRAYS:
+        return "arrays"
     return "videos" if suffix in VIDEOS or (suffix == GIF and frames is not None) else "pictures"
 
 
 def open_files(
-    path: Path, kind: Kind, frames: int | None, split: str | None = None, reading: Reading = STANDARD
+    path: Path,
+    kind: Kind,
+    frames: int | None,
+    split: str | None = None,
+    reading: Reading = STANDARD,
+    known: Collection[str] = KNOWN,
 ) -> Source:
     """The files of a source of this kind, with their labels; its `open` returns a file. `split` and `reading` as in
-    `open_source`.
+    `open_source`, `known`: extensions of the files that are read.
 
     Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; in a zip
     such folders are only counted as ignored.
     """
     empty: list[str] = []  #: class folders without files; tars have none
     if path.is_file() and path.suffix.lower() == ".zip":
-        listed = zip_entries(path, KNOWN, split)
+        listed = zip_entries(path, known, split)
         found, empty = listed.files, listed.empty
     elif path.is_file():
-        found = tar_entries([path], KNOWN, split)
-    elif next(walk(path, KNOWN, Counter()), None) is None:
-        found = tar_entries(split_files(files_like(path, TARS), split, str(path)), KNOWN)
+        found = tar_entries([path], known, split)
+    elif next(walk(path, known, Counter()), None) is None and (tars := files_like(path, TARS)):
+        found = tar_entries(split_files(tars, split, str(path)), known)
     else:
         path = split_folder(path, split)
-        found = folder_entries(path, KNOWN)
+        found = folder_entries(path, known)
         if reading.labels is None:
             empty = empty_classes(path, found.names, kind, reading.allow_empty)
     for name in found.names:
@@ -229,7 +236,7 @@ def open_files(
             raise ValueError(f"{path} holds {kind} and {other}, such as {printable(name)}; {remedy}")
     source = replace(found.pictures(), open=found.open)
     if reading.labels is not None:
-        return given_labels(source, reading.labels)
+        return given_labels(source, reading.labels, reading.label_column)
     if empty and not reading.allow_empty:
         source.ignored[f"class folders without {kind}"] = len(empty)
     source = in_class_folders(source, found.heads, str(path), kind, empty if reading.allow_empty else ())

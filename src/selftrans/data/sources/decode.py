@@ -79,6 +79,8 @@ class Reading(NamedTuple):
     allow_empty: bool = False  #: a class folder without pictures is a class, instead of an error
     streaming: bool = False  #: rows of a table are read in order, those of the hub over the network: no copy on disk
     labels: Path | None = None  #: a file with the label of each picture, in place of class folders; see `label_file`
+    label_column: str | None = None  #: of that file; None: the one with a usual name
+    grey: bool = False  #: one channel in place of three
 
     def check(self) -> None:
         """Raise ValueError for an option out of range."""

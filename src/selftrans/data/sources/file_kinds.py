@@ -47,7 +47,10 @@ ARCHIVES = frozenset((".7z", ".bz2", ".gz", ".lz4", ".rar", ".tgz", ".xz", ".zip
 ARRAYS = frozenset((".npy", ".npz"))
 TABLES = frozenset((".csv", ".json", ".jsonl", ".tsv", ".txt", ".xls", ".xlsx", ".xml"))
 FORMS = "a folder, a zip, a tar or a parquet file (docs/data.md)"
-SAVE_ARRAYS = "pictures are read from their files, floats (N, C, ...) from an npz with `data` by --autoencoder values"
+SAVE_ARRAYS = (
+    "pictures are read from their files, floats (N, C, ...) from an npz with `data`, or (C, ...) from npy files, by "
+    "--autoencoder values"
+)
 MOST = 8  #: kinds of files that a message names
 
 

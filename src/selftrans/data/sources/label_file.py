@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from selftrans.data.sources.labelling import Label, as_label, with_labels
 from selftrans.data.sources.source import MAX_CLASSES, Source
@@ -27,9 +27,12 @@ from selftrans.messages import first_line, plural, printable
 
 NAME = "dataset.json"
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+MOST_LINES = 1000  #: of a csv, by which its columns are found
 #: names of columns and fields, in lower case
 LABELS = ("label", "class", "class_name", "category", "target")
-_FORMS = "give a csv of path,label, or a json of paths and labels (docs/data.md)"
+_FORMS = (
+    "give a csv of path,label, or a json of paths and labels (docs/data.md), or the column of labels by --label-column"
+)
 
 
 def labelled_folder(source: Source, root: Path, prefix: str = "") -> Source | None:
@@ -62,10 +65,11 @@ def labelled(source: Source, read: Callable[[], str], where: str, names: Sequenc
     return replace(source if of is None else with_labels(source, of, where, names), ignored=ignored)
 
 
-def given_labels(source: Source, path: str | Path) -> Source:
+def given_labels(source: Source, path: str | Path, column: str | None = None) -> Source:
     """The source with the labels of a csv, tsv, json or json-lines file (see the head of this module), by `with_labels`.
 
-    Raises ValueError for a file that is not of this kind, and as `with_labels`.
+    `column`: the column or field of the labels; None: the one with a usual name. Raises ValueError for a file that is not of
+    this kind, and as `with_labels`.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -73,9 +77,9 @@ def given_labels(source: Source, path: str | Path) -> Source:
         raise ValueError(f"the file of labels {printable(path)} does not end in {', '.join(SUFFIXES)}; {_FORMS}")
     with _named(str(path), _FORMS):
         text = read_text(path)
-        of = _unique(
-            _csv(text, suffix, {*source.names}) if suffix in (".csv", ".tsv") else _pairs(_entries(text, suffix))
-        )
+        labels, of_lines = LABELS if column is None else (column.strip().lower(),), suffix in (".csv", ".tsv")
+        pairs = _csv(text, suffix, source.names, labels) if of_lines else _pairs(_entries(text, suffix), labels)
+        of = _unique(pairs)
     return with_labels(source, of, str(path))
 
 
@@ -107,12 +111,13 @@ def _entries(text: str, suffix: str) -> Iterable[object]:
     return content
 
 
-def _pairs(entries: Iterable[object]) -> Iterator[tuple[str, Label]]:
-    """Name and label of each entry of a json. Raises ValueError for any other entry."""
+def _pairs(entries: Iterable[object], labels: tuple[str, ...] = LABELS) -> Iterator[tuple[str, Label]]:
+    """Name and label (in one of the fields `labels`) of each entry of a json. Raises ValueError for any other entry."""
     for entry in entries:
         found = entry
         if isinstance(entry, JsonObject):
-            keys = [_column(entry, names) for names in (NAMES, LABELS)]
+            titles = {title.strip().lower(): title for title in entry}
+            keys = [titles.get(key, key) for key in (_column(titles, NAMES), _column(titles, labels))]
             entry.check(keys)
             found = [entry.get(key) for key in keys]
         name, given = found if isinstance(found, list) and len(found) == 2 else (None, -1)
@@ -137,13 +142,19 @@ def _unique(pairs: Iterable[tuple[str, Label]]) -> dict[str, Label]:
     return of
 
 
-def _csv(text: str, suffix: str, names: Collection[str]) -> Iterator[tuple[str, Label]]:
-    """Name and label of each line; `names` of the pictures: a first line with one of them is no header."""
+def _csv(
+    text: str, suffix: str, pictures: Sequence[str], labels: tuple[str, ...] = LABELS
+) -> Iterator[tuple[str, Label]]:
+    """Name and label of each line; the label is in one of the columns `labels`.
+
+    `pictures`: their names: a first line with one of them is no header, and a column of them is that of the names.
+    """
+    names, rows = {*pictures}, list(csv_rows(text, suffix))
     at: tuple[int, int] | None = None
     same: list[tuple[int, int]] = []  # pairs of columns with the same title
-    for number, row in csv_rows(text, suffix):
+    for number, row in rows:
         if at is None:
-            at = _columns(row)
+            at = _columns([each for _, each in rows[:MOST_LINES]], names, labels)
             titles = [cell.strip().lower() for cell in row]
             same = [(i, k) for i in at for k, title in enumerate(titles) if k > i and title == titles[i]]
             if at != (0, 1) or titles[0] in NAMES or not _is_name(row[0], names):
@@ -159,16 +170,33 @@ def _csv(text: str, suffix: str, names: Collection[str]) -> Iterator[tuple[str, 
         yield row[at[0]].strip(), row[at[1]].strip() or None
 
 
-def _columns(row: list[str]) -> tuple[int, int]:
-    """The columns of names and labels, by the first line. Raises ValueError where that is not clear."""
-    cells = [cell.strip().lower() for cell in row]
-    known = dict.fromkeys(cells)
-    if any(cell in LABELS for cell in cells) and any(cell in NAMES for cell in cells):
-        return cells.index(_column(known, NAMES)), cells.index(_column(known, LABELS))
+def _columns(rows: list[list[str]], names: Collection[str], labels: tuple[str, ...]) -> tuple[int, int]:
+    """The columns of names and labels, by the first lines. Raises ValueError where that is not clear."""
+    row, cells = rows[0], [cell.strip().lower() for cell in rows[0]]
+    known, shown = dict.fromkeys(cells), f"{plural(len(rows[0]), 'column')}, {printable(', '.join(rows[0]), 80)}"
+    if any(cell in labels for cell in cells):
+        column = cells.index(_column(known, labels))
+        if any(cell in NAMES for cell in cells):
+            return cells.index(_column(known, NAMES)), column
+        if (found := _column_of_names(rows[1:], names, column)) is not None:
+            return found, column
+    elif labels is not LABELS:
+        raise ValueError(f"it has no column {printable(labels[0])}, but {shown}")
     if len(row) != 2 or (len(known) == 1 and cells[0] in (*NAMES, *LABELS)):
-        shown = printable(", ".join(row), 80)
-        raise ValueError(f"it has {plural(len(row), 'column')}, {shown}, and none are named path and label")
+        raise ValueError(f"it has {shown}, and none are named path and label")
     return 0, 1
+
+
+def _column_of_names(rows: list[list[str]], names: Collection[str], but: int) -> int | None:
+    """The column, other than `but`, with the most names of pictures, with or without their folders and extension."""
+    pictures = [PurePosixPath(name) for name in names]
+    known = {form for name in pictures for form in (name.name, name.stem)}
+    counts = Counter(k for row in rows for k, cell in enumerate(row) if k != but and _last_part(cell) in known)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _last_part(cell: str) -> str:
+    return picture_name(cell.strip()).rsplit("/", 1)[-1]
 
 
 def _column(entry: Collection[str], names: tuple[str, ...]) -> str:

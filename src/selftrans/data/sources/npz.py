@@ -75,7 +75,7 @@ def npz_labels(path: Path) -> np.ndarray | None:
         except Exception:
             return None  # `npz_samples` reports the fault
         with _member(archive, path, "arr_1") as file:
-            shape, _, dtype = _header(file)
+            shape, _, dtype = array_header(file)
             if len(shape) != 1 or dtype.kind not in "iu":
                 return None
             if shape[0] != count or count * dtype.itemsize > MAX_PICTURE_BYTES:
@@ -126,7 +126,7 @@ class NpzValues(Samples):
         """The bytes of each sample, from number `start` on."""
         size = math.prod(self.shape) * self.dtype.itemsize
         with open_zip(self.path) as archive, archive.open("data.npy") as file:
-            _header(file)
+            array_header(file)
             left = start * size
             while left:
                 left -= len(_read_exactly(file, min(left, CHUNK), self.path, f"a sample before {start}"))
@@ -135,15 +135,20 @@ class NpzValues(Samples):
 
 
 def npz_values(path: Path) -> NpzValues:
-    """Open an npz of values: `data` (N, C, *S) float16, 32 or 64; optionally `labels` (N,), integers from 0, and `classes`,
-    the names of the labels (default: "0", "1", ... up to the highest label).
+    """Open an npz of values: `data` (N, C, *S) float16, 32 or 64, or integers of 16 bits; optionally `labels` (N,),
+    integers from 0, and `classes`, the names of the labels (default: "0", "1", ... up to the highest label).
 
     Raises ValueError, with the remedy, for any other array, also a pickled one, and for labels that do not match.
     """
     if not path.is_file():
-        raise ValueError(f"no file {path}: autoencoder values reads an npz file with an array `data`")
+        raise ValueError(
+            f"no file {path}: autoencoder values reads an npz with an array `data`, or a folder of npy files"
+        )
     if path.suffix.lower() == ".npy":
-        raise ValueError(f"{path} is a single array; save it as an npz with numpy.savez(file, data=..., labels=...)")
+        raise ValueError(
+            f"{path} is a single file; save its samples as one npz with numpy.savez(file, data=..., labels=...), or give the "
+            "folder of files with one sample each"
+        )
     with open_zip(path) as archive:
         names = set(archive.namelist())
         if "data.npy" not in names:
@@ -168,20 +173,42 @@ def npz_values(path: Path) -> NpzValues:
 
 def _values_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, ...], np.dtype]:
     """Shape (N, C, *S) and dtype of `data`, a member of `size` bytes."""
-    shape, fortran, dtype = _header(file)
+    shape, fortran, dtype = array_header(file)
     if shape and shape[0] == 0:
         raise ValueError(f"{path}: data of shape {shape} hold no samples; give at least one")
     described = f"{path}: data is {dtype} {shape}{' in Fortran order' if fortran else ''}"
-    if dtype.kind != "f" or dtype.itemsize > 8 or fortran or not 3 <= len(shape) <= 5 or min(shape) < 1:
-        raise ValueError(
-            f"{described}; expected float16, float32 or float64 of shape (N, channels, 1 to 3 spatial dimensions), in C order: "
-            "convert it with numpy.ascontiguousarray(data, dtype='float32')"
-        )
+    check_numbers(described, shape, dtype, fortran=fortran, samples=True)
     if file.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{described}, which does not match its {size} bytes; save it again")
     if math.prod(shape[1:]) * dtype.itemsize > MAX_BYTES:
         raise ValueError(f"{described}; samples of more than {MAX_BYTES} bytes are refused")
     return shape, dtype
+
+
+def check_numbers(described: str, shape: tuple[int, ...], dtype: np.dtype, *, fortran: bool, samples: bool) -> None:
+    """Raise ValueError, with the remedy, unless an array has numbers that float32 holds, of one to three spatial dimensions.
+
+    described: the array, in the message. samples: it holds several, (N, C, *S), else one, (C, *S).
+    """
+    floats = dtype.kind == "f" and dtype.itemsize <= 8
+    words = dtype.kind in "iu" and dtype.itemsize == 2  # as satellites and scanners count; float32 holds them exactly
+    dims = len(shape) - samples
+    if (floats or words) and 2 <= dims <= 4 and min(shape) >= 1 and not fortran:
+        return
+    remedy = "convert it with numpy.ascontiguousarray(data, dtype='float32')"
+    if dtype.kind == "c":
+        remedy = (
+            f"store real and imaginary part as channels: numpy.concatenate([data.real, data.imag], axis={int(samples)})"
+        )
+    elif dims == 1 and min(shape) >= 1:
+        remedy = f"give its one channel a dimension: {'data[:, None]' if samples else 'data[None]'}"
+    elif dims > 4:
+        remedy = "join dimensions with numpy.reshape, for example as channels"
+    n = "N, " if samples else ""
+    raise ValueError(
+        f"{described}; {remedy} (expected float16, float32 or float64, or integers of 16 bits, of shape ({n}channels, 1 to 3 "
+        "spatial dimensions), in C order)"
+    )
 
 
 def _labels(archive: ZipFile, path: Path, count: int, named: bool) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -237,7 +264,7 @@ def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
 def _small_array(archive: ZipFile, path: Path, name: str) -> np.ndarray:
     """Read a complete array. Raises ValueError when it is pickled, too large or damaged."""
     with _member(archive, path, name) as file:
-        shape, fortran, dtype = _header(file)
+        shape, fortran, dtype = array_header(file)
         size = math.prod(shape) * dtype.itemsize
         if size > MAX_BYTES or fortran:
             raise ValueError(f"{path}: {name} of {dtype} {shape} is too large, or in Fortran order; save it again")
@@ -270,7 +297,7 @@ def _read_exactly(file: IO[bytes], size: int, path: Path, where: str) -> bytes:
     return data
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype of an array; leaves `file` at the data. Raises ValueError for pickled objects."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -282,7 +309,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def _samples_header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of images or other samples, in the header of a member of `size` bytes; leaves `file` at the first one."""
-    shape, fortran, dtype = _header(file)
+    shape, fortran, dtype = array_header(file)
     images = dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3)
     if fortran or not (images or (dtype == np.dtype("<f4") and 3 <= len(shape) <= 5)):
         raise ValueError(f"it is {dtype} {shape}{' in Fortran order' if fortran else ''}")

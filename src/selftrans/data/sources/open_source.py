@@ -92,7 +92,7 @@ def _open(
     if not opened.is_table:
         warn_of_splits(opened.names, opened.classes, str(source))
     labelled = opened.is_table or Path(source).suffix.lower() == ".tar" or only_tars(Path(source))
-    if label_column is not None and (captions or not labelled):
+    if label_column not in (None, reading.label_column) and (captions or not labelled):
         why = "with captions there are no labels" if captions else f"{source} is not a table"
         warnings.warn(f"label_column is ignored: {why}", stacklevel=3)
     if reading.streaming and not opened.in_order:
@@ -105,7 +105,7 @@ def _open(
         ignored = f"; {describe_ignored(opened.ignored)}" if opened.ignored else ""
         remedy = f"; {found}" if (found := remedy_for_ignored(opened.ignored)) else ""
         raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(PICTURES))}{ignored}){remedy}")
-    channels = 1 if opened.channels == 1 else channels
+    channels = 1 if opened.channels == 1 or reading.grey else channels
     return dataclasses.replace(opened, channels=channels, resolution=resolution or 0, reading=reading)
 
 
@@ -117,7 +117,8 @@ def _find(
     if split is not None and (str(source) == "digits" or path.suffix.lower() == ".parquet"):
         warnings.warn(f"split {split!r} is ignored: {source} is one table", stacklevel=4)
     if reading.labels is not None:
-        return given_labels(_unlabelled(source, split, f"--labels {reading.labels}"), reading.labels)
+        unlabelled = _unlabelled(source, split, f"--labels {reading.labels}")
+        return given_labels(unlabelled, reading.labels, reading.label_column)
     if str(source) == "digits" and not captions:
         return _digits()
     if str(source) == "digits_t2i":

@@ -137,6 +137,22 @@ def _alike(classes: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def all_grey(source: Source) -> bool:
+    """Whether all pictures that are looked at (at most LOOKED_AT) are grey, but read as three equal channels."""
+    modes = set[str]()
+    for i in _looked_at(source) if source.channels == 3 else ():
+        try:
+            with source.open(i) as image:
+                modes.add(image.mode)
+        except Exception:  # decoders raise any type on a damaged file; it is reported when it is read
+            continue
+    return bool(modes) and all(mode in ("1", "L", "LA", "I", "F") or mode.startswith("I;16") for mode in modes)
+
+
+def _looked_at(source: Source) -> list[int]:
+    return np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int)).tolist()
+
+
 def dark_pictures(source: Source) -> Iterator[str]:
     """A sentence on pictures of 16 bits whose values use few of them: they would be nearly black.
 
@@ -145,7 +161,7 @@ def dark_pictures(source: Source) -> Iterator[str]:
     if source.reading.range is not None:
         return
     low, high, seen, colour = 1 << 16, -1, 0, False
-    for i in np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int)).tolist():
+    for i in _looked_at(source):
         try:
             with source.open(i) as image:
                 if image.width * image.height > source.reading.max_pixels:

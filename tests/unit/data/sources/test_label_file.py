@@ -130,6 +130,48 @@ def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: st
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        (
+            "l.csv",
+            "patient;Image File;Diagnosis (final)\n1;a.png;cat\n1;b.png;dog\n2;x/ü c.png;cat\n2;d;eel\n",
+            "diagnosis (final)",
+        ),
+        (
+            "l.csv",
+            "Scan,label,target\nmissing.png,cat,1\na.png,cat,1\nb.png,dog,2\nü c.png,cat,1\nd.png,eel,3\n",
+            "Label",
+        ),
+        ("l.csv", "Scan,grade,label\na.png,1,cat\nb.png,2,dog\nü c.png,1,cat\nd.png,3,eel\n", None),
+        (
+            "l.json",
+            '[{"Path": "a.png", "Kind": "cat", "label": 1}, {"Path": "sub/b.png", "Kind": "dog", "label": 1}, '
+            '{"Path": "sub/ü c.png", "Kind": "cat", "label": 1}, {"Path": "d.png", "Kind": "eel", "label": 1}]',
+            "kind",
+        ),
+    ],
+)
+def test_columns_of_other_names(tmp_path: Path, name: str, content: str, column: str | None) -> None:
+    (tmp_path / name).write_text(content)
+    reading = Reading(labels=tmp_path / name, label_column=column)
+    where = write(tmp_path / "x", PICTURES)
+    if "missing" in content:
+        with pytest.warns(UserWarning, match="1 name in .* is not in the source, such as missing.png"):
+            source = open_source(where, reading=reading)
+    else:
+        source = open_source(where, reading=reading, label_column=column)
+    assert [source.classes[label] for label in source.labels] == ["cat", "eel", "dog", "cat"] and not source.faults
+
+
+def test_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("path,label\na.png,cat\n")
+    with pytest.raises(
+        ValueError, match=r"it has no column grade, but 2 columns, path, label.*; give a csv of path,label"
+    ):
+        open_source(write(tmp_path / "x", PICTURES), reading=Reading(labels=tmp_path / "l.csv", label_column="Grade"))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         (

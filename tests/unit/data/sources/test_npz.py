@@ -105,13 +105,27 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float) -> N
     assert not source.read(3).any()
 
 
+@pytest.mark.parametrize("dtype", ["int16", "uint16", ">u2"])
+def test_integers_of_16_bits_are_read_exactly(tmp_path: Path, dtype: str) -> None:
+    info = np.iinfo(dtype)
+    data = np.array([[[info.min, info.max, 1234]], [[0, 1, 10000]]], dtype)
+    np.savez(tmp_path / "x.npz", data=data)
+    source = npz_values(tmp_path / "x.npz")
+    read = np.stack([source.read(i) for i in range(2)])
+    assert read.dtype == np.float32 and np.array_equal(read, data.astype(np.float64))
+
+
 FLOATS = np.zeros((4, 2, 8), np.float32)
 OTHERS = {
-    "uint8": ({"data": FLOATS.astype(np.uint8)}, "data is uint8 .*expected float16, float32 or float64"),
-    "complex": ({"data": FLOATS.astype(np.complex64)}, "data is complex64"),
+    "uint8": (
+        {"data": FLOATS.astype(np.uint8)},
+        "data is uint8 .*expected float16, float32 or float64, or integers of 16",
+    ),
+    "int32": ({"data": FLOATS.astype(np.int32)}, r"ascontiguousarray\(data, dtype='float32'\)"),
+    "complex": ({"data": FLOATS.astype(np.complex64)}, r"numpy.concatenate\(\[data.real, data.imag\], axis=1\)"),
     "long double": ({"data": FLOATS.astype(np.longdouble)}, "expected float16, float32 or float64"),
     "fortran": ({"data": np.asfortranarray(np.zeros((4, 2, 8)))}, "in Fortran order; .*ascontiguousarray"),
-    "no channels": ({"data": FLOATS[:, 0]}, r"\(4, 8\); expected"),
+    "no channels": ({"data": FLOATS[:, 0]}, r"\(4, 8\); give its one channel a dimension: data\[:, None\]"),
     "four spatial dimensions": ({"data": FLOATS[..., None, None, None]}, "1 to 3 spatial dimensions"),
     "none": ({"data": FLOATS[:0]}, r"data of shape \(0, 2, 8\) hold no samples; give at least one"),
     "pickled": ({"data": np.array([{"a": 1}], object)}, "`data` cannot be read .*pickled"),
@@ -237,6 +251,7 @@ def test_channels_that_are_last_are_said(tmp_path: Path, shape: tuple[int, ...],
 def test_single_array_is_refused_with_the_remedy(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", FLOATS)
     with pytest.raises(
-        ValueError, match=r"x.npy is a single array; save it as an npz with numpy.savez\(file, data=..., labels"
+        ValueError,
+        match=r"x.npy is a single file; save its samples as one npz with numpy.savez\(file, data=..., labels",
     ):
         npz_values(tmp_path / "x.npy")
