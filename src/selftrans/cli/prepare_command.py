@@ -78,7 +78,8 @@ class Prepare(Command):
     """csv, tsv or jsonl with the file name and the caption of each picture of a folder or zip, or an annotation file as
     COCO's; None: in name.txt, name.caption or name.json next to each picture"""
     caption_column: str | None = None
-    """column with the captions, texts or lists of texts, of a parquet file or a data set on the hub; None: found by its name"""
+    """column with the captions, texts or lists of texts, of a parquet file, a data set on the hub, or the csv, tsv or jsonl of
+    --captions; None: found by its name"""
     captions_per_picture: int = 5
     """the most captions that are kept of a picture"""
     part: str = "1/1"

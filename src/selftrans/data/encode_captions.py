@@ -30,7 +30,7 @@ from selftrans.data.manifest_text import (
 from selftrans.data.shard_file import NUMBERS, VIEWS, row_bytes, write_shard
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.encoders.pretrained import encoder_name
-from selftrans.encoders.text import BUILT_IN, TextEncoder
+from selftrans.encoders.text import BUILT_IN, Lost, TextEncoder
 from selftrans.messages import gigabytes, plural, printable
 from selftrans.plain_json import Option
 from selftrans.storage import nearest_existing, sha256_file
@@ -129,10 +129,11 @@ class CaptionEncoder:
             file.write(rows)
         return replace(self.record, null=sha256_file(out / NULL))
 
-    def too_long(self) -> int:
-        """How many captions are truncated, because the encoder takes fewer tokens."""
+    def lost(self) -> list[str]:
+        """Sentences on the captions that the encoder reads in part only."""
         texts = [text for of_one in self.captions for text in of_one]
-        return sum(self.encoder.too_long(texts[i : i + COUNTED]) for i in range(0, len(texts), COUNTED))
+        parts = [self.encoder.lost(texts[i : i + COUNTED]) for i in range(0, len(texts), COUNTED)]
+        return Lost(*map(sum, zip(*parts, strict=True))).said(len(texts), "caption", self.encoder) if parts else []
 
     def _bytes(self, text: str) -> np.ndarray:
         """(B,) UTF-8, cut after the last complete character that fits."""

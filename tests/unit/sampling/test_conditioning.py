@@ -9,7 +9,7 @@ import torch
 
 from selftrans.config import SampleConfig
 from selftrans.data.dataset import Dataset
-from selftrans.encoders.text import load_text_encoder
+from selftrans.encoders.text import Lost, load_text_encoder
 from selftrans.sampling import conditioning as module
 from selftrans.sampling.conditioning import (
     CaptionConditioning,
@@ -49,13 +49,13 @@ def test_labels_are_conditions_and_labels():
 class Counting:
     """An encoder whose tokens say which text they are of, and which texts were encoded together."""
 
-    tokens, width, sha256 = 4, 3, "s" * 64
+    name, tokens, width, sha256 = "counting", 4, 3, "s" * 64
 
     def __init__(self):
         self.calls = []
 
-    def too_long(self, texts):
-        return sum(len(text.split()) > 4 for text in texts)
+    def lost(self, texts):
+        return Lost(sum(len(text.split()) > 4 for text in texts), sum("?" in text for text in texts))
 
     def encode(self, texts):
         self.calls.append(list(texts))
@@ -95,6 +95,10 @@ def test_long_prompts_are_counted_in_a_warning():
         PromptConditioning(["1 2 3 4 5", "1", "1 2 3 4 5 6"], Counting())
     with pytest.warns(UserWarning, match=r"1 of 2 prompts is longer"):
         PromptConditioning(["1", "1 2 3 4 5"], Counting())
+    with pytest.warns(
+        UserWarning, match="1 of 2 prompts is in part unknown to text encoder counting, which reads every"
+    ):
+        PromptConditioning(["1", "1 ?"], Counting())
     with pytest.warns(UserWarning, match=r"the prompt is longer than 4 tokens"):
         PromptConditioning(["1 2 3 4 5"], Counting())
     with pytest.raises(ValueError, match="no prompts are given"):

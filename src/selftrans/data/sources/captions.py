@@ -10,7 +10,7 @@ skipped and listed, as an unreadable picture is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,15 @@ import numpy as np
 
 from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.source import Entries, Source, parts_inside
-from selftrans.data.sources.table_file import NAMES, csv_rows, json_lines, picture_name, read_text
+from selftrans.data.sources.table_file import (
+    MOST_LINES,
+    NAMES,
+    column_of_names,
+    csv_rows,
+    json_lines,
+    picture_name,
+    read_text,
+)
 from selftrans.messages import decoded_text, first_line, one_line, plural, printable
 
 if TYPE_CHECKING:
@@ -44,7 +52,7 @@ class CaptionSource:
     """Where the captions of a source are, if they are not in files next to the pictures."""
 
     file: str | Path | None = None  #: a table of names and captions, or annotations as COCO has them
-    column: str | None = None  #: of a table; None: found by its name
+    column: str | None = None  #: of the captions in a table or in `file`; None: found by its name
 
 
 def parse_captions(suffix: str, data: bytes) -> list[str]:
@@ -131,16 +139,17 @@ def _next_to(files: Entries, own: Mapping[str, int]) -> list[str] | str:
         return first_line(error)
 
 
-def annotated(pictures: Source, file: Path) -> Source:
+def annotated(pictures: Source, file: Path, column: str | None = None) -> Source:
     """The pictures with the captions of a table or of a COCO annotation file, whose names are paths in the source, or the
-    last part of one.
+    last part of one, also without its extension. `column`: as in `caption_table`.
 
     Raises ValueError when the file is not of this kind, or names a picture outside the source.
     """
-    images, captions = _annotations(file)
+    images, captions = _annotations(file, pictures.names, column)
     by_last: dict[str, list[str]] = {}
     for name in pictures.names:
-        by_last.setdefault(PurePosixPath(name).name, []).append(name)
+        for form in {PurePosixPath(name).name, PurePosixPath(name).stem}:
+            by_last.setdefault(form, []).append(name)
     known = set(pictures.names)
     entries: dict[str, Any] = dict.fromkeys(pictures.names, f"{NO_CAPTION} in {file.name}")
     for key, name in images.items():
@@ -170,10 +179,10 @@ def annotated(pictures: Source, file: Path) -> Source:
     return with_captions(source, (entries[name] or NO_CAPTION for name in names))
 
 
-def _annotations(file: Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
+def _annotations(file: Path, names: Sequence[str], column: str | None) -> tuple[dict[Any, str], dict[Any, list[str]]]:
     """The file names and the captions by image id; of a table the name is the id. Raises ValueError for any other file."""
     if file.suffix.lower() in TABLES:
-        of = caption_table(file)
+        of = caption_table(file, names, column)
         return {name: name for name in of}, dict(of)
     images: dict[Any, str] = {}
     captions: dict[Any, list[str]] = {}
@@ -198,23 +207,30 @@ def _annotations(file: Path) -> tuple[dict[Any, str], dict[Any, list[str]]]:
     return images, captions
 
 
-def caption_table(file: Path) -> dict[str, list[str]]:
+def caption_table(file: Path, pictures: Sequence[str] = (), column: str | None = None) -> dict[str, list[str]]:
     """The captions by the name of the picture, in the order of the lines; a name may have several lines.
 
+    column: of the captions; None: the one of CAPTIONS. Without a column of NAMES, that with names of `pictures` has the names.
     Raises ValueError, with the line, for a file that is not of this kind.
     """
     found: dict[str, list[str]] = {}
     try:
         text, suffix = read_text(file), file.suffix.lower()
+        rows = list[tuple[int, dict[str, Any]]]()
         for number, row in json_lines(text) if suffix == ".jsonl" else _rows(text, suffix):
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no object")
-            name, captions = _entry({str(key).strip().lower(): value for key, value in row.items()}, f"line {number}")
+            rows.append((number, {str(key).strip().lower(): value for key, value in row.items()}))
+        columns, of_names = CAPTIONS if column is None else (column.strip().lower(),), NAMES
+        if rows and not any(name in rows[0][1] for name in NAMES):
+            of_names = (column_of_names((row for _, row in rows[:MOST_LINES]), pictures, column),)
+        for number, row in rows:
+            name, captions = _entry(row, f"line {number}", of_names, columns)
             found.setdefault(picture_name(name.strip()), []).extend(captions)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{printable(file)} cannot be read as captions ({first_line(error)}): give a csv, tsv or jsonl with file_name and "
-            "caption (docs/data.md)"
+            "caption (docs/data.md), or name the column of captions by --caption-column"
         ) from error
     return found
 
@@ -231,12 +247,14 @@ def _rows(text: str, suffix: str) -> Iterator[tuple[int, dict[str, str | None]]]
         yield number, dict(zip_longest(titles, row))
 
 
-def _entry(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """Name and captions of one line. ValueError unless it has a name, and captions under one of CAPTIONS."""
-    name = next((row[key] for key in NAMES if key in row), None)
-    columns = [key for key in CAPTIONS if key in row]
+def _entry(
+    row: Mapping[str, Any], where: str, names: tuple[str, ...], captioned: tuple[str, ...]
+) -> tuple[str, list[str]]:
+    """Name and captions of one line. ValueError unless one of `names` is in it, and one of `captioned` with the captions."""
+    name = next((row[key] for key in names if key in row), None)
+    columns = [key for key in captioned if key in row]
     if len(columns) != 1:
-        which = f"the columns {' and '.join(columns)}: keep one" if columns else f"no column {', '.join(CAPTIONS)}"
+        which = f"the columns {' and '.join(columns)}: keep one" if columns else f"no column {', '.join(captioned)}"
         raise ValueError(f"{where} has {which}, among {', '.join(map(printable, row))}")
     given = row[columns[0]]
     captions = given if isinstance(given, list) else [given or ""]

@@ -10,13 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from selftrans.data.sources.labelling import Label, as_label, with_labels
 from selftrans.data.sources.source import MAX_CLASSES, Source
 from selftrans.data.sources.table_file import (
+    MOST_LINES,
     NAMES,
     JsonObject,
+    column_of_names,
     csv_rows,
     json_lines,
     parse_json,
@@ -27,7 +29,6 @@ from selftrans.messages import first_line, plural, printable
 
 NAME = "dataset.json"
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
-MOST_LINES = 1000  #: of a csv, by which its columns are found
 #: names of columns and fields, in lower case
 LABELS = ("label", "class", "class_name", "category", "target")
 _FORMS = (
@@ -178,25 +179,13 @@ def _columns(rows: list[list[str]], names: Collection[str], labels: tuple[str, .
         column = cells.index(_column(known, labels))
         if any(cell in NAMES for cell in cells):
             return cells.index(_column(known, NAMES)), column
-        if (found := _column_of_names(rows[1:], names, column)) is not None:
+        if (found := column_of_names(map(dict, map(enumerate, rows[1:])), names, column)) is not None:
             return found, column
     elif labels is not LABELS:
         raise ValueError(f"it has no column {printable(labels[0])}, but {shown}")
     if len(row) != 2 or (len(known) == 1 and cells[0] in (*NAMES, *LABELS)):
         raise ValueError(f"it has {shown}, and none are named path and label")
     return 0, 1
-
-
-def _column_of_names(rows: list[list[str]], names: Collection[str], but: int) -> int | None:
-    """The column, other than `but`, with the most names of pictures, with or without their folders and extension."""
-    pictures = [PurePosixPath(name) for name in names]
-    known = {form for name in pictures for form in (name.name, name.stem)}
-    counts = Counter(k for row in rows for k, cell in enumerate(row) if k != but and _last_part(cell) in known)
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def _last_part(cell: str) -> str:
-    return picture_name(cell.strip()).rsplit("/", 1)[-1]
 
 
 def _column(entry: Collection[str], names: tuple[str, ...]) -> str:

@@ -99,7 +99,7 @@ def _open(
         warnings.warn(f"streaming is ignored: {source} is not a table", stacklevel=3)
     if reading.streaming and opened.in_order and resolution is None:
         raise ValueError("streamed pictures are read once, in their order; give --resolution")
-    if captions and captions.column is not None and not opened.is_table:
+    if captions and captions.column is not None and not captions.file and not opened.is_table:
         warnings.warn(f"caption_column is ignored: {source} is not a table", stacklevel=3)
     if not len(opened):
         ignored = f"; {describe_ignored(opened.ignored)}" if opened.ignored else ""
@@ -126,7 +126,8 @@ def _find(
             raise ValueError("digits_t2i are pictures with captions; add --text minilm, or another text encoder")
         return digits_with_captions(_digits())
     if captions and captions.file is not None:
-        return annotated(_unlabelled(source, split, f"--captions {captions.file}"), Path(captions.file))
+        pictures = _unlabelled(source, split, f"--captions {captions.file}")
+        return annotated(pictures, Path(captions.file), captions.column)
     files, inside = [path] if path.is_file() else [], path
     if path.is_dir():
         files, inside = _files_of(path, split, "*.parquet", *(["*.tar"] if captions or only_tars(path) else []))

@@ -8,13 +8,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from selftrans.messages import decoded_text, first_line, printable
 
 MAX_BYTES = 1 << 28  #: of a file
+MOST_LINES = 1000  #: of a file, by which its columns are found
 #: names of columns and fields that name the picture, in lower case
 NAMES = (
     *("path", "file", "filename", "file_name", "filepath", "file_path"),
@@ -91,6 +93,22 @@ def csv_rows(text: str, suffix: str) -> Iterator[tuple[int, list[str]]]:
                 yield rows.line_num, row
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num}: {first_line(error)}") from error
+
+
+def column_of_names(rows: Iterable[Mapping[Any, Any]], names: Iterable[str], but: Any) -> Any:
+    """The column, other than `but`, with the most names of pictures, with or without folders and extension; None without one.
+
+    rows: the cells of each line, by column. names: those of the pictures.
+    """
+    paths = map(PurePosixPath, names)
+    known = {form for path in paths for form in (path.name, path.stem)}
+    found = Counter(
+        key
+        for row in rows
+        for key, cell in row.items()
+        if key != but and isinstance(cell, str) and picture_name(cell.strip()).rsplit("/", 1)[-1] in known
+    )
+    return found.most_common(1)[0][0] if found else None
 
 
 def _with_line_feeds(text: str) -> str:

@@ -291,5 +291,28 @@ def test_other_tables_are_refused_with_their_line(tmp_path: Path, name: str, con
     with pytest.raises(ValueError, match=rf"{name} cannot be read as captions \(.*{said}") as caught:
         caption_table(write(tmp_path, {name: content}) / name)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(
-        "give a csv, tsv or jsonl with file_name and caption (docs/data.md)"
+        "give a csv, tsv or jsonl with file_name and caption (docs/data.md), or name the column of captions by --caption-column"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        (
+            "c.csv",
+            "image_name| comment_number| comment\none.png| 0| a cat\none.png| 1| 一只猫\nx/two.png|0|قطة\n",
+            "comment",
+        ),
+        (
+            "c.jsonl",
+            '{"Scan": "one", "text": "no", "Finding": ["a cat", "一只猫"]}\n{"Scan": "two", "text": "", "Finding": "قطة"}\n',
+            "finding",
+        ),
+        ("c.csv", "Scan,caption\none.png,a cat\none.png,一只猫\ntwo.png,قطة\n", None),
+    ],
+)
+def test_columns_of_other_names(tmp_path: Path, name: str, content: str, column: str | None) -> None:
+    write(tmp_path / "x", {"one.png": encoded(noise(8)), "two.png": encoded(noise(8, 1))})
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    source = open_source(tmp_path / "x", resolution=8, captions=CaptionSource(tmp_path / name, column))
+    assert source.captions == [("a cat", "一只猫"), ("قطة",)] and not source.faults
