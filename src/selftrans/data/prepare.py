@@ -73,8 +73,7 @@ def prepare(
     """Encode pictures (see `open_source`), sounds or videos (see `open_clips`) into a folder of shards; returns its manifest.
 
     Args:
-        autoencoder: with "values" the source is an npz of arrays (N, C, *S) that are not pictures (see `npz_values`), or npy
-            files of one array each (see `npy_values`).
+        autoencoder: with "values" the source holds arrays that are not pictures (see `npz_values`, `npy_values`).
         resolution: side, or (height, width), to crop and resize to; None keeps the size. square: refuse other shapes.
         flip: store the moments of the mirrored pictures as a second copy.
         dtype: of the stored moments; None: float32 for values and sounds, else float16. precision: of the network.

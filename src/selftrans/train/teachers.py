@@ -10,7 +10,7 @@ import torch
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints import hub
-from selftrans.checkpoints.load import IMPORTED, PIPELINE, LoadedModel, find, load_model
+from selftrans.checkpoints.load import IMPORTED, PIPELINE, LoadedModel, find, load_model, stages_held
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
@@ -61,11 +61,12 @@ def teacher_of(config: RunConfig, stage: Stage, run: str, dataset: Dataset, devi
 
 
 def load_teacher(source: str | Path, spec: TeacherSpec, manifest: Manifest) -> LoadedModel:
-    """A teacher for these data, of the stage that the method names or imported. ValueError names what was expected."""
+    """A teacher for these data; ValueError says what does not fit. Warns of one of another stage that is not imported."""
     found = load_model(find_teacher(source, spec), weights=spec.weights)
     if found.stage != spec.stage and IMPORTED not in found.source:
-        raise ValueError(
-            f"{found.source['path']} holds weights of '{found.stage}'; expected a teacher trained in {spec.stage}, or imported"
+        warnings.warn(
+            f"the teacher {found.source['path']} was trained in {found.stage}, not in {spec.stage}; it teaches as it is",
+            stacklevel=4,
         )
     model, shape = found.model, tuple(manifest.shape)
     if tuple(model.shape) != shape or model.conditions != manifest.conditions:
@@ -77,7 +78,10 @@ def load_teacher(source: str | Path, spec: TeacherSpec, manifest: Manifest) -> L
 
 
 def find_teacher(source: str | Path, spec: TeacherSpec) -> Path:
-    """The weights file of a teacher: in a run that of the stage in `spec`, in an imported run that of the last stage."""
+    """The weights file of a teacher: in a run that of the stage in `spec`, in an imported run that of the last stage.
+
+    ValueError for a run without that stage: only by its own folder another stage may be named.
+    """
     path, weights = hub.local(source), spec.weights
     single = (
         not path.is_dir()
@@ -85,7 +89,14 @@ def find_teacher(source: str | Path, spec: TeacherSpec) -> Path:
         or (path / "checkpoints").is_dir()
         or (path / checkpoint.STATE).exists()
     )
-    return find(path, stage=None if single or (path / f"{IMPORTED}.json").exists() else spec.stage, weights=weights)
+    if single or (path / f"{IMPORTED}.json").exists():
+        return find(path, weights=weights)
+    if (held := stages_held(path)) and spec.stage not in held:
+        raise ValueError(
+            f"{path} has no {spec.stage}: it holds {', '.join(held)}; to be taught by that model as it is, give "
+            f"{path / held[-1]}"
+        )
+    return find(path, stage=spec.stage, weights=weights)
 
 
 def training_cost(spec: TeacherSpec) -> dict[str, Any] | None:

@@ -134,9 +134,6 @@ BAD = {
     "missing": (lambda tmp_path: tmp_path / "nowhere", "does not exist; expected a run directory"),
     "empty folder": (empty_folder, "is no|has no stage1"),
     "vanilla run": (lambda _: toy.vanilla(), "has no stage1: it holds vanilla"),
-    "stage of vanilla": (lambda _: toy.vanilla() / "vanilla", "weights of 'vanilla'; expected a teacher"),
-    "stage 2": (lambda _: toy.finished() / "stage2", "weights of 'stage2'; expected a teacher"),
-    "stage-2 file": (lambda _: toy.checkpoint(toy.finished()) / "ema.safetensors", "weights of 'stage2'"),
     "optimizer file": (
         lambda _: toy.checkpoint(toy.finished(), "stage1") / "optimizer.safetensors",
         "its header describes",

@@ -57,12 +57,15 @@ def test_teacher_of_a_stage_is_frozen_at_its_block_in_the_precision_of_the_run()
     assert torch.equal(dict(teacher.model.named_parameters())["blocks.0.mlp.fc1.weight"], weights.bfloat16())
 
 
-def test_weights_of_another_stage_are_refused():
-    path = toy.checkpoint(toy.finished(), "stage2")
+def test_weights_of_another_stage_teach_with_a_warning_if_they_are_named():
+    manifest = Dataset.open(toy.digits()).manifest
+    for path, stage in ((toy.checkpoint(toy.finished(), "stage2"), "stage2"), (toy.vanilla() / "vanilla", "vanilla")):
+        with pytest.warns(UserWarning, match=f"was trained in {stage}, not in stage1; it teaches as it is"):
+            assert load_teacher(path, spec(), manifest).stage == stage
     with pytest.raises(
-        ValueError, match=r"holds weights of 'stage2'; expected a teacher trained in stage1, or imported"
+        ValueError, match=r"has no stage1: it holds vanilla; to be taught by that model as it is, give .*/vanilla$"
     ):
-        load_teacher(path, spec(), Dataset.open(toy.digits()).manifest)
+        load_teacher(toy.vanilla(), spec(), manifest)
 
 
 def test_teacher_of_other_data_is_refused(tmp_path):

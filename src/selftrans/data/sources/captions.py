@@ -221,7 +221,8 @@ def caption_table(file: Path, pictures: Sequence[str] = (), column: str | None =
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no object")
             rows.append((number, {str(key).strip().lower(): value for key, value in row.items()}))
-        columns, of_names = CAPTIONS if column is None else (column.strip().lower(),), NAMES
+        columns = CAPTIONS if column is None else (column.strip().lower(),)
+        of_names: tuple[str, ...] = NAMES
         if rows and not any(name in rows[0][1] for name in NAMES):
             of_names = (column_of_names((row for _, row in rows[:MOST_LINES]), pictures, column),)
         for number, row in rows:
