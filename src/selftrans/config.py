@@ -70,7 +70,7 @@ class Train(Section):
     """student steps, those of the last stage; earlier stages have lengths of their own"""
     batch_size: int = 256
     """samples per step over all processes"""
-    accumulate: int = 1
+    accumulate: int = setting(1, resume="consent")
     """micro-batches per step and process"""
     lr: float = setting(1e-4, resume="consent")
     """AdamW learning rate after warm-up, constant"""
@@ -124,8 +124,8 @@ class Train(Section):
     max_skips: int = setting(25, resume="free")
     """updates skipped in a row, with gradients not finite, that end the training (fp16 needs a few to find its scale)"""
     allow_changes: bool = setting(False, resume="free")
-    """continue a run with another lr, warmup, clip, weight_decay, drop, cosine, precision or guidance weight, which is
-    printed and written to changes.json"""
+    """continue a run with another lr, warmup, clip, weight_decay, drop, cosine, precision, accumulate or guidance weight, which
+    is printed and written to changes.json"""
 
     def check(self) -> None:
         for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():

@@ -12,7 +12,7 @@ from torch import nn
 
 from selftrans.checkpoints.format import newest
 from selftrans.methods import objective as objective_module
-from selftrans.train.fsdp import local, release, shard_models
+from selftrans.train.fsdp import gather_model, local, release, shard_models
 from selftrans.train.nonfinite import check_weights
 from selftrans.train.run import train
 from selftrans.types import Backbone, Batch
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def work(rank: int, folder: str, data: str) -> None:
     """One of two processes, which run all checks of this file: writes a file for each check that passed."""
     switch_between_sharded_and_ddp(Path(folder), data)
-    for part in (weights_that_are_not_finite, guidance_that_ends):
+    for part in PARTS:
         part(rank)
         Path(folder, f"{part.__name__}-{rank}").touch()
     dist.destroy_process_group()
@@ -79,6 +79,22 @@ def guidance_that_ends(rank: int) -> None:
     assert all(p.grad is not None for p in objective.parameters())
 
 
+def model_that_is_gathered(rank: int) -> None:
+    """For a preview, which the first process makes: only that one needs memory for the full weights."""
+    torch.manual_seed(0)
+    model = TwoLayers()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shard_models(model, device=CPU, processes=2)
+    found = gather_model(model, TwoLayers)
+    assert (found is model) == (rank == 1)
+    if rank == 0:
+        assert not found.training and not any(p.requires_grad for p in found.parameters())
+        toy.assert_same(found.state_dict(), expected)
+
+
+PARTS = (weights_that_are_not_finite, guidance_that_ends, model_that_is_gathered)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
@@ -97,7 +113,7 @@ def test_runs_switch_between_sharded_and_ddp(results):
     assert all([line["step"] for line in toy.log(run)] == [2, 4, 6, 8] for run in runs)
 
 
-@pytest.mark.parametrize("check", [weights_that_are_not_finite, guidance_that_ends])
+@pytest.mark.parametrize("check", PARTS)
 def test_checks_in_both_processes(results, check):
     """Weights are checked where a process has no rows, or only one has NaN; memory of heads and teacher is freed."""
     assert [(results / f"{check.__name__}-{rank}").exists() for rank in (0, 1)] == [True, True]

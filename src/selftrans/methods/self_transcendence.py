@@ -103,18 +103,11 @@ class SelfGuidance(Guidance):
         given = TimestepRange(config.timestep_range, config.range_mode)  # checked as it was given
         self.range = dataclasses.replace(given, span=equal_snr_range(given.span, config.data_std, path))
         check_tokens(student, teacher)
-        block = max(1, student.depth // 2) if config.student_block is None else config.student_block
-        super().__init__(config.weight, config.student_blocks or (block,), until_step=config.until_step)
+        students, teachers = matched_blocks(config, student.depth, teacher.block)
+        super().__init__(config.weight, students, until_step=config.until_step)
         self.config, self.teacher, self.selects = config, teacher, self.range.selects
-        single = teacher.block if config.teacher_block is None else config.teacher_block
-        blocks = config.teacher_blocks or (single,) * len(self.taps)
-        self.teacher_taps = tuple(sorted(set(blocks)))
-        self.target_index = [self.teacher_taps.index(k) for k in blocks]  # in `teacher_taps`, of each student block
-        if not 1 <= self.teacher_taps[0] <= self.teacher_taps[-1] <= teacher.block:
-            raise ValueError(
-                f"stage2.teacher_blocks {blocks} are beyond the teacher's {teacher.block} blocks; give Frozen(model, block) "
-                "with the deepest of them"
-            )
+        self.teacher_taps = tuple(sorted(set(teachers)))
+        self.target_index = [self.teacher_taps.index(k) for k in teachers]  # in `teacher_taps`, of each student block
         if config.target_norm == "spatial" and student.tokens < 2:
             raise ValueError(
                 "stage2.target_norm spatial needs several tokens; set a smaller model.patch, or another norm"
@@ -180,6 +173,23 @@ class SelfGuidance(Guidance):
     def cost(self, n: int) -> dict[str, int]:
         m = self.range.computed(n)
         return {"head": m * len(self.taps), "teacher": m if self.config.scale == 1 else 2 * m}
+
+
+def matched_blocks(config: Stage2, depth: int, kept: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Guided blocks of a student of `depth` blocks, and for each of them the block of a teacher that keeps `kept` of its own.
+
+    ValueError for blocks that the teacher does not keep.
+    """
+    half = max(1, depth // 2) if config.student_block is None else config.student_block
+    students = config.student_blocks or (half,)
+    last = kept if config.teacher_block is None else config.teacher_block
+    teachers = config.teacher_blocks or (last,) * len(students)
+    if not 1 <= min(teachers) <= max(teachers) <= kept:
+        raise ValueError(
+            f"stage2.teacher_blocks {teachers} are beyond the teacher's {kept} blocks; give Frozen(model, block) with the "
+            "deepest of them"
+        )
+    return students, teachers
 
 
 # ---- the stages of a run

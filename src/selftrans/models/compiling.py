@@ -9,7 +9,8 @@ from pathlib import Path
 from selftrans.models import fused_gelu, fused_norm
 from selftrans.types import Backbone
 
-VERSIONS = 64  #: compilations of a block in one process: students, teachers, samplers, batch sizes
+#: most compilations of a block in one process: students, teachers, samplers, batch sizes; of prepared buckets 99 shapes each
+VERSIONS = 512
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  #: torch's variable: where compiled code lies
 KEEP_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  #: torch's setting, newer than 2.6
 
@@ -23,7 +24,8 @@ def compile_model(model: Backbone, *, dynamic: bool | None = False) -> None:
     fused_gelu.check()
     keep_compiled()
     # all blocks share one code object, and beyond 8 versions of one dynamo would run the rest uncompiled, with a mere warning
-    dynamo.config.recompile_limit = max(VERSIONS, dynamo.config.recompile_limit)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(dynamo.config, limit, max(VERSIONS, getattr(dynamo.config, limit)))
     # it would split each block, so that gradients are sent sooner; blocks are small enough
     dynamo.config.optimize_ddp = False
     # without this setting blocks with `fused_norm` are not cached, and each process compiles them again

@@ -186,15 +186,23 @@ class Sampler:
         The model is in eval mode while a batch is computed, and in its previous mode between batches.
         """
         todo = np.arange(self.settings.num) if indices is None else np.asarray(indices, dtype=np.int64)
-        size = self.settings.batch_size
-        # compiled code and graphs are of one shape; a graph is recorded anew for fewer images than a batch
-        full = size if self._compiled else min(size, len(todo)) if self._captured else 1
+        size, multiple = self.settings.batch_size, self._multiple(len(todo))
         for start in range(0, len(todo), size):
             chunk = todo[start : start + size]
-            computed = padded(chunk, full)
+            computed = padded(chunk, multiple)
             cond, labels = self.conditioning.of(computed)
             images = self._images(computed, map_cond(lambda x: x.to(self.device), cond))
             yield SampledBatch(chunk, labels[: len(chunk)], images[: len(chunk)])
+
+    def _multiple(self, total: int) -> int:
+        """Each pass computes a multiple of so many images: compiled code and graphs are of one shape.
+
+        A graph is recorded anew for fewer images than a batch.
+        """
+        size = self.settings.batch_size
+        if self._compiled:
+            return size
+        return min(size, total) if self._captured else 1
 
     def resize(self, resolution: Resolution) -> None:
         """Sample pictures of this size instead of the model's own. A warning for a much larger one.
@@ -312,9 +320,9 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype=dtype)
 
 
-def padded(indices: np.ndarray, batch_size: int) -> np.ndarray:
-    """Pad indices to a full batch by repeating the last one: another batch size would trigger recompilation."""
-    return np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % batch_size)])
+def padded(indices: np.ndarray, multiple: int) -> np.ndarray:
+    """Pad indices to a multiple of so many by repeating the last one: another batch size would trigger recompilation."""
+    return np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % multiple)])
 
 
 def image_noise(

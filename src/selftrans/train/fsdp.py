@@ -90,14 +90,17 @@ def exchange(wrapped: Any, accelerator: Accelerator, last: bool) -> contextlib.A
 
 
 def gather_model(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
-    """A copy with full tensors of a sharded model, in eval mode, which one process can run. Every process must call it.
+    """In the first process a copy with full tensors of a sharded model, in eval mode, which it can run alone. Every process
+    must call it; in the others, and for a model that is not sharded, it returns the model itself.
 
-    `build` makes an empty model of the same architecture. A model that is not sharded is returned as it is.
+    `build` makes an empty model of the same architecture.
     """
     if not isinstance(model, FSDPModule):
         return model
-    state = {name: gather_full_tensor(tensor) for name, tensor in model.state_dict().items()}
-    copy = build().to(next(iter(state.values())).device)
+    state = {name: _gather_to_first(tensor) for name, tensor in model.state_dict().items()}
+    if dist.get_rank():
+        return model
+    copy = build().to(next(model.parameters()).device)
     copy.load_state_dict(state)
     return copy.requires_grad_(False).eval()
 

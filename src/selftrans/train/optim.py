@@ -102,15 +102,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`. ValueError for moments of another optimiser."""
-    fused = isinstance(optimizer, torch.optim.AdamW)
-    for name, parameter in model.named_parameters():
-        moments = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
-        if moments and ("exp_avg" in moments) != fused:
+    fused, named = isinstance(optimizer, torch.optim.AdamW), dict(model.named_parameters())
+    found: dict[str, dict[str, Tensor]] = {}  # parameter -> moment -> value
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition(":")
+        found.setdefault(name, {})[moment] = value
+    for name, moments in found.items():
+        if name not in named:
+            raise ValueError(f"it holds moments of {name}, which the settings do not train")
+        if ("exp_avg" in moments) != fused:
             raise ValueError(f"the moments of {name} are those of another optimiser; choose the other train.optimizer")
-        if moments:
-            optimizer.state[parameter] = {
-                moment: shard_like(value, parameter).clone() if value.ndim else value.to(parameter.device).clone()
-                for moment, value in moments.items()
-            }
-            if not fused:
-                optimizer.state[parameter]["step"] = int(moments["step"])
+        parameter = named[name]
+        optimizer.state[parameter] = {
+            moment: shard_like(value, parameter).clone() if value.ndim else value.to(parameter.device).clone()
+            for moment, value in moments.items()
+        }
+        if not fused:
+            optimizer.state[parameter]["step"] = int(moments["step"])

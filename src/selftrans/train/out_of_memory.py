@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from selftrans.checkpoints import format as checkpoint
 from selftrans.messages import plural
 from selftrans.train.batches import Loaded, to_batch
 from selftrans.train.capture_rules import NotCaptured
@@ -82,9 +83,10 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
         return f"{where}, and one sample does not fit either: use {less}"
     parts = train.accumulate * (micro // fits if fits else _smallest_factor(micro))
     tried = f"; {fits} at a time fit" if fits else ""
+    trained = any(checkpoint.steps(folder) for folder in trainer.directory.parent.glob("*/checkpoints"))
     return (
         f"{where}{tried}: --train.accumulate {parts} computes the same batch of {train.batch_size} in {parts} parts; "
-        f"or use {less}"
+        f"or use {less}" + ("; the run has checkpoints: add --train.allow-changes True" if trained else "")
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from selftrans.config import RunConfig, Train
 
@@ -79,6 +79,20 @@ def process_group_options(config: Train) -> InitProcessGroupKwargs:
             "--train.shard True"
         )
     return InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
+
+
+def check_same(what: str, value: str) -> None:
+    """ValueError in every process unless all of them have the same value. Every process must call it.
+
+    `what` has this value, in the message: files that each machine may read from a copy of its own.
+    """
+    found = gather_object([value])
+    other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"process {other} of {len(found)} reads other {what} than process 0: give all of them the same files, or equal "
+            "copies"
+        )
 
 
 @contextlib.contextmanager

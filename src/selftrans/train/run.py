@@ -31,7 +31,13 @@ from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, initial_weights, resolve_init
 from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview, with_prompts
-from selftrans.train.processes import accelerator_of, free_prepared, keep_memory, reporting_lost_processes
+from selftrans.train.processes import (
+    accelerator_of,
+    check_same,
+    free_prepared,
+    keep_memory,
+    reporting_lost_processes,
+)
 from selftrans.train.resume import record, settings_before, settle
 from selftrans.train.run_data import data_of_run, ready_data, with_window
 from selftrans.train.run_report import opening_line, run_report, stage_report
@@ -78,6 +84,7 @@ def _train(
         contextlib.closing(Trackers(out)) as trackers,
     ):
         shards = data_of_run(config, out, accelerator)
+        check_same("data", f"{shards.manifest.shards_sha256()} {shards.manifest.latent_space}")
         config, plan, initial = planned(config, shards, out, typed)
         shards = ready_data(config, shards, accelerator, quiet=quiet)
         trainer_of = partial(

@@ -39,6 +39,7 @@ from selftrans.train.nonfinite import NonFiniteSteps, check_weights, with_remedy
 from selftrans.train.optim import build_optimizer, forget, learning_rate
 from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
+from selftrans.train.processes import check_same
 from selftrans.train.resume import check_data, checkpoint_errors, common_checkpoint
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import check_teacher
@@ -85,6 +86,8 @@ class Trainer:
         self.since_checkpoint = RunningMeans()  #: since the last checkpoint that was due
         self.due = False  #: whether a checkpoint is due, but not written yet
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
+        if teacher is not None:  # each process has loaded it by itself
+            check_same("teacher weights", str(teacher.source.get("weights")))
         found = common_checkpoint(self.checkpoints, accelerator)
         self._build(fresh=found is None)
         self._restore(found)
@@ -154,8 +157,8 @@ class Trainer:
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
-    def run(self) -> checkpoint.Checkpoint:
-        """Train to the last step; returns the final checkpoint. `Interrupted` after a stop signal, checkpoint written."""
+    def run(self) -> None:
+        """Train to the last step, with a checkpoint of it. `Interrupted` after a stop signal, checkpoint written."""
         main = self.accelerator.is_main_process
         journal = JsonlLog(self.directory / "log.jsonl", resume_step=self.step) if main else None
         bar = self.bar(total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main)
@@ -183,11 +186,10 @@ class Trainer:
             bar.close()
             if journal:
                 journal.close()
-        found = checkpoint.newest(self.checkpoints)
-        assert found is not None and found.step == self.step
-        if main:
+        if main:  # it reads the files of the checkpoint, which other machines may not see yet
+            found = checkpoint.newest(self.checkpoints)
+            assert found is not None and found.step == self.step
             checkpointing.prune(self)  # an earlier process may have been killed between its last checkpoint and this
-        return found
 
     def train_step(self, batches: Iterator[Loaded]) -> None:
         """One step with the moving average. Heads and teachers of guidance that ends with it are removed."""

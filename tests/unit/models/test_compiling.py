@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import types
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,38 @@ def test_all_shapes_of_a_block_are_compiled(monkeypatch: pytest.MonkeyPatch) -> 
             model(torch.randn(n, 1, 4, 4), torch.rand(n), torch.zeros(n, dtype=torch.long))
     torch.compiler.reset()
     assert len(graphs) == 12 + 12 and len(calls) == 24 + 12, "blocks, and the last layer"
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x
+
+
+def test_every_bucket_of_student_and_teacher_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 34 buckets; `prepare` makes 99 at most. The teacher runs without gradients."""
+    graphs, compile_module = [], torch.nn.Module.compile
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend=backend, **options)
+    )
+    torch.compiler.reset()
+    model: Any = types.SimpleNamespace(repeated=lambda: [layer], compiled_alone=list)
+    layer = Scaled()
+    compile_model(model)
+    for tokens in range(2, 36):
+        layer(torch.zeros(tokens, 4))
+        with torch.no_grad():
+            layer(torch.zeros(tokens, 4))
+    torch.compiler.reset()
+    assert len(graphs) == 2 * 34
 
 
 def test_compiled_code_is_kept_in_a_private_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,8 @@ def test_optimizer_state_is_restored_by_name():
         model(x).square().mean().backward()
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"it holds moments of 1\.\w+, which the settings do not train"):
+        load_optimizer(build_optimizer(models[1][:1], config), models[1][:1], named)
 
 
 BAD = float("nan")

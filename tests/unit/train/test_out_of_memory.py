@@ -1,5 +1,6 @@
 """A step without memory ends in one line, and the command that it names works in the same folder."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,24 @@ def test_message_names_what_fits_and_the_next_command_works(tmp_path, monkeypatc
     assert main(argv(tmp_path / "run", **{"train.accumulate": 4})) == 0
 
 
+def test_trained_run_continues_in_more_parts(tmp_path, monkeypatch, capsys):
+    """Stage 2, or a run on fewer processes, may need more memory than the steps that were taken before."""
+    run, longer = toy.copy(toy.finished(), tmp_path / "run"), {"train.batch_size": 8, "train.steps": 9}
+    limited(2, monkeypatch)
+    assert main(argv(run, **longer)) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "2 at a time fit: --train.accumulate 4 " in err
+    assert err.endswith("; the run has checkpoints: add --train.allow-changes True")
+    assert main(argv(run, **longer, **{"train.accumulate": 4})) == 1
+    assert "train.accumulate was 2, is 4; use those, or another --out, or --train.allow-changes True" in one_line(
+        capsys
+    )
+    assert main(argv(run, **longer, **{"train.accumulate": 4, "train.allow_changes": True})) == 0
+    assert [line["step"] for line in toy.log(run)][-1] == 9
+    (change,) = json.loads((run / "changes.json").read_text())
+    assert change["changed"] == ["train.accumulate was 2, is 4"]
+
+
 def test_parts_of_an_odd_batch_are_equal(tmp_path, monkeypatch, capsys):
     limited(6, monkeypatch)
     assert main(argv(tmp_path / "run", **{"train.batch_size": 15, "train.accumulate": 1})) == 1
@@ -70,7 +89,7 @@ def test_one_sample_that_does_not_fit(tmp_path, monkeypatch, capsys):
         (1, "with 1 sample at a time, and one sample does not fit either: use"),
     ],
 )
-def test_parts_of_several_processes_divide_the_micro_batch(micro, expected):
+def test_parts_of_several_processes_divide_the_micro_batch(tmp_path, micro, expected):
     settings = {"train.batch_size": 3 * 2 * micro, "train.accumulate": 2}
     trainer = SimpleNamespace(
         config=recipe("digits").override(settings),
@@ -78,6 +97,7 @@ def test_parts_of_several_processes_divide_the_micro_batch(micro, expected):
         stream=SimpleNamespace(micro=micro),
         stage=SimpleNamespace(name="stage1"),
         captured=None,
+        directory=tmp_path / "run" / "stage1",
     )
     assert expected in explanation(trainer, None)
 

@@ -10,7 +10,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from selftrans.config import Train
-from selftrans.train.processes import free_prepared, keep_memory, process_group_options, reporting_lost_processes
+from selftrans.train import processes
+from selftrans.train.processes import (
+    check_same,
+    free_prepared,
+    keep_memory,
+    process_group_options,
+    reporting_lost_processes,
+)
 
 
 def test_models_and_optimisers_of_a_stage_are_freed_before_the_next():
@@ -38,6 +45,14 @@ def test_fsdp_of_accelerate_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "TRUE")
     with pytest.raises(ValueError, match=r"accelerate is configured to use FSDP.*--train\.shard True"):
         process_group_options(Train())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_other_files_in_one_process_end_all_of_them(monkeypatch, rank):
+    found = ["a", "a", "b"]
+    monkeypatch.setattr(processes, "gather_object", lambda mine: found if mine == [found[rank]] else None)
+    with pytest.raises(ValueError, match="process 2 of 3 reads other data than process 0: give all of them the same"):
+        check_same("data", found[rank])
 
 
 @pytest.mark.parametrize(

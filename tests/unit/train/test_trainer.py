@@ -18,6 +18,7 @@ from selftrans.methods import objective
 from selftrans.methods.layersync import LayerSync, LayerSyncGuidance
 from selftrans.methods.registry import METHODS
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE
+from selftrans.train import processes
 from selftrans.train.batches import Loaded, seed_step, to_batch
 from selftrans.train.run import train
 from selftrans.train.trainer import Trainer
@@ -150,6 +151,23 @@ def test_heads_and_teacher_are_freed_when_guidance_ends(tmp_path, monkeypatch):
         assert not any("head" in name for name in names if name.startswith(("student/", "ema/")))
         state = json.loads((toy.checkpoint(tmp_path, step=step) / "state.json").read_text())
         assert (state["teacher"] is not None) == (step < 5)
+
+
+@pytest.mark.parametrize("what", ["data", "teacher weights"])
+def test_processes_compare_what_they_have_read(tmp_path, monkeypatch, what):
+    """Of copies on each machine, or of a teacher's run that is still being trained, each might have read another state."""
+    compare = processes.check_same
+
+    def one_differs(name, value):
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "gather_object", lambda mine: [*mine, "another" if name == what else mine[0]])
+            compare(name, value)
+
+    monkeypatch.setattr("selftrans.train.run.check_same", one_differs)
+    monkeypatch.setattr("selftrans.train.trainer.check_same", one_differs)
+    with pytest.raises(ValueError, match=f"process 1 of 2 reads other {what} than process 0"):
+        train(toy.toy(), tmp_path, quiet=True)
+    assert (tmp_path / "stage1").exists() == (what == "teacher weights")
 
 
 def test_teacher_is_freed_when_its_guidance_ends_and_another_stays(tmp_path, monkeypatch):
