@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def escaped(text: object) -> str:
 
 def _is_shown(character: str) -> bool:
     return character.isprintable() or character in JOINERS
+
+
+def on_one_line(message: str) -> str:
+    """A message without line breaks and tabs. Other spaces stay as they are: names of files have them."""
+    return " ".join(filter(None, (part.strip(" ") for part in re.split(r"[\t\n\v\f\r]", message))))
 
 
 def one_line(text: str) -> str:
@@ -69,7 +75,7 @@ def first_line(error: object, limit: int = 160) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # a final colon introduces the next line
     text = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
-    text = " ".join(text.split()).rstrip(".")
+    text = on_one_line(text).rstrip(".")
     if len(text) > limit:
         start = text[: limit - 3]
         text = f"{start.rpartition(' ')[0] or start}..."

@@ -12,6 +12,7 @@ from selftrans.messages import (
     gigabytes,
     is_own_code,
     listed,
+    on_one_line,
     one_line,
     plural,
     printable,
@@ -56,12 +57,17 @@ def test_escaped_text_is_truncated():
         (MemoryError(), "MemoryError"),
         (ValueError("   \n"), "ValueError"),
         (ValueError("bad \x1b[2J name"), "bad \\x1b[2J name"),
+        (ValueError("no file 12\u202f000\xa0a  b.png"), "no file 12\\u202f000\\xa0a  b.png"),
         (ValueError("x" * 999), "x" * 157 + "..."),
         (ValueError("a word " * 30), ("a word " * 30)[:155] + "..."),
     ],
 )  # fmt: skip
 def test_first_line_of_an_error(error, line):
     assert first_line(error) == line
+
+
+def test_a_message_on_one_line_keeps_the_spaces_of_names():
+    assert on_one_line(" wrong\n  a\xa0\u202f  b\t\tc\r\n") == "wrong a\xa0\u202f  b c"
 
 
 def test_bytes_have_three_digits_at_most_whatever_their_number():

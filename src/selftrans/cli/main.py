@@ -22,7 +22,7 @@ from selftrans.cli.options import Command, RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
 from selftrans.cli.parse import UsageError, blank, parse
 from selftrans.cli.unknown_option import unrecognised
-from selftrans.messages import escaped, first_line, is_own_code, printable
+from selftrans.messages import escaped, first_line, is_own_code, on_one_line, printable
 from selftrans.plugins import trust
 from selftrans.suggest import closest, did_you_mean
 
@@ -157,7 +157,7 @@ def _terminate(number: int, frame: object) -> None:
 
 def _reported(message: str, status: int) -> int:
     """Print an error as one line; returns the exit status."""
-    print(f"selftrans: {escaped(' '.join(message.split()))}", file=sys.stderr)
+    print(f"selftrans: {escaped(on_one_line(message))}", file=sys.stderr)
     return status
 
 

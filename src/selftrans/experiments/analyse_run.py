@@ -127,7 +127,8 @@ def _accuracies(probes: Mapping[float, Sequence[float]], chance: float, tested: 
     (axes,) = figure.axes
     axes.axhline(chance, color=INK, linewidth=0.8, linestyle=":", label=f"chance {chance:.2f}")
     axes.set_ylim(-0.03, 1.03)
-    axes.legend(frameon=False)
+    # above the axes: inside, curves near 1 leave it no place but on the line of chance
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     return figure
 
 

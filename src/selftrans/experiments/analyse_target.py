@@ -78,7 +78,16 @@ def analyse_target(
         sums = sum_target(_keeping(source, mapped, kept, bar), plan)
     what = "shares" if plan.labels is None else "probes"
     measured = {str(k): sums[k].report() for k in progress_bar(iterable=sums, desc=what, unit="block")}
-    report = {
+    report = _settings(teacher, pictures, plan, times, seed) | {"blocks": measured}
+    finished(report, out / "target.json", show)
+    draw_measures(report, out / "target.png")
+    draw_maps(report, teacher.dataset, pictures.rows[mapped], kept, teacher.grid, out / "target-maps.png")
+    return report
+
+
+def _settings(teacher: Teacher, pictures: Pictures, plan: Plan, times: tuple[float, ...], seed: int) -> dict[str, Any]:
+    """What the report says of the teacher, the pictures, and how they are measured."""
+    return {
         "teacher": teacher.about | {"title": teacher.title, "block": teacher.block, "precision": "fp32"},
         "data": teacher.dataset.origin,
         "pictures": _counts(pictures, plan),
@@ -86,15 +95,10 @@ def analyse_target(
         "predicted_from": _predictor(teacher.dataset, plan),
         "timesteps": list(times) if teacher.depth else [],
         "probes_at": times[0] if teacher.depth and plan.labels is not None else None,
-        "scales": list(strengths),
+        "scales": list(plan.scales),
         "seed": seed,
         "chance": None if plan.labels is None else chance(plan.labels, plan.fitted),
-        "blocks": measured,
     }
-    finished(report, out / "target.json", show)
-    draw_measures(report, out / "target.png")
-    draw_maps(report, teacher.dataset, pictures.rows[mapped], kept, teacher.grid, out / "target-maps.png")
-    return report
 
 
 def check(timesteps: Sequence[float], samples: int, scales: Sequence[float], seed: int) -> None:

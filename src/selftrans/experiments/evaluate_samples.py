@@ -78,12 +78,8 @@ def evaluate_samples(
             raise ValueError(f"no prompts are recorded for the images of {samples}; leave out --clip")
         scorer = ClipScorer(clip, default_device())
         images = scorer.observe(images, opened.texts)
-    if extractor is None and features is None and opened.pictures:
-        extractor = _loaded("inception")  # it may not be installed: before anything is sampled
     if extractor is None:
-        first = next(images)
-        extractor = _loaded(features or ("inception" if first.dtype == np.uint8 else "values"), first.shape[1:])
-        images = itertools.chain([first], images)
+        extractor, images = _extractor_of(features, images, opened.pictures)
     with _input_named("reference", reference):
         statistics = reference_of(reference, extractor)
     if save_reference is not None:
@@ -126,6 +122,17 @@ def _named_extractor(features: str | None, reference: str | Path) -> Extractor |
         check_sizes(extractor, dataset)
         return extractor
     return None if features in (None, "values") else _loaded(features)
+
+
+def _extractor_of(
+    features: str | None, images: Iterator[np.ndarray], pictures: bool
+) -> tuple[Extractor, Iterator[np.ndarray]]:
+    """The extractor that fits the images, and all images. `pictures`: whether they are known to be pictures."""
+    if features is None and pictures:
+        return _loaded("inception"), images  # it may not be installed: before anything is sampled
+    first = next(images)
+    extractor = _loaded(features or ("inception" if first.dtype == np.uint8 else "values"), first.shape[1:])
+    return extractor, itertools.chain([first], images)
 
 
 def _loaded(features: str, shape: tuple[int, ...] | None = None) -> Extractor:

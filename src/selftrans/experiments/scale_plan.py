@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selftrans.config import RunConfig
+from selftrans.config import RunConfig, Train
 from selftrans.data.shard_file import row_bytes
 from selftrans.experiments.bench.read_report import BenchedModel, read_measured
 from selftrans.experiments.step_cost import (
@@ -49,8 +49,8 @@ class Cluster:
     link: float = 400.0  #: of one machine to the others
     local: float = 3600.0  #: of one GPU to the others of its machine
 
-    def check(self) -> None:
-        """ValueError for numbers that describe no cluster."""
+    def check(self, train: Train) -> None:
+        """ValueError for numbers that describe no cluster, and for batches that do not divide among its GPUs."""
         given = {
             "gpus": self.gpus,
             "gpus-per-machine": self.per_machine,
@@ -62,6 +62,11 @@ class Cluster:
         if self.gpus > self.per_machine and self.gpus % self.per_machine:
             raise ValueError(
                 f"{plural(self.gpus, 'GPU')} do not divide into machines of {self.per_machine}; give --gpus-per-machine"
+            )
+        if train.batch_size % (self.gpus * train.accumulate):
+            raise ValueError(
+                f"train.batch_size {train.batch_size} does not divide among {plural(self.gpus, 'GPU')} x "
+                f"{plural(train.accumulate, 'micro-batch')}; choose a multiple of {self.gpus * train.accumulate}"
             )
 
     @property
@@ -128,7 +133,6 @@ def scale_plan(
         measured: bench.json of one such GPU. rate: images per second of the last stage on one, in place of that.
     ValueError where neither is given, for a batch that does not divide, and for what `train` refuses.
     """
-    cluster.check()
     if (measured is None) == (rate is None):
         raise ValueError(
             "give --measured bench.json, made by `selftrans bench` on one such GPU, or --rate IMAGES_PER_S"
@@ -136,13 +140,8 @@ def scale_plan(
     if rate is not None:
         _above_zero("rate", rate)
     config = config.restricted().check()
-    train, world = config.train, cluster.gpus
-    if train.batch_size % (world * train.accumulate):
-        raise ValueError(
-            f"train.batch_size {train.batch_size} does not divide among {plural(world, 'GPU')} x "
-            f"{plural(train.accumulate, 'micro-batch')}; choose a multiple of {world * train.accumulate}"
-        )
-    assumed: list[str] = []
+    cluster.check(config.train)
+    train, world, assumed = config.train, cluster.gpus, list[str]()
     shape, conditions, samples, row = _data(config, assumed)
     try:
         built = [_built(config, stage, shape, conditions) for stage in stages(config)]

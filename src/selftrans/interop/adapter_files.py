@@ -15,7 +15,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import START, frozen_weights
 from selftrans.checkpoints.load import Weights, find_asked
 from selftrans.config import RunConfig, from_object
-from selftrans.interop.exporting import check_out, remove_earlier
+from selftrans.interop.exporting import check_out, folder_to_fill, remove_earlier
 from selftrans.messages import printable
 from selftrans.models.lora import A, B, pairs, trained_in_full
 from selftrans.models.spec import Named
@@ -50,15 +50,16 @@ def export_adapters(
     check_out(out, {WEIGHTS, PIPELINE_WEIGHTS}, "an export of adapters")
     config, named = from_object(header["config"], lenient=True), load_file(path)
     if layout == "diffusers":
-        target, settings, tensors = out / PIPELINE_WEIGHTS, None, for_diffusers(named, config.lora.factor)
+        name, settings, tensors = PIPELINE_WEIGHTS, None, for_diffusers(named, config.lora.factor)
     else:
-        target, settings = out / WEIGHTS, _settings(config, named)
-        tensors = {f"{PREFIX}{_published_name(name)}": tensor for name, tensor in named.items()}
-    checkpoint.write_tensors(target, tensors, {"format": "pt"})
-    if settings is not None:
-        write_json(out / SETTINGS, settings)
-    remove_earlier(out, {WEIGHTS, PIPELINE_WEIGHTS} - {target.name} | ({SETTINGS} if settings is None else set()))
-    return target
+        name, settings = WEIGHTS, _settings(config, named)
+        tensors = {f"{PREFIX}{_published_name(key)}": tensor for key, tensor in named.items()}
+    with folder_to_fill(out) as folder:
+        checkpoint.write_tensors(folder / name, tensors, {"format": "pt"})
+        if settings is not None:
+            write_json(folder / SETTINGS, settings)
+    remove_earlier(out, {WEIGHTS, PIPELINE_WEIGHTS} - {name} | ({SETTINGS} if settings is None else set()))
+    return out / name
 
 
 def for_diffusers(named: Named, factor: float) -> Named:

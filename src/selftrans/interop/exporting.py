@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from selftrans.checkpoints import format as checkpoint
@@ -38,7 +39,7 @@ def export_run(
     check_out(out, names, "an export")
     # adapters are merged, and names have no prefix, unlike in a pipeline
     header = {key: value for key, value in checkpoint.read_header(path).items() if key not in (ADAPTERS, PREFIX)}
-    target = out / EXPORTED
+    name = EXPORTED
     if layout == OURS:
         tensors, metadata, config = dict(loaded.model.state_dict()), {checkpoint.KEY: json.dumps(header)}, header
     else:
@@ -61,13 +62,19 @@ def export_run(
             **{key: header.get(key) for key in ("autoencoder", "stage", "step", "weights")},
         }
         if published.folder:
-            config, target = arguments, out / published.folder
+            config, name = arguments, published.folder
         tensors = published.tensors(loaded.model)
         metadata = {LAYOUT: layout, AUTOENCODER: loaded.autoencoder, "format": "pt"}
-    checkpoint.write_tensors(target, tensors, metadata)
-    write_json(out / "config.json", config)
-    remove_earlier(out, names - {target.name})
-    return target
+    with folder_to_fill(out) as folder:
+        checkpoint.write_tensors(folder / name, tensors, metadata)
+        write_json(folder / "config.json", config)
+    remove_earlier(out, names - {name})
+    return out / name
+
+
+def folder_to_fill(out: Path) -> AbstractContextManager[Path]:
+    """`out` if it exists, else a new folder that becomes `out` when the block ends, so that a failure leaves none."""
+    return nullcontext(out) if out.exists() else atomic_directory(out)
 
 
 def remove_earlier(out: Path, names: set[str]) -> None:

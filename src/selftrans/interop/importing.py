@@ -272,7 +272,9 @@ def _write(
             write_text(run / "config.json", to_json(config))
             write_json(run / f"{IMPORTED}.json", source)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{out} could not be written ({error}); {FREE_SPACE}") from error
+        cause = error.__cause__ or error  # of an error of `checkpoint.save`, whose message names a folder inside
+        reason = getattr(cause, "strerror", None) or first_line(cause)
+        raise OSError(f"{out} could not be written ({reason}); {FREE_SPACE}") from error
     return out / saved.relative_to(run)
 
 

@@ -170,11 +170,20 @@ class HookedBackbone(TextNull, Backbone):
         found = self._found()
         _check_blocks(found)
         self.depth = self._kept = len(found)
-        for k, block in enumerate(found, start=1):
+        for block in found:
             copied = hasattr(block, "_read_by")  # of a module that a backbone reads: its class reads already
             block.__class__ = _read_class(type(block).__base__ if copied else type(block))
-            # a copy of the block keeps the reference to this one, by which it is known as a copy
+        self._claim(found)
+
+    def _claim(self, blocks: Sequence[nn.Module]) -> None:
+        """Let this model read the blocks. A copy of one keeps the reference to the original, by which it is known as a copy."""
+        for k, block in enumerate(blocks, start=1):
             block._read_by = (self._reading, k, weakref.ref(block))  # type: ignore[assignment]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy of the whole model: its blocks are its own, unlike those of a copy of `net` alone."""
+        super().__setstate__(state)
+        self._claim(self._found())
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, taps: tuple[int, ...] = (), stop: bool = False) -> Output:
         """As `Backbone`. ValueError where a block or `call` returns something else than expected."""

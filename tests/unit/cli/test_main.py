@@ -129,6 +129,7 @@ def test_empty_first_argument_is_not_the_working_directory(command, tmp_path, ca
     ("error", "status", "line"),
     [
         (ValueError("no\nsuch thing"), 1, "no such thing"),
+        (ValueError("12\u202f000\xa0a  b.png: bad"), 1, "12\\u202f000\\xa0a  b.png: bad"),
         (OSError("disk full"), 1, "disk full"),
         (ImportError("no torch_fidelity"), 1, "no torch_fidelity"),
         (FloatingPointError("not finite"), 1, "not finite"),

@@ -156,6 +156,24 @@ def test_export_replaces_only_an_earlier_export(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err and toy.tree(out) == before
 
 
+def refuse_as_full(path, *_, **__):
+    raise ValueError(f"{path} cannot be written (No space left on device); free disk space or choose another folder")
+
+
+def test_full_disk_leaves_no_folder_and_keeps_an_earlier_export(tmp_path, capsys, monkeypatch):
+    run, earlier, new = str(toy.vanilla()), tmp_path / "earlier", tmp_path / "new"
+    export_run(run, earlier)
+    before = toy.tree(earlier)
+    for name in ("checkpoints.format.write_tensors", "interop.exporting.write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"selftrans.{name}", refuse_as_full)
+            assert main(["export", run, "--out", str(new)]) == 1
+            assert main(["export", run, "--out", str(earlier)]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"selftrans: {new}/") and said.count("No space left on device") == said.count("\n") == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["earlier"] and toy.tree(earlier) == before
+
+
 def test_autoencoder_that_is_not_on_this_machine_is_named_by_import(tmp_path):
     run, _, _ = a_run(tmp_path)
     file = export_run(run, tmp_path / "out", layout="repa")

@@ -632,7 +632,10 @@ def test_full_disk_leaves_no_partial_run(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("selftrans.checkpoints.format.save_file", full)
     assert main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 1
-    assert "free disk space" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    said = (
+        f"{tmp_path / 'run'} could not be written (No space left on device); free disk space or choose another folder"
+    )
+    assert capsys.readouterr().err == f"selftrans: {said}\n" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_import_refuses_selftrans_weights(tmp_path, capsys):

@@ -408,6 +408,19 @@ def test_a_module_belongs_to_one_backbone():
         plain(net)
 
 
+def test_the_module_of_a_copied_backbone_belongs_to_the_copy():
+    first = plain()
+    second = copy.deepcopy(first)
+    for model in (first, second):
+        with pytest.raises(ValueError, match="block 1 belongs to another HookedBackbone"):
+            plain(model.net)
+        assert model(*inputs(), taps=(2,)).feats.keys() == {2}
+    third = plain(copy.deepcopy(second.net))
+    del first
+    for model in (second, third, copy.deepcopy(second).truncated(2)):
+        assert model(*inputs(), taps=(2,), stop=True).feats.keys() == {2}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_of_a_module_that_is_read_can_be_read_by_another_backbone(kind):
     """As the average of a training script, which is copied from the model at any time; the first one reads on."""

@@ -30,6 +30,10 @@ from selftrans.messages import printable
 
 __all__ = ["Source", "iter_images", "open_source"]
 
+RESIZE = "give --resolution to crop and resize them"
+KEEP = ", with --buckets to keep about their aspect ratios"
+OTHER_SHAPE = 1.2  #: ratio of two aspect ratios from which buckets, of which five are usual, hold them apart
+
 
 def open_source(
     source: str | Path,
@@ -65,9 +69,7 @@ def open_source(
     Raises ValueError when there is no picture, the layout is ambiguous or unsafe, or a resolution is needed.
     """
     opened = _open(source, resolution, channels, split, label_column, captions, reading)
-    native = resolution or _native_resolution(
-        opened, str(source), progress, "give --resolution to crop and resize them"
-    )
+    native = resolution or _native_resolution(opened, str(source), progress, RESIZE, f"{RESIZE}{KEEP}")
     return dataclasses.replace(opened, resolution=native)
 
 
@@ -216,8 +218,8 @@ def _digits() -> Source:
     )
 
 
-def _native_resolution(source: Source, where: str, progress: bool, remedy: str) -> Resolution:
-    """The size of all pictures, from their headers. Raises ValueError, with `remedy`, when they have several."""
+def _native_resolution(source: Source, where: str, progress: bool, remedy: str, of_shapes: str) -> Resolution:
+    """The size of all pictures, from their headers. ValueError, with a remedy, when they have several, or several shapes."""
     from tqdm import tqdm
 
     seen: tuple[int, int] | None = None
@@ -230,7 +232,10 @@ def _native_resolution(source: Source, where: str, progress: bool, remedy: str) 
             error = error or unreadable(name, fault)
             continue
         if seen is not None and size != seen:
-            raise ValueError(f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy}")
+            alike = max(size[0] * seen[1], size[1] * seen[0]) < OTHER_SHAPE * min(size[0] * seen[1], size[1] * seen[0])
+            raise ValueError(
+                f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy if alike else of_shapes}"
+            )
         seen = size
     if seen is None:
         raise ValueError(none_readable(len(source), "picture", where, error))
@@ -249,7 +254,8 @@ def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]
         yield from npz.npz_samples(Path(path), batch_size)
         return
     source = dataclasses.replace(_open(path, None), faults={})  # labels are not used, so none is missing
-    native = _native_resolution(source, str(path), False, "they are read without resizing: crop all to one size")
+    remedy = "they are read without resizing: crop all to one size"
+    native = _native_resolution(source, str(path), False, remedy, remedy)
     channels = 1 if source.channels == 1 or _all_grey(source) else 3
     source = dataclasses.replace(source, resolution=native, channels=channels)
     indices = range(len(source))

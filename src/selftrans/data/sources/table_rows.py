@@ -31,7 +31,10 @@ class StoredRows:
         """A function that returns the cell of row i, not decoded: its `bytes` or its `path`; None where it is empty."""
         import datasets
 
-        rows = self._rows.select_columns([name]).cast_column(name, datasets.Image(decode=False))
+        rows = self._rows.select_columns([name])
+        if rows.features[name] == datasets.Value("large_binary"):  # which datasets 4 does not take as pictures
+            rows = rows.cast_column(name, datasets.Value("binary"))
+        rows = rows.cast_column(name, datasets.Image(decode=False))
         return lambda i: rows[i][name]
 
 

@@ -126,8 +126,7 @@ def _av_frames(name: str, stream: BinaryIO, most: int) -> Generator[Image.Image]
         video = container.streams.video[0]
         check_pixels((video.width, video.height), most)
         for frame in container.decode(video):
-            # degrees counterclockwise, which phones record in the header; older versions of PyAV do not report them
-            turn = int(getattr(frame, "rotation", 0)) % 360
+            turn = int(frame.rotation) % 360  # degrees counterclockwise, which phones record in the header
             yield frame.to_image().rotate(turn, expand=True) if turn else frame.to_image()
 
 

@@ -127,8 +127,11 @@ def test_empty_class_folders_are_classes_on_request(tmp_path: Path, kind: str) -
 
 def test_native_resolution_needs_one_size(tmp_path: Path) -> None:
     write(tmp_path / "x", {"a.png": encoded(noise(8)), "b.png": encoded(noise(9))})
-    with pytest.raises(ValueError, match=r"b.png .* is 9x9, others 8x8; give --resolution"):
+    with pytest.raises(ValueError, match=r"b.png .* is 9x9, others 8x8; give --resolution to crop and resize them$"):
         open_source(tmp_path / "x")
+    write(tmp_path / "z", {"a.png": encoded(noise(8)), "b.png": encoded(noise(8)[:5])})
+    with pytest.raises(ValueError, match=r"5x8, others 8x8; give --resolution .*, with --buckets to keep about their"):
+        open_source(tmp_path / "z")
     with pytest.raises(
         ValueError, match=r"9x9, others 8x8; they are read without resizing: crop all to one size$"
     ):  # as `evaluate` reads, without --resolution
