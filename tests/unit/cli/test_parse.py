@@ -96,7 +96,9 @@ def test_paragraphs_are_wrapped_and_tables_kept(monkeypatch):
 def test_lines_of_a_list_continue_to_the_right_of_their_names(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     line = "  --a-name  what this command does, in more than one line"
-    assert wrapped(f"A list:\n{line}") == "A list:\n  --a-name  what this command does, in\n            more than one line"
+    assert (
+        wrapped(f"A list:\n{line}") == "A list:\n  --a-name  what this command does, in\n            more than one line"
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["train", "--help"], ["train", "digits", "--help"]])
