@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +11,21 @@ JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and 
 
 
 def printable(text: object, limit: int | None = 160) -> str:
-    """Text from a file, `escaped`, of at most `limit` characters."""
-    return escaped(str(text)[:limit])[:limit]
+    """Text from a file, `escaped`, of at most `limit` characters; what is longer ends with an ellipsis."""
+    if limit is None:
+        return escaped(text)
+    shown = escaped(str(text)[: limit + 1])
+    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
 
 
 def escaped(text: object) -> str:
     """Text on one line, in which only what a terminal does not print is escaped: `a\\nb`. For a path that is named in full."""
     return "".join(c if _is_shown(c) else ascii(c)[1:-1] for c in str(text))
+
+
+def as_word(path: object) -> str:
+    """A path as one word of a command line, `escaped`."""
+    return escaped(shlex.quote(str(path)))
 
 
 def _is_shown(character: str) -> bool:

@@ -101,8 +101,10 @@ export const notes = (lines) => (lines || []).map((line) => h("p", { class: "not
 export const field = (name, input, all = false) => h("label", { class: `field${all ? " all" : ""}` }, name, input);
 export const number = (value, min, max, step = 1) => h("input", { type: "number", value, min, max, step });
 export function select(options, value, onchange) {
-  const node = h("select", { onchange: () => onchange?.(node.value) },
+  const node = h("select", { onchange: () => { named(); onchange?.(node.value); } },
     options.map(([key, text]) => h("option", { value: key, selected: String(key) === String(value) }, text)));
+  const named = () => { node.title = node.selectedOptions[0]?.textContent || ""; }; // long names do not fit
+  named();
   return node;
 }
 export const meter = (share, name = "meter") => h("div", { class: name }, h("i", { style: { width: `${100 * (share || 0)}%` } }));

@@ -19,7 +19,7 @@ export function sidePage(main, { query, signal }) {
   const figures = h("div", { class: "sides" });
   const why = h("div", { class: "stack" });
   const form = h("div", { class: "row" });
-  const charts = { step: new Chart("Distance over steps", { xlabel: "student steps", log: true, empty: "no run was measured; `selftrans compare` does" }),
+  const charts = { step: new Chart("Distance over steps", { xlabel: "student steps", log: true, empty: "no run was measured (selftrans compare does)" }),
     tflops: new Chart("Distance over total compute", { xlabel: "TFLOPs, all stages and the teacher", log: true, empty: "no run was measured, or its compute is not known" }) };
   const alike = h("div", { class: "stack" });
   main.append(h("div", { class: "row" }, h("h1", {}, "Side by side"), h("span", { class: "grow" }), picks), body);
