@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +50,17 @@ def decoded_text(data: bytes) -> str:
 def listed(names: Sequence[object], most: int = 8) -> str:
     """The first `most` names, each `printable`, separated by commas, and how many more there are."""
     return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that reads standard output; None for a file or a pipe, where no line is broken."""
+    return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+
+
+def filled(text: str) -> str:
+    """Text wrapped to the width of the terminal."""
+    width = terminal_width()
+    return text if width is None else textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def plural(count: int, noun: str) -> str:

@@ -11,6 +11,7 @@ from selftrans.messages import (
     are,
     as_word,
     escaped,
+    filled,
     first_line,
     gigabytes,
     is_own_code,
@@ -44,6 +45,14 @@ def test_only_what_a_terminal_does_not_print_is_escaped(made):
     assert made("Ölbaum\n\x1b[31m \\ 猫 \udcff") == "Ölbaum\\n\\x1b[31m \\ 猫 \\udcff"
     for name in ("خانه\u200cها", "\U0001f469\u200d\U0001f680", "cafe\u0301", "हिंदी"):
         assert made(name) == name
+
+
+def test_text_is_wrapped_to_a_terminal_only(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "a sentence that is longer than the terminal is wide"
+    assert filled(text) == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert filled(text) == "a sentence that is longer than the\nterminal is wide"
 
 
 def test_a_path_is_one_word_of_a_command_line():
