@@ -176,6 +176,12 @@ def test_side_by_side_shows_equal_steps(page, folder):
     assert [pictures.nth(i).get_attribute("alt")[-6:] for i in range(2)] == ["step 4"] * 2
 
 
+def test_a_page_that_is_left_while_it_loads_logs_no_error(page):
+    for place in ("play", "maps", "side", "play"):
+        go(page, f"#/{place}")
+    page.get_by_label("pictures", exact=True).wait_for()  # `window` looks for errors
+
+
 def test_samples_side_by_side_stay_where_the_next_ones_are_refused(browser, address, folder):  # noqa: F811
     context = browser.new_context()  # not a `window`: the refusal is logged as an error
     page = context.new_page()

@@ -89,6 +89,20 @@ export function repeat(work, wait, signal) {
   round();
 }
 
+// Calls `work` once, again while the server does not answer; what it refuses is said in `place`. A page that was left says nothing.
+export async function prepared(work, place, signal) {
+  while (!signal.aborted) {
+    try {
+      await work();
+      return;
+    } catch (error) {
+      if (signal.aborted) return;
+      if (!(error instanceof Lost)) { place.append(...notes([error.message])); return; }
+    }
+    await new Promise((wake) => setTimeout(wake, 2000));
+  }
+}
+
 export function stored(name, otherwise) {
   try { return JSON.parse(localStorage.getItem(`selftrans-${name}`)) ?? otherwise; } catch { return otherwise; }
 }
