@@ -170,8 +170,11 @@ def test_side_by_side_shows_equal_steps(page, folder):
     pictures.nth(1).wait_for()
     shown = [pictures.nth(i).get_attribute("alt") for i in range(2)]
     assert shown == ["samples of live at step 8", "samples of finished at step 8"], "12 has one run only"
-    page.evaluate("document.querySelector('.sides a').textContent = 'a name of two lines, '.repeat(4)")
-    assert pictures.nth(0).bounding_box()["y"] == pictures.nth(1).bounding_box()["y"], "pictures are at one height"
+    tops = page.evaluate("""() => {
+        document.querySelector(".sides a").textContent = "a name of two lines, ".repeat(4);
+        return [...document.querySelectorAll(".sides .paper")].map((each) => each.getBoundingClientRect().top);
+    }""")
+    assert tops[0] == tops[1], "pictures are at one height"
     page.get_by_label("step", exact=True).fill("0")
     assert [pictures.nth(i).get_attribute("alt")[-6:] for i in range(2)] == ["step 4"] * 2
 
