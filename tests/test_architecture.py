@@ -28,6 +28,7 @@ PACKAGES = {Path(file).parent.as_posix() for file in FILES}
 ORDER = (
     "suggest",      # the nearest known word to a misspelt one
     "messages",     # numbers, names and errors in messages, safe for a terminal
+    "progress",     # progress bars, on a terminal and in a file
     "storage",      # atomic writes, locks, hashes
     "plain_json",   # json of files that may be damaged, checked by declared types
     "precision",    # fp32, bf16, fp16 -> torch's dtypes

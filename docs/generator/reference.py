@@ -23,6 +23,8 @@ from selftrans.cli.commands import COMMANDS
 from selftrans.cli.options import Inline, RecipeCommand
 from selftrans.cli.snapshot import FILE, sources, text_below
 
+#: an option in a sentence: browsers would break it after a hyphen, which they do not do in code (see hooks.py)
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
 SRC = Path(__file__).parents[2] / "src" / "selftrans"
 #: modules that a method, a model or a training loop of one's own builds on
 CONTRACTS = ("types", "methods.guidance", "methods.spec", "models.spec", "sections")
@@ -228,10 +230,13 @@ def table(rows: list[Row], head: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text for a cell of a table: one line, in which nothing but code in backticks is markdown."""
+    """Text for a cell of a table: one line, in which nothing but options and code in backticks is markdown."""
     parts = " ".join(text.split()).split("`")
     parts[::2] = [
-        html.escape(part, quote=False).replace("|", "&#124;").replace("[", "&#91;").replace("*", "&#42;")
+        OPTION.sub(r"`\g<0>`", html.escape(part, quote=False))
+        .replace("|", "&#124;")
+        .replace("[", "&#91;")
+        .replace("*", "&#42;")
         for part in parts[::2]
     ]
     return "`".join(parts)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +15,21 @@ JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and 
 
 
 def printable(text: object, limit: int | None = 160) -> str:
-    """Text from a file, `escaped`, of at most `limit` characters."""
-    return escaped(str(text)[:limit])[:limit]
+    """Text from a file, `escaped`, of at most `limit` characters; what is longer ends with an ellipsis."""
+    if limit is None:
+        return escaped(text)
+    shown = escaped(str(text)[: limit + 1])
+    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
 
 
 def escaped(text: object) -> str:
     """Text on one line, in which only what a terminal does not print is escaped: `a\\nb`. For a path that is named in full."""
     return "".join(c if _is_shown(c) else ascii(c)[1:-1] for c in str(text))
+
+
+def as_word(path: object) -> str:
+    """A path as one word of a command line, `escaped`."""
+    return escaped(shlex.quote(str(path)))
 
 
 def _is_shown(character: str) -> bool:
@@ -44,6 +56,17 @@ def decoded_text(data: bytes) -> str:
 def listed(names: Sequence[object], most: int = 8) -> str:
     """The first `most` names, each `printable`, separated by commas, and how many more there are."""
     return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that reads standard output; None for a file or a pipe, where no line is broken."""
+    return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+
+
+def filled(text: str) -> str:
+    """Text wrapped to the width of the terminal."""
+    width = terminal_width()
+    return text if width is None else textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def plural(count: int, noun: str) -> str:

@@ -132,8 +132,11 @@ def test_impossible_parts_are_refused(pictures: Path, tmp_path: Path, part: str)
 def test_prepare_command_with_parts(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["prepare", str(pictures), "--out", str(tmp_path / "out"), "--shard-size", "4"]
     assert main([*common, "--part", "2/2"]) == 0
-    assert "3 of 6 shards are finished; the other parts make the rest" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "3 of 6 shards are finished; the other parts make the rest" in shown.err and "next:" not in shown.out
     assert main([*common, "--part", "1/2"]) == 0
-    assert "23 pictures" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    next_command = f"selftrans train imagefolder --data {tmp_path / 'out'} --out RUN"
+    assert lines[0].startswith("23 pictures") and lines[-1] == f"-> {tmp_path / 'out'}; next: {next_command}"
     assert main([*common, "--part", "half"]) == 1
     assert "part 'half' should be I/N" in capsys.readouterr().err

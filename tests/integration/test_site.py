@@ -72,6 +72,9 @@ def test_options_are_not_broken_and_commands_are_as_written(site: Path) -> None:
     source = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
     assert '<span class="word">--num</span>' in found[0]
     assert shown == [each.strip() for each in re.findall(r"```bash\n(.*?)```", source, flags=re.DOTALL)]
+    assert 'sets <code><span class="word">--data.path</span></code>' in (site / "reference/commands.html").read_text(
+        "utf-8"
+    )
     tested = (site / "backbones.html").read_text(encoding="utf-8")
     assert "<code>tests/<wbr>unit/<wbr>models/<wbr>test_<wbr>sit.py</code>" in tested, "long names may be broken"
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -41,7 +42,9 @@ def test_output_shows_stages_steps_rate_and_loss_terms(run):
     assert lines[0].startswith("[1/2] stage1: 4 steps, ") and "structure guidance at block 2" in lines[0]
     assert " M trained, with heads)" in lines[0] and " M trained, with heads)" in lines[1]
     assert lines[1].startswith("[2/2] stage2: 8 steps, ") and "self guidance at block 1 until step 5" in lines[1]
-    assert lines[2].startswith("done: 8 student steps, ") and lines[2].endswith(f"-> {out}") and len(lines) == 3
+    assert lines[2].startswith("done: 8 student steps, ") and lines[2].endswith(f"-> {out}")
+    name = shlex.quote(str(out))
+    assert lines[3:] == [f"samples: selftrans sample {name} --out SAMPLES; curves and previews: selftrans ui {name}"]
     for text in ("stage1: 100%", "4/4", "stage2: 100%", "8/8", "step/s", "loss=", "flow=", "structure/feature_norm="):
         assert text in output["err"], text
     assert "warning" not in output["err"]

@@ -85,6 +85,8 @@ def test_runs_are_listed_live_and_a_damaged_one_costs_a_line(page, folder):
     with (folder / "live" / "stage2" / "log.jsonl").open("a") as log:
         log.write(json.dumps(line(21)) + "\n")
     live.get_by_text("21 / 100").wait_for()
+    counts = [int(text.split()[-1]) for text in page.locator(".tabs button").all_inner_texts()]
+    assert counts[0] == sum(counts[1:]), "every state can be chosen"
     page.get_by_label("filter").fill("finish")
     assert page.locator(".line:not(.head)").count() == 1
 
@@ -132,6 +134,19 @@ def test_values_that_no_run_has_are_drawn(page):
     assert numbers == ["5e-5", "-1.23457e-5", "2e6", "5.00e-5", "0.0005"]
 
 
+def test_marks_of_a_chart_are_explained(page):
+    said = page.evaluate("""async () => {
+        const { Chart } = await import("/chart.js");
+        return [[], [{ x: 1 }]].map((marks) => {
+            const chart = new Chart("a name");
+            document.querySelector("main").append(chart.node);
+            chart.show([{ name: "a", x: [1, 2], y: [1, 2] }], { marks });
+            return chart.legend.textContent;
+        });
+    }""")
+    assert said == ["a", "updates skippeda"]
+
+
 def test_labels_of_large_and_small_values_are_not_cut_off(page):
     """Fréchet distances of raw pixels have six digits; a label that loses its first one is read as another number."""
     cut = page.evaluate("""async () => {
@@ -155,8 +170,19 @@ def test_side_by_side_shows_equal_steps(page, folder):
     pictures.nth(1).wait_for()
     shown = [pictures.nth(i).get_attribute("alt") for i in range(2)]
     assert shown == ["samples of live at step 8", "samples of finished at step 8"], "12 has one run only"
+    tops = page.evaluate("""() => {
+        document.querySelector(".sides a").textContent = "a name of two lines, ".repeat(4);
+        return [...document.querySelectorAll(".sides .paper")].map((each) => each.getBoundingClientRect().top);
+    }""")
+    assert tops[0] == tops[1], "pictures are at one height"
     page.get_by_label("step", exact=True).fill("0")
     assert [pictures.nth(i).get_attribute("alt")[-6:] for i in range(2)] == ["step 4"] * 2
+
+
+def test_a_page_that_is_left_while_it_loads_logs_no_error(page):
+    for place in ("play", "maps", "side", "play"):
+        go(page, f"#/{place}")
+    page.get_by_label("pictures", exact=True).wait_for()  # `window` looks for errors
 
 
 def test_samples_side_by_side_stay_where_the_next_ones_are_refused(browser, address, folder):  # noqa: F811

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from selftrans import messages
 from selftrans.messages import (
     are,
+    as_word,
     escaped,
+    filled,
     first_line,
     gigabytes,
     is_own_code,
@@ -44,9 +48,21 @@ def test_only_what_a_terminal_does_not_print_is_escaped(made):
         assert made(name) == name
 
 
+def test_text_is_wrapped_to_a_terminal_only(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "a sentence that is longer than the terminal is wide"
+    assert filled(text) == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert filled(text) == "a sentence that is longer than the\nterminal is wide"
+
+
+def test_a_path_is_one_word_of_a_command_line():
+    assert as_word(Path("runs/a")) == "runs/a" and as_word("my runs/a$b\x1b") == "'my runs/a$b\\x1b'"
+
+
 def test_escaped_text_is_truncated():
-    assert printable("x" * 500) == "x" * 160 and printable("x" * 500, None) == "x" * 500
-    assert printable("\x1b" * 500, 10) == "\\x1b\\x1b\\x"
+    assert printable("x" * 500) == "x" * 157 + "..." and printable("x" * 500, None) == "x" * 500
+    assert printable("\x1b" * 500, 10) == "\\x1b\\x1..." and printable("x" * 10, 10) == "x" * 10
 
 
 @pytest.mark.parametrize(

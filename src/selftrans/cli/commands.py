@@ -33,7 +33,7 @@ from selftrans.cli.options import (
     Weights,
 )
 from selftrans.cli.prepare_command import Prepare
-from selftrans.messages import escaped
+from selftrans.messages import as_word, escaped
 
 
 @dataclass
@@ -100,6 +100,8 @@ class Train(RecipeCommand[Config]):
         report = train(config, self.out, typed=self.typed)
         if os.environ.get("RANK", "0") == "0":
             print(f"{totals(report)} -> {escaped(self.out)}")
+            run = as_word(self.out)
+            print(f"samples: selftrans sample {run} --out SAMPLES; curves and previews: selftrans ui {run}")
 
 
 @dataclass

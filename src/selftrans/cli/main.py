@@ -20,7 +20,7 @@ from selftrans.cli import hub_retries
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.options import Command, RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
-from selftrans.cli.parse import UsageError, blank, parse
+from selftrans.cli.parse import UsageError, blank, parse, wrapped
 from selftrans.cli.unknown_option import unrecognised
 from selftrans.messages import escaped, first_line, is_own_code, on_one_line, printable
 from selftrans.plugins import trust
@@ -118,9 +118,9 @@ def _print_overview(words: Sequence[str]) -> None:
     elif words and words[0] not in ("-h", "--help"):
         raise UsageError(unrecognised(words, ["help", "version"]), "selftrans")
     else:
-        print("usage: selftrans COMMAND ...   (selftrans COMMAND --help describes each)\n")
-        for name, kind in COMMANDS.items():
-            print(f"  {name:<11} {(inspect.getdoc(kind) or '').splitlines()[0]}")
+        commands = (f"  {name:<11}  {(inspect.getdoc(kind) or '').splitlines()[0]}" for name, kind in COMMANDS.items())
+        usage = "usage: selftrans COMMAND ...   (selftrans COMMAND --help describes each)"
+        print(wrapped("\n".join([usage, "", *commands])))
 
 
 def _system_error(error: OSError) -> str:

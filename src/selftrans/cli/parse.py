@@ -98,7 +98,7 @@ def option_names(section: Any, prefix: str = "") -> list[str]:
 
 
 def wrapped(text: str) -> str:
-    """Paragraphs wrapped to the terminal; lines that are indented (lists, tables) stay as they are."""
+    """Paragraphs wrapped to the terminal; lines that are indented (lists, tables) stay lines, and continue below their text."""
     width = max(40, min(shutil.get_terminal_size().columns, 120))
     paragraphs = []
     for paragraph in text.split("\n\n"):
@@ -106,8 +106,16 @@ def wrapped(text: str) -> str:
         prose = list(itertools.takewhile(lambda line: not line.startswith(" "), lines))
         # an option such as --dry-run stays whole; tyro joins lines that are not indented
         filled = textwrap.wrap(" ".join(prose), width, subsequent_indent="  ", break_on_hyphens=False)
-        paragraphs.append("\n".join(filled + lines[len(prose) :]))
+        listed = (each for line in lines[len(prose) :] for each in _hanging(line, width))
+        paragraphs.append("\n".join([*filled, *listed]))
     return "\n\n".join(paragraphs)
+
+
+def _hanging(line: str, width: int) -> list[str]:
+    """An indented line in lines of this width: what follows a name and two spaces or more stays to the right of the name."""
+    found = re.match(r" *(?:\S+(?: \S+)* {2,})?", line)
+    indent = " " * (found.end() if found else 0)
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from selftrans.cli.options import CONTINUES, Command
+from selftrans.messages import as_word, escaped
 
 if TYPE_CHECKING:
     from selftrans.data.encode_captions import TextOptions
@@ -115,6 +116,7 @@ class Prepare(Command):
     or captions are read first. Needs --resolution"""
 
     def run(self) -> None:
+        from selftrans.data.buckets import is_prepared
         from selftrans.data.prepare import prepare
         from selftrans.data.prepare_buckets import prepare_buckets
         from selftrans.data.prepare_features import check_before, prepare_features
@@ -145,12 +147,20 @@ class Prepare(Command):
             check_before(self.features, self.source, self.out, *known, **options)
         if self.buckets is not None:
             print(prepare_buckets(**given, buckets=self.buckets, multiple=self.bucket_multiple))
-            return
-        manifest = prepare(**given, square=bool(self.features))
-        print(manifest.summary())
-        if self.features:
-            options |= {"captions": text and text.source, "part": self.part, "split": self.split, "reading": reading}
-            print(prepare_features(self.source, self.out, self.features, **options).summary(manifest))
+        else:
+            manifest = prepare(**given, square=bool(self.features))
+            print(manifest.summary())
+            if self.features:
+                options |= {
+                    "captions": text and text.source,
+                    "part": self.part,
+                    "split": self.split,
+                    "reading": reading,
+                }
+                print(prepare_features(self.source, self.out, self.features, **options).summary(manifest))
+        if is_prepared(self.out):  # with --part, after the last one
+            recipe, data = "imagefolder_t2i" if self.text else "imagefolder", as_word(self.out)
+            print(f"-> {escaped(self.out)}; next: selftrans train {recipe} --data {data} --out RUN")
 
     def _text(self) -> TextOptions | None:
         """The options of captions; None without --text. Warns of options that are ignored then."""

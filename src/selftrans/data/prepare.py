@@ -36,6 +36,7 @@ from selftrans.encoders.text import load_text_encoder
 from selftrans.messages import are, plural, printable
 from selftrans.plain_json import Option
 from selftrans.precision import PRECISIONS, dtype_name
+from selftrans.progress import progress_bar
 
 #: built-in source, which a run prepares by itself -> how its captions are stored; None: it has labels instead
 BUILT_IN = {"digits": None, "digits_t2i": TextOptions("minilm", tokens=32)}
@@ -227,8 +228,6 @@ def _run(
 
     warn: whether to give the warnings that were collected while decoding; otherwise the source keeps them.
     """
-    from tqdm import tqdm
-
     mine = [shard for shard in encoder.shards() if shard % part[1] == part[0] - 1]
     with resumable.locked(out, part, mine):
         with resumable.changing(out, part):
@@ -244,7 +243,7 @@ def _run(
             resumable.begin(out, begun, done.values())
         initial = sum(encoder.asked(shard) for shard in mine if shard in done)
         total = sum(encoder.asked(shard) for shard in mine)
-        bar = tqdm(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
+        bar = progress_bar(total=total, initial=initial, unit=f" {plan.unit}", disable=not progress)
         duplicates = DuplicateFinder(len(encoder.source), partial=len(missing) < len(encoder.shards()))
 
         def decode(batch: range) -> Decoded:

@@ -30,6 +30,7 @@ from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
 from selftrans.encoders.identity import identity_kind
 from selftrans.messages import escaped, plural, printable
+from selftrans.progress import progress_bar
 from selftrans.storage import lock_file, remove_stale_temporaries
 
 MOST = 99  #: buckets
@@ -136,8 +137,6 @@ def assigned(source: Source, sizes: Sequence[Size], progress: bool = False) -> n
 
     A picture with an unreadable header gets the most frequent size: `prepare` reports it when it reads the pixels.
     """
-    from tqdm import tqdm
-
     ratios = np.log([height / width for height, width in sizes])
 
     def nearest(i: int) -> int:
@@ -148,9 +147,9 @@ def assigned(source: Source, sizes: Sequence[Size], progress: bool = False) -> n
         except Exception:  # decoders raise any type on a damaged file
             return -1
 
-    bar = tqdm(
-        ahead(nearest, range(len(source))), "sizes", len(source), unit=" pictures", disable=not progress, leave=False
-    )
+    found_of = ahead(nearest, range(len(source)))
+    options = {"total": len(source), "unit": " pictures", "disable": not progress, "leave": False}
+    bar = progress_bar(found_of, desc="sizes", **options)
     found = np.fromiter(bar, dtype=np.int64, count=len(source))
     counts = np.bincount(found[found >= 0], minlength=len(sizes))
     return np.where(found < 0, int(np.argmax(counts)), found)

@@ -37,6 +37,7 @@ from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.messages import plural, printable
 from selftrans.plain_json import from_plain, parse_object, read_text
+from selftrans.progress import progress_bar
 from selftrans.storage import sha256_file, write_text
 
 
@@ -140,8 +141,6 @@ def _run(
     plan: ShardPlan, wanted: Features, out: Path, part: resumable.Part, device: torch.device, progress: bool
 ) -> Features:
     """Make the missing features of a part; then list them in the manifest, if those of all other parts are finished."""
-    from tqdm import tqdm
-
     mine = [shard for shard in plan.shards() if shard % part[1] == part[0] - 1]
     with resumable.locked(out, part, mine):
         with resumable.changing(out, part):
@@ -164,7 +163,7 @@ def _run(
             model = load_encoder(wanted.encoder, wanted.grid, device=device, dtype=NETWORK_DTYPES[wanted.precision])
             wanted = replace(wanted, sha256=model.sha256, width=model.width)
             _check_same(stored, wanted, out)
-        bar = tqdm(total=sum(map(plan.asked, missing)), unit=" pictures", disable=not progress)
+        bar = progress_bar(total=sum(map(plan.asked, missing)), unit=" pictures", disable=not progress)
         batches = (batch for shard in missing for batch in plan.batches(shard))
         with bar, closing(ahead(plan.decode, batches, threads=plan.threads)) as decoded:
             for shard in missing:

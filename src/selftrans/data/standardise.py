@@ -20,6 +20,7 @@ from selftrans.encoders.identity import identity_kind, standardised_name
 from selftrans.encoders.latent_space import UNSCALED, LatentSpace
 from selftrans.encoders.media import rounded
 from selftrans.plain_json import Option
+from selftrans.progress import progress_bar
 from selftrans.storage import write_text
 
 CHUNK = 256  #: rows read at a time
@@ -108,11 +109,9 @@ def _rows(folders: Sequence[Prepared], progress: bool) -> Iterator[np.ndarray]:
 
     In order of the shards, so that sums are the same however they were made.
     """
-    from tqdm import tqdm
-
     shards = [(f, m, shard) for f, m, each in folders for shard in sorted(each, key=lambda shard: shard.index)]
     total = sum(shard.count for *_, shard in shards)
-    with tqdm(total=total, desc="mean and deviation", unit=" samples", disable=not progress) as bar:
+    with progress_bar(total=total, desc="mean and deviation", unit=" samples", disable=not progress) as bar:
         for folder, manifest, shard in shards:
             moments = open_tensors(folder / shard.file, manifest.layout, shard.count)["moments"]
             for start in range(0, shard.count, CHUNK):

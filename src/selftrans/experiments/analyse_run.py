@@ -24,8 +24,8 @@ from selftrans.evaluate.probes import can_be_probed, collect, held_out, linear_p
 from selftrans.experiments.reference import fitting_data
 from selftrans.flow import PATHS
 from selftrans.messages import plural
+from selftrans.progress import progress_bar
 from selftrans.storage import check_writable, write_json
-from selftrans.train.log import progress_bar
 from selftrans.types import Backbone, Cond, map_cond
 
 if TYPE_CHECKING:

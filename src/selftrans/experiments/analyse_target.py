@@ -27,8 +27,8 @@ from selftrans.experiments.evaluate_samples import finished
 from selftrans.experiments.target_report import draw_maps, draw_measures
 from selftrans.experiments.target_teacher import ENCODER, Pictures, Teacher, mean_text, open_teacher
 from selftrans.messages import are, plural
+from selftrans.progress import progress_bar
 from selftrans.storage import check_writable
-from selftrans.train.log import progress_bar
 
 TIMES = (0.4, 0.5, 0.6, 0.7)  #: of the noisy latents: the published range in which guidance acts
 PER_CLASS = 16  #: fewest pictures per class on average; where there are too many classes for that, some are left out

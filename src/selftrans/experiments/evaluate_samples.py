@@ -24,7 +24,7 @@ from selftrans.evaluate.metrics import evaluate
 from selftrans.experiments.comparison.measurement import check_sizes, image_shape
 from selftrans.experiments.opened_samples import open_samples
 from selftrans.experiments.reference import counted, described, reference_of
-from selftrans.messages import plural, printable
+from selftrans.messages import filled, plural, printable
 from selftrans.sample_config import beyond_defaults
 from selftrans.storage import check_writable, write_json
 
@@ -210,7 +210,7 @@ def text(report: dict[str, Any]) -> str:
         *([", ".join(computed)] if computed else []),
         ", ".join(made_with),
     ]
-    return "\n".join([*lines, *([f"note: {report['note']}"] if report["note"] else [])])
+    return "\n".join(map(filled, [*lines, *([f"note: {report['note']}"] if report["note"] else [])]))
 
 
 def _prompt_source(made: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from selftrans.encoders.identity import identity_kind
 from selftrans.evaluate import plots
+from selftrans.messages import filled, terminal_width
 from selftrans.methods.registry import BASELINE, titles
 
 if TYPE_CHECKING:
@@ -91,11 +92,27 @@ def text_table(summary: Mapping[str, Any]) -> str:
     """The table of a compare.json for a terminal."""
     names = marked(summary["table"])
     lines = aligned([HEADINGS, *(cells(row, names) for row in summary["table"])])
-    return "\n".join([lines, *failures(summary), "", legend(summary["metric"])])
+    return "\n".join([lines, *map(filled, failures(summary)), "", filled(legend(summary["metric"]))])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Headings and rows in columns, with a rule below the headings; all but the first column are right-aligned."""
+    """Headings and rows in columns, with a rule below the headings; all but the first column are right-aligned.
+
+    Columns that a terminal has no room for follow below, after the first column once more.
+    """
+    first, *others = zip(*lines, strict=True)
+    width, parts = terminal_width() or math.inf, [[first]]
+    for column in others:
+        shown = [*parts[-1], column]
+        if len(parts[-1]) > 1 and sum(max(map(len, each)) + 2 for each in shown) - 2 > width:
+            parts.append([first, column])
+        else:
+            parts[-1] = shown
+    return "\n\n".join(_aligned(list(zip(*part, strict=True))) for part in parts)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """`aligned`, whatever its width."""
     first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
         "  ".join([line[0].ljust(first), *(text.rjust(width) for text, width in zip(line[1:], others, strict=True))])

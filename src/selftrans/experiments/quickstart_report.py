@@ -22,6 +22,7 @@ from selftrans.experiments.html_report import (
     method_table,
     spread_text,
 )
+from selftrans.messages import filled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +133,7 @@ def note(summary: Mapping[str, Any]) -> str:
 def text(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """Sentence and table for a terminal."""
     headings, rows = cells(summary["compared"], names)
-    return "\n".join([aligned([headings, *rows]), "", note(summary), "", summary["outcome"]])
+    return "\n".join([aligned([headings, *rows]), "", filled(note(summary)), "", filled(summary["outcome"])])
 
 
 def overview(both: Mapping[str, Mapping[str, Series]], grids: Mapping[str, np.ndarray], metric: str) -> Figure:

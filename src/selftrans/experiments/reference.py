@@ -30,8 +30,8 @@ from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor
 from selftrans.evaluate.statistics import Statistics
 from selftrans.messages import first_line, plural
+from selftrans.progress import progress_bar
 from selftrans.storage import sha256_file
-from selftrans.train.log import progress_bar
 
 WANTED = "give a folder, zip or npz of pictures, prepared data, or statistics"
 

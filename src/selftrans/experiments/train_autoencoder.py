@@ -33,6 +33,7 @@ from selftrans.experiments.autoencoder_report import (
 )
 from selftrans.messages import escaped, plural, printable, shape_text
 from selftrans.plain_json import to_plain
+from selftrans.progress import progress_bar
 from selftrans.storage import (
     atomic_write,
     lock_file,
@@ -45,7 +46,7 @@ from selftrans.storage import (
 from selftrans.train.autoencoder_network import PerceptualDistance
 from selftrans.train.autoencoder_settings import CHECKPOINT_EVERY, AutoencoderSettings
 from selftrans.train.autoencoder_training import AutoencoderTraining
-from selftrans.train.log import progress_bar, read_log
+from selftrans.train.log import read_log
 from selftrans.train.processes import keep_memory
 from selftrans.train.signals import StopSignal
 

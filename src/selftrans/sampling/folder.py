@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from selftrans.data.buckets import is_prepared
 from selftrans.data.resolution import parse_resolution
 from selftrans.device import world_size
 from selftrans.messages import escaped, plural, printable
+from selftrans.progress import progress_bar
 from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
@@ -180,12 +180,9 @@ class _SampleFolder:
 
     def write_samples(self, batches: Samples, count: int) -> None:
         """Write batches of `count` samples in another thread, while the next ones are sampled."""
-        from tqdm import tqdm
-
         pending: deque[Future[int]] = deque()
-        interval = 0.2 if sys.stderr.isatty() else 15  # seconds; a log file needs no line per batch
         hidden = not self.progress or self.rank > 0
-        bar = tqdm(total=count, desc=f"samples of {self.num}", unit="img", mininterval=interval, disable=hidden)
+        bar = progress_bar(total=count, desc=f"samples of {self.num}", unit="img", disable=hidden)
         with ThreadPoolExecutor(max_workers=1) as pool, bar:
             for batch in batches:
                 pending.append(pool.submit(self.write_batch, *batch))
@@ -208,8 +205,6 @@ class _SampleFolder:
 
     def write_npz(self) -> tuple[list[int], np.ndarray]:
         """Sample files ⇒ samples.npz, streamed: arr_0 (num, *shape), labels arr_1 (num,). Returns that shape and arr_1."""
-        from tqdm import tqdm
-
         first, _ = self.kind.read(self.path(0))
         shape, labels = [self.num, *first.shape], np.empty(self.num, dtype=np.int64)
         header = {"descr": npy.dtype_to_descr(first.dtype), "fortran_order": False, "shape": tuple(shape)}
@@ -217,7 +212,7 @@ class _SampleFolder:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 npy.write_array_header_1_0(file, header)
                 hidden = None if self.progress else True
-                bar = tqdm(self._read_all(), "samples.npz", self.num, leave=False, disable=hidden)
+                bar = progress_bar(self._read_all(), desc="samples.npz", total=self.num, leave=False, disable=hidden)
                 for k, (image, label) in enumerate(bar):
                     if list(image.shape) != shape[1:]:
                         raise ValueError(

@@ -22,11 +22,12 @@ from selftrans.data.dataset import Dataset
 from selftrans.messages import plural
 from selftrans.plain_json import to_plain
 from selftrans.precision import PRECISIONS
+from selftrans.progress import progress_bar
 from selftrans.train.autoencoder_network import AutoencoderLoss, PerceptualDistance, build_autoencoder
 from selftrans.train.autoencoder_settings import AutoencoderSettings
 from selftrans.train.batches import Loaded, Stream, derived_seed, seed_step
 from selftrans.train.ema import EMA
-from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
+from selftrans.train.log import JsonlLog, RunningMeans, format_values
 from selftrans.train.optim import load_optimizer, optimizer_tensors, set_learning_rate, update
 from selftrans.train.signals import StopSignal
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig, Train
@@ -37,6 +36,7 @@ from selftrans.methods.registry import config_of_teacher
 from selftrans.methods.spec import RESERVED_FOLDERS, Stage
 from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
+from selftrans.progress import progress_bar
 from selftrans.storage import nearest_existing
 from selftrans.train.batches import Loaded
 from selftrans.train.capture_rules import ENDED, NotCaptured, description
@@ -217,7 +217,7 @@ def _steps_taken(trainer: Trainer, count: int, samples: int) -> tuple[list[float
     peaks: list[int] = []
     title, hidden = f"{trainer.stage.name}: {plural(count, 'step')}", not trainer.accelerator.is_main_process
     limit = LIMIT if trainer.accelerator.num_processes == 1 else float("inf")  # several take the same number of steps
-    with tqdm(total=count, desc=title, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
+    with progress_bar(total=count, desc=title, unit="step", mininterval=0, leave=False, disable=hidden) as bar:
         while len(seconds) < count and (len(seconds) < FEWEST or sum(seconds) < limit):
             rows = micro if samples == micro else samples * (1 + len(seconds) % 2)
             started = time.perf_counter()

@@ -160,7 +160,7 @@ def check_weights_fit(given: Given, config: RunConfig, manifest: Manifest) -> No
     if theirs.sha256 and own.sha256 and theirs.sha256 != own.sha256:
         warnings.warn(
             f"the weights {config.init.path} were trained on text of the encoder {printable(theirs.encoder)} (sha256 "
-            f"{printable(theirs.sha256, 12)}), the data have text of {printable(own.encoder)} ({own.sha256[:12]}): the "
+            f"{printable(theirs.sha256[:12])}), the data have text of {printable(own.encoder)} ({own.sha256[:12]}): the "
             "model has to learn the new tokens",
             stacklevel=4,
         )

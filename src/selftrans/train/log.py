@@ -1,11 +1,10 @@
-"""Logging of a run: log.jsonl with one json object per line, running means, the progress bar."""
+"""Logging of a run: log.jsonl with one json object per line, running means."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -120,26 +119,6 @@ def _step(line: str) -> float:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """All lines of a log.jsonl; [] where the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-class _Lines:
-    """A file for tqdm where stderr is not a terminal: each state of a bar becomes a line of stderr."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def progress_bar(**options: Any) -> Any:
-    """A tqdm bar: live on a terminal, one line every 15 seconds elsewhere."""
-    from tqdm import tqdm
-
-    if sys.stderr.isatty():
-        return tqdm(dynamic_ncols=True, mininterval=0.2, **options)
-    return tqdm(file=_Lines(), ncols=0, mininterval=15, **options)
 
 
 def format_values(values: dict[str, float]) -> dict[str, str]:

@@ -25,11 +25,11 @@ from selftrans.messages import plural
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
+from selftrans.progress import progress_bar
 from selftrans.storage import lock_file, remove_stale_temporaries, removed_if_refused, write_json
 from selftrans.train.capture_rules import remembered
 from selftrans.train.fitting import describe
 from selftrans.train.initial_weights import InitialWeights, initial_weights, resolve_init
-from selftrans.train.log import progress_bar
 from selftrans.train.preview import Preview, with_prompts
 from selftrans.train.processes import (
     accelerator_of,

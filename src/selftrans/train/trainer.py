@@ -27,13 +27,14 @@ from selftrans.methods.objective import Objective
 from selftrans.methods.registry import objective_of
 from selftrans.methods.spec import Stage
 from selftrans.models.compiling import compile_model
+from selftrans.progress import progress_bar
 from selftrans.train import checkpointing, fp8, fsdp
 from selftrans.train.batches import Loaded, Stream, derived_seed
 from selftrans.train.captured_step import captured_step
 from selftrans.train.ema import EMA
 from selftrans.train.flops import flops_until, step_flops
 from selftrans.train.initial_weights import InitialWeights, build_student
-from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar
+from selftrans.train.log import JsonlLog, RunningMeans, format_values
 from selftrans.train.memory_use import memory_use
 from selftrans.train.nonfinite import NonFiniteSteps, check_weights, with_remedy
 from selftrans.train.optim import build_optimizer, forget, learning_rate

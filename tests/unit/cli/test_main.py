@@ -254,6 +254,7 @@ def test_prepare_with_captions(tmp_path, capsys):
     assert main(f"prepare {where} --out {tmp_path}/a {flags}".split()) == 0
     shown = capsys.readouterr()
     assert f"at most 2 captions each, text of 9x16 by {encoder}, stored as ids" in shown.out
+    assert shown.out.endswith(f"next: selftrans train imagefolder_t2i --data {tmp_path}/a --out RUN\n")
     assert "6 captions of 4 pictures, at most 2 each (2 more left out: --captions-per-picture); their ids" in shown.err
     images = [{"id": i, "file_name": f"{i:03d}.png"} for i in range(4)]
     captions = [{"image_id": i, "caption": "from the json"} for i in range(4)]

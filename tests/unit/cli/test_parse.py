@@ -93,6 +93,21 @@ def test_paragraphs_are_wrapped_and_tables_kept(monkeypatch):
     assert wrapped(text) == f"One sentence that is longer than the\n  terminal is wide.\n\nA table:\n{table}"
 
 
+def test_lines_of_a_list_continue_to_the_right_of_their_names(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "  --a-name  what this command does, in more than one line"
+    assert (
+        wrapped(f"A list:\n{line}") == "A list:\n  --a-name  what this command does, in\n            more than one line"
+    )
+
+
+@pytest.mark.parametrize("words", [[], ["train", "--help"], ["train", "digits", "--help"]])
+def test_no_line_of_help_is_wider_than_the_terminal(words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(words) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_options_are_described_on_lines_as_wide_as_the_page(capsys):
     """The strings below the fields are wrapped in the source; these line breaks are not those of the help page."""
     assert main(["prepare", "--help"]) == 0

@@ -45,6 +45,15 @@ def test_numbers_of_a_table_in_a_terminal_are_right_aligned():
     )
 
 
+def test_a_table_in_a_narrow_terminal_goes_on_below(monkeypatch):
+    monkeypatch.setattr(html_report, "terminal_width", lambda: 18)
+    table = [("block", "norm", "f_u", "f_g"), ("1", "9.5", "-0.051", "2")]
+    above, below = "block  norm\n-----  ----\n1       9.5", "block     f_u  f_g\n-----  ------  ---\n1      -0.051    2"
+    assert aligned(table) == f"{above}\n\n{below}"
+    monkeypatch.setattr(html_report, "terminal_width", lambda: None)
+    assert len(aligned(table).splitlines()) == 3, "a file has lines of any length"
+
+
 def test_failed_run_is_in_table_figure_and_page_with_its_reason(monkeypatch):
     monkeypatch.setattr(html_report, "depends_on", lambda summary: {})
     reason = "a-seed1/step-00000004 cannot be measured: sample 0 is not <finite>; leave its method out"

@@ -1,19 +1,11 @@
-"""log.jsonl, running means, the progress bar."""
+"""log.jsonl, running means."""
 
 import json
 
 import torch
 
-from selftrans.train.log import JsonlLog, RunningMeans, format_values, progress_bar, read_log
+from selftrans.train.log import JsonlLog, RunningMeans, format_values, read_log
 from tests.support.toy import quick  # noqa: F401 - a fixture
-
-
-def test_progress_bar_prints_lines_without_a_terminal(capsys):
-    bar = progress_bar(total=2, desc="stage1", unit="step")
-    bar.update(2)
-    bar.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("stage1:   0% 0/2") and lines[-1].startswith("stage1: 100% 2/2")
 
 
 def test_log_is_truncated_to_the_resumed_step(tmp_path):

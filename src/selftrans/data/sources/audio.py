@@ -19,6 +19,7 @@ from selftrans.data.sources.decode import none_readable
 from selftrans.data.sources.source import Source
 from selftrans.encoders.media import Mel, Waveform
 from selftrans.messages import are, plural
+from selftrans.progress import progress_bar
 
 MAX_RATE = 1_000_000  #: samples per second
 MAX_BINS, MAX_HOP = 4096, 1 << 16  #: of a spectrogram
@@ -130,10 +131,8 @@ def _check_size(stream: BinaryIO) -> None:
 
 def _headers(files: Source, where: Path, progress: bool) -> list[Header]:
     """The headers of the files that can be opened; the others are reported when they are read."""
-    from tqdm import tqdm
-
     found = []
-    for i in tqdm(range(len(files)), "lengths", unit=" sounds", disable=not progress, leave=False):
+    for i in progress_bar(range(len(files)), desc="lengths", unit=" sounds", disable=not progress, leave=False):
         try:
             with files.open(i) as stream:
                 _check_size(stream)

@@ -27,6 +27,7 @@ from selftrans.data.sources.source import Source, ahead
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import labelled_tars, only_tars, tar_entries
 from selftrans.messages import printable
+from selftrans.progress import progress_bar
 
 __all__ = ["Source", "iter_images", "open_source"]
 
@@ -220,11 +221,11 @@ def _digits() -> Source:
 
 def _native_resolution(source: Source, where: str, progress: bool, remedy: str, of_shapes: str) -> Resolution:
     """The size of all pictures, from their headers. ValueError, with a remedy, when they have several, or several shapes."""
-    from tqdm import tqdm
-
     seen: tuple[int, int] | None = None
     error: Exception | None = None
-    for i, name in enumerate(tqdm(source.names, "sizes", unit=" pictures", disable=not progress, leave=False)):
+    for i, name in enumerate(
+        progress_bar(source.names, desc="sizes", unit=" pictures", disable=not progress, leave=False)
+    ):
         try:
             with source.open(i) as image:
                 size = upright_size(image)

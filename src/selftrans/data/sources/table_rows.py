@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from selftrans.data.sources.source import InOrder
 from selftrans.messages import first_line
+from selftrans.progress import progress_bar
 
 CHUNK = 4096  #: rows of a column that are read at a time
 
@@ -69,10 +70,9 @@ class StreamedRows:
 
     def column(self, name: str) -> Any:
         import pyarrow
-        from tqdm import tqdm
 
         chunks = []
-        with tqdm(desc=f"column {name}", unit=" rows", disable=None, leave=False) as bar:
+        with progress_bar(desc=f"column {name}", unit=" rows", disable=None, leave=False) as bar:
             for table in _read_stream(self._only(name).with_format("arrow").iter(CHUNK), self._where):
                 chunks += table[name].chunks
                 bar.update(len(table))

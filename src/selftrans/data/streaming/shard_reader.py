@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from selftrans.data.manifest import Manifest
 from selftrans.data.shard_file import PAGE, Layout, open_tensors, row_bytes
 from selftrans.data.streaming.remote import Lasting, Store, retried
 from selftrans.data.streaming.shard_cache import SUFFIX, ShardCache
 from selftrans.data.windows import window_that_fits
+from selftrans.progress import progress_bar
 from selftrans.storage import sha256_file
 
 THREADS = 4  #: that fetch ahead
@@ -119,7 +119,7 @@ class ShardReader:
             return
         total = sum(map(self.size, missing))
         hidden = not progress or os.environ.get("RANK", "0") != "0"
-        with tqdm(desc="fetching data", total=total, unit="B", unit_scale=True, disable=hidden) as bar:
+        with progress_bar(desc="fetching data", total=total, unit="B", unit_scale=True, disable=hidden) as bar:
             for k in missing:
                 for file in self._files(k):
                     self._obtain(file)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from selftrans.data.buckets import Buckets, names_in
 from selftrans.data.dataset import Dataset, check_index
@@ -29,6 +28,7 @@ from selftrans.data.streaming.shard_cache import CacheOptions, ShardCache
 from selftrans.data.streaming.shard_reader import ShardReader, StreamedTensor
 from selftrans.data.views import one_shard
 from selftrans.plain_json import MAX_BYTES
+from selftrans.progress import progress_bar
 from selftrans.storage import atomic_write, sha256_file, write_text
 
 INDEX = ("labels", COUNT)  #: tensors of a shard that are read when the data are opened
@@ -201,7 +201,9 @@ def _index(store: Store, manifest: Manifest, path: Path) -> dict[str, np.ndarray
     hidden = os.environ.get("RANK", "0") != "0"
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         each = pool.map(lambda shard: RemoteShard(store, manifest, shard).small_tensors(layout), filled)
-        parts = list(tqdm(each, "reading labels", len(filled), unit="shard", delay=2, disable=hidden))
+        parts = list(
+            progress_bar(each, desc="reading labels", total=len(filled), unit="shard", delay=2, disable=hidden)
+        )
     for shard, part in zip(filled, parts, strict=True):
         check_index(f"{store.url}/{shard.file}", manifest, part)
     found = {name: np.concatenate([part[name] for part in parts]) for name in layout}

@@ -30,8 +30,8 @@ from selftrans.experiments.comparison.measurement import Point, PointsFile, chec
 from selftrans.experiments.comparison.schedule import Job, Schedule, Task
 from selftrans.experiments.comparison.stopping import StopRequest, end_workers, interrupts_held
 from selftrans.experiments.comparison.worker import Outcome, init_worker, make_reference, run_task
+from selftrans.progress import progress_bar
 from selftrans.train.capture_rules import NotCaptured
-from selftrans.train.log import progress_bar
 
 Result: TypeAlias = tuple[dict[str, Any], list[Point]]  #: run.json, and the measured points
 Results: TypeAlias = dict[Job, Result]

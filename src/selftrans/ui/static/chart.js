@@ -32,7 +32,7 @@ export class Chart {
     this.series = [];
     this.hidden = new Set();
     this.log = stored(`log ${title}`, this.options.log ?? false);
-    this.toggle = h("button", { class: "small quiet", type: "button", onclick: () => {
+    this.toggle = h("button", { class: "small", type: "button", title: "scale of the values", onclick: () => {
       this.log = !this.log;
       store(`log ${title}`, this.log);
       this.draw();
@@ -157,7 +157,8 @@ export class Chart {
 
   drawLegend() {
     const alone = this.series.length === 1 && this.series[0].name === this.title;
-    this.legend.replaceChildren(...(alone ? [] : this.series.map((each) => h("button", {
+    const marked = this.options.marks?.length ? h("span", { class: "fine marks" }, h("i"), "updates skipped") : "";
+    this.legend.replaceChildren(marked, ...(alone ? [] : this.series.map((each) => h("button", {
       type: "button", "aria-pressed": String(!this.hidden.has(each.name)),
       onclick: () => { if (!this.hidden.delete(each.name)) this.hidden.add(each.name); this.draw(); },
     }, h("i", { class: `swatch c${this.colour(each)}` }), each.name))));

@@ -89,6 +89,20 @@ export function repeat(work, wait, signal) {
   round();
 }
 
+// Calls `work` once, again while the server does not answer; what it refuses is said in `place`. A page that was left says nothing.
+export async function prepared(work, place, signal) {
+  while (!signal.aborted) {
+    try {
+      await work();
+      return;
+    } catch (error) {
+      if (signal.aborted) return;
+      if (!(error instanceof Lost)) { place.append(...notes([error.message])); return; }
+    }
+    await new Promise((wake) => setTimeout(wake, 2000));
+  }
+}
+
 export function stored(name, otherwise) {
   try { return JSON.parse(localStorage.getItem(`selftrans-${name}`)) ?? otherwise; } catch { return otherwise; }
 }
@@ -101,8 +115,10 @@ export const notes = (lines) => (lines || []).map((line) => h("p", { class: "not
 export const field = (name, input, all = false) => h("label", { class: `field${all ? " all" : ""}` }, name, input);
 export const number = (value, min, max, step = 1) => h("input", { type: "number", value, min, max, step });
 export function select(options, value, onchange) {
-  const node = h("select", { onchange: () => onchange?.(node.value) },
+  const node = h("select", { onchange: () => { named(); onchange?.(node.value); } },
     options.map(([key, text]) => h("option", { value: key, selected: String(key) === String(value) }, text)));
+  const named = () => { node.title = node.selectedOptions[0]?.textContent || ""; }; // long names do not fit
+  named();
   return node;
 }
 export const meter = (share, name = "meter") => h("div", { class: name }, h("i", { style: { width: `${100 * (share || 0)}%` } }));

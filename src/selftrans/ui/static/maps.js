@@ -1,5 +1,5 @@
 // Features of a picture as PCA maps over blocks and t: what the teacher sees, what the student sees.
-import { field, h, number, onJob, progress, start, whole } from "./dom.js";
+import { field, h, number, onJob, prepared, progress, start, whole } from "./dom.js";
 import { address, Picker, tile, trainedRuns } from "./pictures.js";
 
 let shown = null; // the last job of this kind
@@ -86,15 +86,15 @@ export function mapsPage(main, { query, signal }) {
   });
 
   let [student, teacher] = [null, null];
-  (async () => {
+  prepared(async () => {
     const found = await trainedRuns(main, query, signal);
     if (!found) return;
     student = new Picker("student", found.runs, take);
     teacher = new Picker("teacher", found.runs);
-    place.student.append(student.node);
-    place.teacher.append(teacher.node);
+    place.student.replaceChildren(student.node);
+    place.teacher.replaceChildren(teacher.node);
     draw();
     await teacher.choose(found.first);
     await student.choose(found.first);
-  })();
+  }, main, signal);
 }

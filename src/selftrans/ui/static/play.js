@@ -1,5 +1,5 @@
 // The playground: one model, sampled with chosen labels or prompts, guidance, sampler and seed.
-import { duration, field, h, number, onJob, progress, select, short, start } from "./dom.js";
+import { duration, field, h, number, onJob, prepared, progress, select, short, start } from "./dom.js";
 import { address, Picker, tiles, trainedRuns } from "./pictures.js";
 
 const made = []; // finished and running jobs of this page, newest first; {id, job}
@@ -86,12 +86,12 @@ export function playPage(main, { query, signal }) {
   });
 
   let picker;
-  (async () => {
+  prepared(async () => {
     const found = await trainedRuns(main, query, signal);
     if (!found) return;
     picker = new Picker("model", found.runs, take);
-    fields.querySelector("#model").append(picker.node);
+    fields.querySelector("#model").replaceChildren(picker.node);
     draw();
     await picker.choose(found.first);
-  })();
+  }, main, signal);
 }

@@ -3,7 +3,7 @@ import { sparkline } from "./chart.js";
 import { ago, chip, compute, duration, get, h, meter, notes, rate, repeat, select, short, store, stored, whole } from "./dom.js";
 
 const ORDERS = [["changed", "newest first"], ["name", "by name"], ["distance", "by distance"], ["loss", "by loss"]];
-const STATES = ["all", "running", "done", "stopped"];
+const STATES = ["all", "running", "done", "stopped", "begun", "unreadable"]; // the last two where there are any
 
 export function runsPage(main, { signal }) {
   const picked = new Set(stored("picked", []));
@@ -31,7 +31,7 @@ export function runsPage(main, { signal }) {
     side.href = `#/side?${[...picked].map((id) => `run=${id}`).join("&")}`;
     side.setAttribute("aria-disabled", String(!picked.size));
     const count = (name) => found.runs.filter((run) => name === "all" || run.state === name).length;
-    states.replaceChildren(...STATES.map((name) => h("button", { type: "button", "aria-pressed": String(name === state), onclick: () => { state = name; draw(); } },
+    states.replaceChildren(...STATES.filter((name, i) => i < 4 || name === state || count(name)).map((name) => h("button", { type: "button", "aria-pressed": String(name === state), onclick: () => { state = name; draw(); } },
       `${name} ${count(name)}`)));
     const shown = found.runs
       .filter((run) => (state === "all" || run.state === state) && `${run.name} ${run.method || ""} ${run.model || ""}`.toLowerCase().includes(text))
@@ -61,10 +61,10 @@ export function runsPage(main, { signal }) {
       h("span", { class: "pick" }, box),
       h("div", { class: "name" }, h("a", { href: `#/run/${run.id}` }, run.name), h("div", { class: "fine" }, [run.method, run.model].filter(Boolean).join(" · "))),
       h("div", { class: "state" }, chip(run.state), h("div", { class: "fine" }, ago(run.changed))),
-      h("div", { class: "done-part" }, h("span", {}, `${whole(run.step)}${run.steps ? ` / ${whole(run.steps)}` : ""}`), " ", h("span", { class: "fine" }, where), meter(run.share)),
+      h("div", { class: "done-part" }, h("span", {}, `${whole(run.step)}${run.steps ? ` / ${whole(run.steps)}` : ""}`), " ", h("span", { class: "fine whole" }, where), meter(run.share)),
       h("span", { class: "num" }, rate(run.rate)),
       h("span", { class: `num optional${run.left ? " keep" : ""}`, "data-name": "left" }, duration(run.left)),
-      h("span", { class: "spark" }, sparkline(run.spark), h("span", {}, short(run.loss, 3, true))),
+      h("span", { class: `spark${run.loss === null ? " optional" : ""}`, "data-name": "loss" }, sparkline(run.spark), h("span", {}, short(run.loss, 3, true))),
       h("span", { class: `num optional${run.distance ? " keep" : ""}`, "data-name": "distance" }, short(run.distance, 3, true)),
       h("span", { class: "num" }, compute(run.tflops)),
       accidents.length || run.notes.length ? h("div", { class: "wide row" }, accidents.length ? h("span", { class: "fine bad" }, accidents.join(", ")) : null, notes(run.notes)) : null);

@@ -1,6 +1,6 @@
 // Runs next to each other at equal steps, from the same noise and conditions; distances below.
 import { Chart } from "./chart.js";
-import { chip, get, h, notes, number, onJob, progress, repeat, select, start, store, stored, whole } from "./dom.js";
+import { chip, get, h, notes, number, onJob, prepared, progress, repeat, select, start, store, stored, whole } from "./dom.js";
 import { address, tiles } from "./pictures.js";
 
 const sampled = new Map(); // `run:stage:step` -> {url, result}, of the last job
@@ -19,7 +19,7 @@ export function sidePage(main, { query, signal }) {
   const figures = h("div", { class: "sides" });
   const why = h("div", { class: "stack" });
   const form = h("div", { class: "row" });
-  const charts = { step: new Chart("Distance over steps", { xlabel: "student steps", log: true, empty: "no run was measured; `selftrans compare` does" }),
+  const charts = { step: new Chart("Distance over steps", { xlabel: "student steps", log: true, empty: "no run was measured (selftrans compare does)" }),
     tflops: new Chart("Distance over total compute", { xlabel: "TFLOPs, all stages and the teacher", log: true, empty: "no run was measured, or its compute is not known" }) };
   const alike = h("div", { class: "stack" });
   main.append(h("div", { class: "row" }, h("h1", {}, "Side by side"), h("span", { class: "grow" }), picks), body);
@@ -51,6 +51,8 @@ export function sidePage(main, { query, signal }) {
     load();
   }
 
+  // one line; no advice where samples would not be alike either
+  const different = (lines) => (lines.length ? [`These previews are not of the same noise and conditions: ${lines.slice(0, 3).join("; ")}.${lines.some((line) => /^(shape|conditions) /.test(line)) ? "" : " Sample from checkpoints instead."}`] : []);
   const stageOf = (run) => stages[run.id] ?? Object.keys(run.parts)[Object.keys(run.parts).length - 1];
   const held = (run, kind) => run.parts[stageOf(run)]?.[kind] || [];
   const shared = (kind) => found.runs.map((run) => held(run, kind)).reduce((a, b) => a.filter((each) => b.includes(each)));
@@ -79,9 +81,9 @@ export function sidePage(main, { query, signal }) {
     const before = step;
     steps = source === "previews" ? shared("previews") : shared("checkpoints");
     step = steps.includes(before) ? before : steps[steps.length - 1] ?? null;
-    const said = source === "previews" && found.runs.length > 1 ? found.differences.map((line) => `These previews are not of the same noise and conditions: ${line}. Sample from checkpoints instead.`) : [];
+    const said = source === "previews" && found.runs.length > 1 ? different(found.differences) : [];
     if (!steps.length) said.push(source === "previews" ? "These runs have no previews at the same steps; sample from their checkpoints instead." : "These runs have no checkpoints at the same steps.");
-    why.replaceChildren(...notes(said.slice(0, 3)), ...(last?.kind === "side" ? progress(last) : []));
+    why.replaceChildren(...notes(said), ...(last?.kind === "side" ? progress(last) : []));
     begin.disabled = !steps.length || last?.state === "running";
     begin.textContent = `Sample at ${steps.length} training step${steps.length === 1 ? "" : "s"}`;
     play.disabled = slider.disabled = steps.length < 2;
@@ -110,7 +112,7 @@ export function sidePage(main, { query, signal }) {
       if (source === "previews" && step !== null && held(run, "previews").includes(step)) {
         shown = h("div", { class: "paper" }, h("img", { src: `/api/runs/${run.id}/previews/${names.indexOf(stageOf(run))}/${step}.png`, alt: `samples of ${run.name} at step ${step}` }));
       } else if (source === "sampled" && made) shown = tiles(made.url, made.result);
-      return h("figure", {}, h("figcaption", {}, h("i", { class: `swatch c${i % 8}` }), h("a", { href: `#/run/${run.id}` }, run.name), chip(run.state), h("span", { class: "grow" }), stage, remove), shown);
+      return h("figure", {}, h("figcaption", {}, h("span", {}, h("i", { class: `swatch c${i % 8}` }), " ", h("a", { href: `#/run/${run.id}` }, run.name)), chip(run.state), h("span", { class: "grow" }), stage, remove), shown);
     }));
   }
 
@@ -130,11 +132,11 @@ export function sidePage(main, { query, signal }) {
     if (source === "sampled") draw();
   });
 
-  (async () => {
+  prepared(async () => {
     all = (await get("/api/runs", signal)).runs.filter((run) => run.state !== "unreadable");
     const known = new Set(all.map((run) => run.id));
     chosen = chosen.filter((id) => known.has(id)).slice(0, 8);
     store("side", chosen);
     repeat(async () => { if (!timer) await load(); }, 4000, signal);
-  })();
+  }, main, signal);
 }
