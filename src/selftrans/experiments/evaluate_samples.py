@@ -125,7 +125,7 @@ def _named_extractor(features: str | None, reference: str | Path) -> Extractor |
 
 
 def _extractor_of(
-    features: str | None, images: Iterator[np.ndarray], pictures: bool
+    features: str | None, images: Iterator[np.ndarray], pictures: bool | None
 ) -> tuple[Extractor, Iterator[np.ndarray]]:
     """The extractor that fits the images, and all images. `pictures`: whether they are known to be pictures."""
     if features is None and pictures:
