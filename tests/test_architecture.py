@@ -139,7 +139,6 @@ COVERED_BY = {
     "encoders/pretrained": "unit/encoders/test_vision.py",
     "evaluate/extractors": "unit/evaluate/test_statistics.py",
     "experiments/autoencoder_report": "unit/experiments/test_train_autoencoder.py",
-    "experiments/analyse_run": "unit/cli/test_main.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
     "experiments/bench/read_report": "unit/experiments/test_scale_plan.py",

@@ -229,7 +229,7 @@ def test_settings_that_may_change_on_resume():
             "train.precision",
             "train.drop",
         ),
-        *("train.loss", "train.cosine", "train.fp8", "model.route", "model.route_blocks"),
+        *("train.accumulate", "train.loss", "train.cosine", "train.fp8", "model.route", "model.route_blocks"),
         *(f"{key}.weight" for key in ("stage1", "stage2", "repa", "sra", "layersync", "dispersive")),
         "internal_guidance.weight",
     }

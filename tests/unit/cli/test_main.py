@@ -318,7 +318,7 @@ def test_paths_that_cannot_be(argv, expected, capsys, tmp_path, monkeypatch):
     (tmp_path / "circle").symlink_to("circle")
     long = "b" * 300
     assert main(argv.format(long=long).split()) == 1
-    assert expected.format(start=long[:160]) in one_line(capsys)
+    assert expected.format(start=f"{long[:157]}...") in one_line(capsys)
 
 
 def test_data_of_another_shape_or_class_count_than_the_checkpoints(tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_options_are_described_on_lines_as_wide_as_the_page(capsys):
     lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
     first = next(i for i, line in enumerate(lines) if line.startswith("--label-column"))
     found = " ".join(lines[first : first + 6])
-    assert "None: found by its type or name, if it holds integers" in found
+    assert "None: found by its name or type, in tables and tars if it holds integers" in found
     shortest = [len(line) for line in lines[first + 1 : first + 4]]
     assert min(shortest) > 40, "no line ends early"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
@@ -38,8 +39,9 @@ def test_numbers_are_those_of_the_run(tmp_path):
 
 
 def test_command_writes_nothing(tmp_path, monkeypatch, capsys):
-    """Slow steps, as here after 0 s, are two for each stage; a bar shows them while they last."""
+    """Slow steps, as here after 0 s, are two for each stage; on a terminal a bar shows them while they last."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr("selftrans.train.dry_run.LIMIT", 0.0)
     assert main(["train", "digits", "--out=run", "--dry-run", f"--data={toy.digits()}", *toy.flags()]) == 0
     shown, bars = capsys.readouterr()
