@@ -169,7 +169,8 @@ def logitnormal_times(n: int, path: Path, device: torch.device) -> Tensor:
 
 def systematic_logitnormal_times(n: int, path: Path, device: torch.device) -> Tensor:
     """(n,) shuffled times of the distribution of `logitnormal_times`, one in each of n parts of equal probability."""
-    return torch.sigmoid(torch.special.ndtri(systematic_times(n, path, device)))
+    # the quantile of a normal distribution; torch's ndtri runs on a CPU and on CUDA devices only
+    return torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * systematic_times(n, path, device) - 1))
 
 
 def _normal_share(x: float) -> float:
