@@ -83,11 +83,18 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
         return f"{where}, and one sample does not fit either: use {less}"
     parts = train.accumulate * (micro // fits if fits else _smallest_factor(micro))
     tried = f"; {fits} at a time fit" if fits else ""
-    trained = any(checkpoint.steps(folder) for folder in trainer.directory.parent.glob("*/checkpoints"))
     return (
         f"{where}{tried}: --train.accumulate {parts} computes the same batch of {train.batch_size} in {parts} parts; "
-        f"or use {less}" + ("; the run has checkpoints: add --train.allow-changes True" if trained else "")
+        f"or use {less}{_consent(trainer)}"
     )
+
+
+def _consent(trainer: Trainer) -> str:
+    """What changed settings of this run need besides, as the end of a line. A run that holds no weights needs nothing."""
+    run = trainer.directory.parent
+    trained = any(checkpoint.steps(folder) for folder in run.glob("*/checkpoints"))
+    held = "has checkpoints" if trained else "holds given weights" if trainer.initial else None
+    return f"; the run {held}: add --train.allow-changes True" if held and (run / "config.json").exists() else ""
 
 
 def _largest(trainer: Trainer, rows: Loaded) -> int | None:

@@ -9,8 +9,10 @@ import torch
 from selftrans.cli.main import main
 from selftrans.recipes import recipe
 from selftrans.train.out_of_memory import explanation, is_out_of_memory
+from selftrans.train.run import train
 from selftrans.train.trainer import Objective
 from tests.support import toy
+from tests.support.fine_tuning import tuned
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.unit.cli.lines import one_line
 
@@ -61,6 +63,19 @@ def test_trained_run_continues_in_more_parts(tmp_path, monkeypatch, capsys):
     assert change["changed"] == ["train.accumulate was 2, is 4"]
 
 
+def test_run_on_given_weights_continues_in_more_parts_before_its_first_checkpoint(tmp_path, monkeypatch):
+    limited(2, monkeypatch)
+    with pytest.raises(
+        MemoryError, match=r"accumulate 4 .*; the run holds given weights: add --train.allow-changes True$"
+    ):
+        train(tuned({"train.batch_size": 8}), tmp_path, quiet=True)
+    more = {"train.batch_size": 8, "train.accumulate": 4}
+    with pytest.raises(ValueError, match=r"train.accumulate was 2, is 4; use those, .* or --train.allow-changes True"):
+        train(tuned(more), tmp_path, quiet=True)
+    with pytest.warns(UserWarning, match="train.accumulate was 2, is 4"):
+        train(tuned(more | {"train.allow_changes": True}), tmp_path, quiet=True)
+
+
 def test_parts_of_an_odd_batch_are_equal(tmp_path, monkeypatch, capsys):
     limited(6, monkeypatch)
     assert main(argv(tmp_path / "run", **{"train.batch_size": 15, "train.accumulate": 1})) == 1
@@ -97,6 +112,7 @@ def test_parts_of_several_processes_divide_the_micro_batch(tmp_path, micro, expe
         stream=SimpleNamespace(micro=micro),
         stage=SimpleNamespace(name="stage1"),
         captured=None,
+        initial=None,
         directory=tmp_path / "run" / "stage1",
     )
     assert expected in explanation(trainer, None)
