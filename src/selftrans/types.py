@@ -113,7 +113,7 @@ class Draw(NamedTuple):
     cond: Cond  #: true condition, for the teacher
     null: Cond  #: null condition of the same shape, for the teacher's other half
     dropped: Cond  #: condition with some samples replaced by the null one, for the student
-    even: bool = False  #: t is systematic (`flow.Times.even`), so a range holds a bounded number of samples
+    even: bool = False  #: t is evenly spread (`flow.Times.even`), so a range holds a bounded number of samples
     features: Tensor | None = None  #: as in the batch
     step: int | Tensor = 0  #: number of the training step, from 0; in a captured step a 0-d tensor on the device
 

@@ -34,6 +34,20 @@ def check_options(path: Path, times: str, drop: float, cosine: float, loss: Any)
         raise ValueError(f"loss {loss!r} is unknown; choose one of {', '.join(get_args(Loss))}, or give a function")
 
 
+def checked_prediction(student: Backbone) -> Loss:
+    """What a student says that it predicts, as the loss of it. ValueError for anything else than velocity and noise."""
+    if student.predicts not in ("velocity", "noise"):
+        raise ValueError(
+            f"{type(student).__name__}.predicts is {student.predicts!r}; set it to velocity or noise, or give Objective(loss=)"
+        )
+    return student.predicts
+
+
+def knows_times(guidance: Guidance) -> bool:
+    """Whether a guidance that selects by a range of t takes how times are drawn; one that does not expects uniform times."""
+    return not guidance.selects or type(guidance).use_times is not Guidance.use_times
+
+
 def warn_of_second_dropping(student: Backbone, drop: float) -> None:
     """Warn where a module of the student drops labels itself, as `LabelEmbedder` of DiT does in training."""
     for name, part in student.named_modules():

@@ -19,7 +19,9 @@ from selftrans.methods.contract import (
     check_output,
     checked_guidances,
     checked_loss,
+    checked_prediction,
     checked_term,
+    knows_times,
     warn_of_second_dropping,
 )
 from selftrans.methods.guidance import Guidance, Report
@@ -67,9 +69,11 @@ class Objective(nn.Module):
         self.student = student
         self.guidances = nn.ModuleList(checked_guidances(guidances, student))
         self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
-        self.loss = student.predicts if loss == "own" else loss
+        self.loss = checked_prediction(student) if loss == "own" else loss
         for guidance in self.guidances:
             guidance.use_times(TIMES[times], path)
+        #: whether a range of t holds a number of drawn times that is bounded, and known to the guidances that select by one
+        self.even = TIMES[times].even and (times == "systematic" or all(map(knows_times, self.guidances)))
         self._unchecked = True  # labels on a GPU are checked in the first call only, since the check takes kernels
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
@@ -101,7 +105,8 @@ class Objective(nn.Module):
         if not torch.compiler.is_compiling():
             self._unchecked = False
         null = self.student.null(batch.cond)
-        return draw(batch, null, path=self.path, times=self.times, drop=self.drop, t=t, noise=noise)
+        d = draw(batch, null, path=self.path, times=self.times, drop=self.drop, t=t, noise=noise)
+        return d._replace(even=d.even and self.even)
 
     def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:
         """Loss and report of a draw. In a loop of your own call the objective itself: DDP and compilation wrap that call."""

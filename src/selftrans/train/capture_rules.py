@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selftrans.config import Train
-from selftrans.flow import TIMES
 from selftrans.messages import gigabytes
 from selftrans.methods.guidance import Frozen
 from selftrans.storage import write_json
@@ -50,7 +49,7 @@ def obstacle(trainer: Trainer) -> str | None:
         return "train.recompute repeats blocks that may draw random numbers"
     if len(trainer.shards.parts) > 1:
         return "the data hold several sizes, and a graph has one shape"
-    if not TIMES[trainer.objective.times].even and any(g.selects for g in trainer.objective.guidances):
+    if not trainer.objective.even and any(g.selects for g in trainer.objective.guidances):
         return (
             f"with train.times {trainer.objective.times} a range of t selects another number of samples in every step"
         )

@@ -21,7 +21,6 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
-from selftrans.flow import TIMES
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import objective_of
@@ -152,7 +151,7 @@ class Trainer:
         """
         compile_model(self.objective.student)
         if isinstance(self.teacher, Frozen):
-            compile_model(self.teacher.model, dynamic=False if TIMES[self.objective.times].even else None)
+            compile_model(self.teacher.model, dynamic=False if self.objective.even else None)
 
     @property
     def checkpoints(self) -> Path:

@@ -72,6 +72,15 @@ def test_unknown_loss_is_refused():
         Objective(Stub(), loss="eps")
 
 
+def test_unknown_prediction_is_refused():
+    """It would be trained on the error of its noise."""
+    student = Stub()
+    student.predicts = "epsilon"
+    with pytest.raises(ValueError, match=r"Stub.predicts is 'epsilon'; set it to velocity or noise, or give Objective"):
+        Objective(student)
+    Objective(student, loss="velocity")
+
+
 def test_flow_loss_and_its_gradient_by_hand():
     d, student = handmade_draw(TIMES, dropped=(1, 4)), Stub()
     loss, _ = Objective(student).losses(d, 0)

@@ -10,7 +10,7 @@ from selftrans import flow
 from selftrans.flow import LINEAR
 from selftrans.methods.objective import Objective
 from selftrans.methods.timestep_range import TimestepRange
-from tests.support.guidances import RANGE, TIMES, frozen_stub, stage1, stage2
+from tests.support.guidances import RANGE, TIMES, Ridge, data, frozen_stub, stage1, stage2
 from tests.support.stub import Stub, handmade_draw
 
 
@@ -124,3 +124,25 @@ def test_objective_tells_its_guidances_how_times_are_drawn():
     guidance = stage2(Stub(), frozen_stub(), timestep_range=(0.4, 0.7))
     Objective(Stub(), [guidance], times="logitnormal")
     assert guidance.cost(100) == {"head": 46, "teacher": 92}
+
+
+@pytest.mark.parametrize("times", flow.TIMES)
+def test_guidance_that_does_not_take_times_computes_every_one_inside(times):
+    """Guidances of other packages, from before there were other even times than uniform ones: of systematic logit-normal times
+    up to 118 of 256 lie in a range of which they expect 77."""
+
+    class Selects(Ridge):
+        selects = True
+
+        def forward(self, draw, feats):
+            term, _ = super().forward(draw, feats)
+            return term, {"inside": TimestepRange(RANGE, "select").gate(draw).gain.sum()}
+
+    guidance = Selects()
+    objective = Objective(Stub(), [guidance], times=times)
+    _, report = objective(data(256), 0)
+    seen = guidance.seen[0]
+    inside = ((seen.t >= RANGE[0]) & (seen.t <= RANGE[1])).float().mean()
+    assert report["ridge/inside"].item() == pytest.approx(inside.item(), abs=1e-6)
+    assert seen.even == objective.even == (times == "systematic")
+    assert Objective(Stub(), [stage1(Stub(), timestep_range=RANGE)], times=times).even == times.startswith("systematic")

@@ -63,6 +63,7 @@ def trainer_of(folder: Path, capture: str = "auto", **what: Any) -> Any:
         objective=SimpleNamespace(
             student=SimpleNamespace(recompute=given["recompute"], random_blocks=True),
             times=given["times"],
+            even=given["times"] == "systematic",
             guidances=given["guidances"],
             modules=lambda: iter(given["modules"]),
         ),
