@@ -64,16 +64,17 @@ def test_trained_run_continues_in_more_parts(tmp_path, monkeypatch, capsys):
 
 
 def test_run_on_given_weights_continues_in_more_parts_before_its_first_checkpoint(tmp_path, monkeypatch):
+    config = tuned({"train.batch_size": 8})
     limited(2, monkeypatch)
     with pytest.raises(
         MemoryError, match=r"accumulate 4 .*; the run holds given weights: add --train.allow-changes True$"
     ):
-        train(tuned({"train.batch_size": 8}), tmp_path, quiet=True)
-    more = {"train.batch_size": 8, "train.accumulate": 4}
+        train(config, tmp_path, quiet=True)
+    more = config.override({"train.accumulate": 4})
     with pytest.raises(ValueError, match=r"train.accumulate was 2, is 4; use those, .* or --train.allow-changes True"):
-        train(tuned(more), tmp_path, quiet=True)
+        train(more, tmp_path, quiet=True)
     with pytest.warns(UserWarning, match="train.accumulate was 2, is 4"):
-        train(tuned(more | {"train.allow_changes": True}), tmp_path, quiet=True)
+        train(more.override({"train.allow_changes": True}), tmp_path, quiet=True)
 
 
 def test_parts_of_an_odd_batch_are_equal(tmp_path, monkeypatch, capsys):
