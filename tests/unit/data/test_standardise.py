@@ -183,6 +183,24 @@ def test_values_of_any_unit_have_unit_variance_and_a_constant_channel_is_shifted
     assert z0[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(300.0, 1e-3), (123456.7, 0.5), (3e7, 40.0), (-2e5, 1.0)])
+def test_a_mean_of_many_deviations_is_taken_off_completely(tmp_path, mean, deviation):
+    data = np.random.default_rng(0).normal(mean, deviation, (40, 1, 50)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", data=data)
+    manifest = prepare(tmp_path / "x.npz", tmp_path / "data", autoencoder="values", progress=False)
+    ((shift,), (scale,)), wide = (manifest.latent_space.shift, manifest.latent_space.scale), data.astype(np.float64)
+    assert abs(wide.mean() - shift) * scale < 1e-3 and scale == pytest.approx(1 / wide.std(), rel=1e-5)
+    assert Manifest.load(tmp_path / "data") == manifest
+
+
+def test_means_that_a_manifest_cannot_hold_are_refused_before_it_is_written(tmp_path):
+    np.savez(tmp_path / "x.npz", data=np.full((2, 1, 4), 2e30))
+    options = {"autoencoder": "values", "progress": False}
+    with pytest.raises(ValueError, match=r"a channel has the mean 2e\+30; divide the values"):
+        prepare(tmp_path / "x.npz", tmp_path / "data", **options)
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+
 def test_summary_of_many_channels_has_the_range_of_their_numbers(tmp_path):
     data = np.arange(13, dtype=np.float32)[None, :, None] + np.array([-1, 1], np.float32)[:, None, None]
     np.savez(tmp_path / "x.npz", data=np.repeat(data, 4, axis=2))
