@@ -14,6 +14,9 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images, decoded_images
 from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare
+from selftrans.data.prepare_buckets import prepare_buckets
+from selftrans.data.sources.clips import MediaOptions
+from selftrans.data.sources.decode import Reading
 from selftrans.data.standardise import standardise_option
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.encoders.latent_space import UNSCALED, LatentSpace
@@ -250,3 +253,13 @@ def test_grey_stores_one_channel_and_is_named_where_all_pictures_are_grey(tmp_pa
     assert np.abs(images[..., 0] - levels / 4095 * 255).max() <= 0.5 + 1e-6
     assert main([*command, f"--out={tmp_path / 'data'}", "--grey"]) == 1
     assert "was prepared without grey, not with True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"reading": Reading(grey=True)}, {"media": MediaOptions(grey=True)}])
+def test_grey_of_the_library_is_stored_and_recorded(source, tmp_path, options):
+    manifest = prepare(source, tmp_path / "data", progress=False, **options)
+    assert manifest.image_channels == 1 and manifest.options["grey"] is True
+    prepare_buckets(source, tmp_path / "buckets", resolution=8, buckets=1, progress=False, **options)
+    assert open_data(tmp_path / "buckets").manifest.image_channels == 1
+    with pytest.raises(ValueError, match="with grey True, not without"):
+        prepare(source, tmp_path / "data", progress=False)
