@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import math
 import os
 import signal
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # as stderr: a name that cannot be encoded, in the last line, should not fail a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     hub_retries.install()
     words = list(sys.argv[1:] if argv is None else argv)
     # not of `train`: it has its own handling, and may wait for other processes in calls that run no handler

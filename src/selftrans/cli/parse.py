@@ -113,8 +113,10 @@ def wrapped(text: str) -> str:
 
 def _hanging(line: str, width: int) -> list[str]:
     """An indented line in lines of this width: what follows a name and two spaces or more stays to the right of the name."""
-    found = re.match(r" *(?:\S+(?: \S+)* {2,})?", line)
-    indent = " " * (found.end() if found else 0)
+    own = len(line) - len(line.lstrip())
+    named = re.match(r" *\S+(?: \S+)* {2,}", line)
+    # a sentence that two spaces end is no name
+    indent = " " * min(named.end() if named and named.end() <= width // 2 else own, width // 2)
     return textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 

@@ -22,7 +22,7 @@ from selftrans.data.manifest import DTYPES, Manifest, Shard
 from selftrans.data.reports import check_faults, report_source, say, warn_after_reading
 from selftrans.data.resolution import Resolution, size_text
 from selftrans.data.shard_plan import Decoded
-from selftrans.data.source_samples import source_samples
+from selftrans.data.source_samples import source_samples, with_grey
 from selftrans.data.sources.clips import Clips, MediaOptions
 from selftrans.data.sources.decode import STANDARD, Reading, none_readable
 from selftrans.data.sources.duplicates import DuplicateFinder
@@ -89,15 +89,15 @@ def prepare(
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
+    media, reading = with_grey(media, reading)
     mine, earlier = _checked_part(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
     samples = pictures if pictures is not None else source_samples(
         source, earlier, autoencoder=autoencoder, resolution=resolution, flip=flip, split=split, label_column=label_column,
-        text=text, media=media or MediaOptions(), reading=reading, square=square, progress=progress,
+        text=text, media=media, reading=reading, square=square, progress=progress,
     )  # fmt: skip
     dtype, of_media = dtype or _dtype(autoencoder, samples), isinstance(samples, Clips)
-    options = _options(samples, autoencoder, resolution, text, media, reading)
-    options |= {"flip": flip, "split": split or "train", "label_column": label_column}
-    options |= {"shard_size": shard_size, "dtype": dtype, "precision": precision}
+    options = _options(samples, autoencoder, resolution, text, media, reading) | {"flip": flip, "precision": precision}
+    options |= {"split": split or "train", "label_column": label_column, "shard_size": shard_size, "dtype": dtype}
     options |= standardise_option(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
     if earlier and _finished(earlier, options, samples, out, progress):
         return Manifest.load(out)
@@ -148,7 +148,7 @@ def _options(
     autoencoder: str,
     resolution: Resolution | None,
     text: TextOptions | None,
-    media: MediaOptions | None,
+    media: MediaOptions,
     reading: Reading,
 ) -> dict[str, Option]:
     """Options that the manifest records because a folder must be continued with the same ones; `prepare` adds more."""
@@ -157,7 +157,7 @@ def _options(
         "resolution": size_text(resolution) if isinstance(resolution, tuple) else resolution,
         "fingerprint": samples.fingerprint,
         **(text.recorded() if text else {}),
-        **(media.given() if media else {}),
+        **media.given(),
         **({"range": "{:g} {:g}".format(*reading.range)} if reading.range else {}),
         **({"labels": Path(reading.labels).name} if reading.labels else {}),
     }

@@ -23,6 +23,7 @@ from selftrans.data.prepare import NoneReadable, load, prepare
 from selftrans.data.reports import check_faults, report_source, say
 from selftrans.data.resolution import MAX_RESOLUTION, Resolution, resolution_of, size_text
 from selftrans.data.resumable import LOCK
+from selftrans.data.source_samples import with_grey
 from selftrans.data.sources.clips import kind_of
 from selftrans.data.sources.decode import STANDARD, Reading, none_readable, upright_size
 from selftrans.data.sources.open_source import open_source
@@ -64,6 +65,7 @@ def prepare_buckets(
     and for a folder that holds other files.
     """
     text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
+    options["media"], reading = with_grey(options.get("media"), reading)
     side, cell = _check_options(source, autoencoder, resolution, multiple, device, archives=not text)
     sizes = bucket_sizes(side, buckets, cell)
     if len(sizes) < buckets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from selftrans.data import resumable
@@ -15,6 +16,13 @@ from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Samples
 from selftrans.encoders.identity import identity_kind
+
+
+def with_grey(media: MediaOptions | None, reading: Reading) -> tuple[MediaOptions, Reading]:
+    """Both, with `grey` in both if one has it: it is an option of videos and of pictures."""
+    media = media or MediaOptions()
+    grey = media.grey or reading.grey
+    return replace(media, grey=grey), reading._replace(grey=grey)
 
 
 def source_samples(
@@ -57,7 +65,6 @@ def source_samples(
     clips = open_clips(source, media, resolution, progress, archives=archives, split=split, reading=reading)
     if clips is not None:
         return clips
-    reading = reading._replace(grey=media.grey)
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     opened = open_source(
         source,

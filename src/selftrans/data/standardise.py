@@ -7,6 +7,7 @@ Shape legend: n rows, (C, *S) values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ CHUNK = 256  #: rows read at a time
 #: a channel of smaller deviation is constant and is shifted only: of pixels an eighth of a grey level, of values, which may
 #: have any unit, about the rounding of float32 at the mean
 CONSTANT, ROUNDING = 1e-3, 1e-6
-SMALLEST = 1e-29  #: deviation of which the scale can be written in the name of an autoencoder
+#: deviation and mean of which scale and shift can be written in the name of an autoencoder
+SMALLEST, LARGEST = 1e-29, 1e30
 OPTION = "standardise"  #: among the manifest's options
 #: a folder, its plan or manifest, and its finished shards
 Prepared: TypeAlias = tuple[Path, Manifest, Iterable[Shard]]
@@ -81,9 +83,10 @@ def share_statistics(folders: Sequence[Path], progress: bool) -> None:
 
 
 def statistics(folders: Sequence[Prepared], progress: bool) -> LatentSpace:
-    """Shift and scale per channel that give all these shards zero mean and unit variance, each of six digits.
+    """Shift and scale per channel that give all these shards zero mean and unit variance, each of six digits or more.
 
-    One pass over the shards, with sums in float64. A constant channel has scale 1.
+    One pass over the shards, with sums in float64. A constant channel has scale 1. ValueError for a mean that a manifest
+    cannot hold.
     """
     channels, count = folders[0][1].shape[0], 0
     origin, total, squares = (np.zeros(channels) for _ in range(3))
@@ -100,8 +103,19 @@ def statistics(folders: Sequence[Prepared], progress: bool) -> LatentSpace:
     pixels = identity_kind(folders[0][1].autoencoder) == "pixel"
     least = np.full(channels, CONSTANT) if pixels else np.maximum(SMALLEST, ROUNDING * np.abs(origin))
     scale = np.where(deviation > least, 1 / np.maximum(deviation, least), 1.0)
+    shift = origin + mean
+    if (largest := float(np.abs(shift).max())) >= LARGEST:
+        raise ValueError(
+            f"a channel has the mean {largest:g}; divide the values, so that means stay below {LARGEST:g}, in a new folder"
+        )
     # rounded, so that sums that differ in their last bits give the same numbers
-    return LatentSpace(tuple(map(rounded, origin + mean)), tuple(map(rounded, scale)), stochastic=False)
+    return LatentSpace(tuple(map(_rounded_shift, shift, scale)), tuple(map(rounded, scale)), stochastic=False)
+
+
+def _rounded_shift(shift: float, scale: float) -> float:
+    """Six significant digits, and more where the mean is many deviations: the error stays below a thousandth of one."""
+    deviations = abs(shift) * scale
+    return float(f"{shift:.{6 + max(0, math.ceil(math.log10(max(deviations, 1))) - 3)}g}")
 
 
 def _rows(folders: Sequence[Prepared], progress: bool) -> Iterator[np.ndarray]:

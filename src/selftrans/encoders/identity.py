@@ -87,9 +87,10 @@ def scales_differ(one: str, other: str, tolerance: float = 0.05) -> bool:
 def check_scale(what: str, trained: str, data: str) -> None:
     """ValueError where `what` was trained on pixels or values of another scale than that of the data."""
     if scales_differ(trained, data):
-        remedy = "--no-standardise" if trained in KINDS else f"--autoencoder '{printable(trained, 500)}'"
+        # complete, to be copied: values may have many channels
+        remedy = "--no-standardise" if trained in KINDS else f"--autoencoder '{printable(trained, None)}'"
         raise ValueError(
-            f"{what} was trained on {printable(trained, 500)}, the data are {printable(data, 500)}, latents of another scale; "
+            f"{what} was trained on {printable(trained, 200)}, the data are {printable(data, 200)}, latents of another scale; "
             f"prepare the data with {remedy}, or train on these"
         )
 

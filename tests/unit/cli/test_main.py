@@ -1,6 +1,7 @@
 """The command line as a user types it: help, exit statuses, one line per error, and what evaluate and analyse write."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
 from selftrans.train.interrupted import Interrupted
 from tests.support import captioned, toy
+from tests.support.pictures import encoded, noise, write
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.unit.cli.lines import ends_with, one_line
 
@@ -542,3 +544,10 @@ def test_sentences_and_names_of_folders_hold_no_secrets(words):
 def test_password_in_a_word_with_a_space_is_refused():
     with pytest.raises(ValueError, match="user or password"):
         _refuse_secrets(["--prompts", "a", "--data", "s3://k:hunter2@b/a b"])
+
+
+def test_names_that_the_terminal_cannot_show_do_not_fail_a_command(tmp_path, monkeypatch):
+    where, shown = write(tmp_path / "x", {"a.png": encoded(noise(8))}), io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert main(["prepare", str(where), "--out", str(tmp_path / "ü猫")]) == 0
+    assert rb"-> " in shown.getvalue() and rb"\xfc\u732b" in shown.getvalue()

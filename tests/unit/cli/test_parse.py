@@ -101,6 +101,13 @@ def test_lines_of_a_list_continue_to_the_right_of_their_names(monkeypatch):
     )
 
 
+def test_a_sentence_that_two_spaces_end_is_no_name_of_a_list(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "  This sentence is about as wide as it is.  It goes on with some more words."
+    found = wrapped(f"A list:\n{line}").splitlines()
+    assert len(found) == 3 and found[2].startswith("  ") and " ".join(found[1:]).split() == line.split()
+
+
 @pytest.mark.parametrize("words", [[], ["train", "--help"], ["train", "digits", "--help"]])
 def test_no_line_of_help_is_wider_than_the_terminal(words, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")

@@ -14,6 +14,9 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents, decode_images, decoded_images
 from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare
+from selftrans.data.prepare_buckets import prepare_buckets
+from selftrans.data.sources.clips import MediaOptions
+from selftrans.data.sources.decode import Reading
 from selftrans.data.standardise import standardise_option
 from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.encoders.latent_space import UNSCALED, LatentSpace
@@ -183,6 +186,24 @@ def test_values_of_any_unit_have_unit_variance_and_a_constant_channel_is_shifted
     assert z0[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(300.0, 1e-3), (123456.7, 0.5), (3e7, 40.0), (-2e5, 1.0)])
+def test_a_mean_of_many_deviations_is_taken_off_completely(tmp_path, mean, deviation):
+    data = np.random.default_rng(0).normal(mean, deviation, (40, 1, 50)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", data=data)
+    manifest = prepare(tmp_path / "x.npz", tmp_path / "data", autoencoder="values", progress=False)
+    ((shift,), (scale,)), wide = (manifest.latent_space.shift, manifest.latent_space.scale), data.astype(np.float64)
+    assert abs(wide.mean() - shift) * scale < 1e-3 and scale == pytest.approx(1 / wide.std(), rel=1e-5)
+    assert Manifest.load(tmp_path / "data") == manifest
+
+
+def test_means_that_a_manifest_cannot_hold_are_refused_before_it_is_written(tmp_path):
+    np.savez(tmp_path / "x.npz", data=np.full((2, 1, 4), 2e30))
+    options = {"autoencoder": "values", "progress": False}
+    with pytest.raises(ValueError, match=r"a channel has the mean 2e\+30; divide the values"):
+        prepare(tmp_path / "x.npz", tmp_path / "data", **options)
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+
 def test_summary_of_many_channels_has_the_range_of_their_numbers(tmp_path):
     data = np.arange(13, dtype=np.float32)[None, :, None] + np.array([-1, 1], np.float32)[:, None, None]
     np.savez(tmp_path / "x.npz", data=np.repeat(data, 4, axis=2))
@@ -232,3 +253,13 @@ def test_grey_stores_one_channel_and_is_named_where_all_pictures_are_grey(tmp_pa
     assert np.abs(images[..., 0] - levels / 4095 * 255).max() <= 0.5 + 1e-6
     assert main([*command, f"--out={tmp_path / 'data'}", "--grey"]) == 1
     assert "was prepared without grey, not with True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"reading": Reading(grey=True)}, {"media": MediaOptions(grey=True)}])
+def test_grey_of_the_library_is_stored_and_recorded(source, tmp_path, options):
+    manifest = prepare(source, tmp_path / "data", progress=False, **options)
+    assert manifest.image_channels == 1 and manifest.options["grey"] is True
+    prepare_buckets(source, tmp_path / "buckets", resolution=8, buckets=1, progress=False, **options)
+    assert open_data(tmp_path / "buckets").manifest.image_channels == 1
+    with pytest.raises(ValueError, match="with grey True, not without"):
+        prepare(source, tmp_path / "data", progress=False)

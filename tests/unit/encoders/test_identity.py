@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from selftrans.encoders.identity import (
     identity_kind,
     same_latents,
     scales_differ,
+    standardised_name,
 )
 from selftrans.encoders.latent_space import UNSCALED, LatentSpace
 
@@ -91,6 +94,9 @@ def test_scales_that_differ(one: str, other: str, differ: bool) -> None:
 
 def test_another_scale_is_refused_with_the_options_that_prepare_it() -> None:
     check_scale("the run", "owner/vae", "pixel")
+    many = standardised_name("values", LatentSpace((0.123456,) * 64, (7.65432,) * 64, stochastic=False))
+    with pytest.raises(ValueError, match=re.escape(f"--autoencoder '{many}', or train on these")):
+        check_scale("the run", many, "values")
     with pytest.raises(
         ValueError, match=r"trained on pixel, the data are pixel\(.*prepare .* with --no-standardise, or"
     ):

@@ -222,9 +222,9 @@ def caption_table(file: Path, pictures: Sequence[str] = (), column: str | None =
                 raise ValueError(f"line {number} is no object")
             rows.append((number, {str(key).strip().lower(): value for key, value in row.items()}))
         columns = CAPTIONS if column is None else (column.strip().lower(),)
-        of_names: tuple[str, ...] = NAMES
-        if rows and not any(name in rows[0][1] for name in NAMES):
-            of_names = (column_of_names((row for _, row in rows[:MOST_LINES]), pictures, column),)
+        of_names = tuple(name for name in NAMES if name not in columns)
+        if rows and not any(name in rows[0][1] for name in of_names):
+            of_names = (column_of_names((row for _, row in rows[:MOST_LINES]), pictures, columns),)
         for number, row in rows:
             name, captions = _entry(row, f"line {number}", of_names, columns)
             found.setdefault(picture_name(name.strip()), []).extend(captions)

@@ -118,7 +118,7 @@ def _pairs(entries: Iterable[object], labels: tuple[str, ...] = LABELS) -> Itera
         found = entry
         if isinstance(entry, JsonObject):
             titles = {title.strip().lower(): title for title in entry}
-            keys = [titles.get(key, key) for key in (_column(titles, NAMES), _column(titles, labels))]
+            keys = [titles.get(key, key) for key in (_column(titles, _names_but(labels)), _column(titles, labels))]
             entry.check(keys)
             found = [entry.get(key) for key in keys]
         name, given = found if isinstance(found, list) and len(found) == 2 else (None, -1)
@@ -177,15 +177,22 @@ def _columns(rows: list[list[str]], names: Collection[str], labels: tuple[str, .
     known, shown = dict.fromkeys(cells), f"{plural(len(rows[0]), 'column')}, {printable(', '.join(rows[0]), 80)}"
     if any(cell in labels for cell in cells):
         column = cells.index(_column(known, labels))
-        if any(cell in NAMES for cell in cells):
-            return cells.index(_column(known, NAMES)), column
-        if (found := column_of_names(map(dict, map(enumerate, rows[1:])), names, column)) is not None:
+        if any(cell in (titles := _names_but(labels)) for cell in cells):
+            return cells.index(_column(known, titles)), column
+        if (found := column_of_names(map(dict, map(enumerate, rows[1:])), names, (column,))) is not None:
             return found, column
+        if len(cells) == len(known) == 2:
+            return 1 - column, column
     elif labels is not LABELS:
         raise ValueError(f"it has no column {printable(labels[0])}, but {shown}")
     if len(row) != 2 or (len(known) == 1 and cells[0] in (*NAMES, *LABELS)):
         raise ValueError(f"it has {shown}, and none are named path and label")
     return 0, 1
+
+
+def _names_but(labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns of names, without those of the labels: `--label-column name` may be asked for."""
+    return tuple(name for name in NAMES if name not in labels)
 
 
 def _column(entry: Collection[str], names: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ Read without pickle. Shape legend: (C, *S) values of a sample, one to three spat
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import BinaryIO
@@ -14,8 +15,9 @@ import numpy as np
 
 from selftrans.data.sources.clips import open_files
 from selftrans.data.sources.decode import BadSample, Reading, none_readable, unreadable
-from selftrans.data.sources.npz import MAX_BYTES, array_header, check_numbers
+from selftrans.data.sources.npz import MAX_BYTES, array_header, channels_last, check_numbers
 from selftrans.data.sources.source import Samples, Source
+from selftrans.messages import printable
 
 SUFFIXES = frozenset((".npy",))
 
@@ -71,9 +73,17 @@ def npy_values(path: Path, split: str | None, reading: Reading) -> NpyFiles:
     for i in range(len(files)):
         try:
             with files.open(i) as file:
-                return NpyFiles(files, _header(file)[0], **of_files)
+                shape, _ = _header(file)
         except Exception as error:  # reported when the file is read
             first = first or unreadable(files.name(i), error, "sample")
+            continue
+        if channels_last(shape):
+            warnings.warn(
+                f"{printable(files.name(i))} {shape} looks like a picture with its channels last, and is read as {shape[0]} "
+                "channels; if so, store data.transpose(2, 0, 1)",
+                stacklevel=3,
+            )
+        return NpyFiles(files, shape, **of_files)
     raise ValueError(none_readable(len(files), "sample", path, first))
 
 

@@ -7,6 +7,7 @@ Shape legend: (n, H, W, C) images, N samples of shape (C, *S), one to three spat
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from selftrans.data.sources.zip_archive import open_zip
 from selftrans.messages import first_line
 
 MAX_BYTES = 1 << 30  #: of labels or class names, and of one sample
+MAX_HEADER = 10_000  #: bytes of the header of an array, as numpy's limit
 EXPANSION = 1100  #: an entry holds at most this many bytes per byte of its zip (deflate reaches 1032)
 CHUNK = 1 << 24  #: bytes skipped at a time
 
@@ -162,13 +164,18 @@ def npz_values(path: Path) -> NpzValues:
             labels, classes = np.zeros(shape[0], np.int64), tuple[str, ...]()
         else:
             labels, classes = _labels(archive, path, shape[0], "classes.npy" in names)
-    if len(shape) == 4 and shape[-1] in (1, 3, 4) and shape[1] == shape[2] > 4:
+    if channels_last(shape[1:]):
         warnings.warn(
             f"{path}: data {shape} look like pictures with their channels last, and are read as {shape[1]} channels; "
             "if so, store data.transpose(0, 3, 1, 2)",
             stacklevel=3,
         )
     return NpzValues(path, shape[1:], dtype, info.CRC, labels=labels, classes=classes, in_order=True)
+
+
+def channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether a sample of this shape looks like a square picture (H, W, C)."""
+    return len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] == shape[1] > 4
 
 
 def _values_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, ...], np.dtype]:
@@ -300,8 +307,11 @@ def _read_exactly(file: IO[bytes], size: int, path: Path, where: str) -> bytes:
 def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype of an array; leaves `file` at the data. Raises ValueError for pickled objects."""
     version = np.lib.format.read_magic(file)
+    size = file.read(2 if version == (1, 0) else 4)
+    if (length := int.from_bytes(size, "little")) > MAX_HEADER:  # numpy would read it as a whole, before it refuses it
+        raise ValueError(f"its header claims {length} bytes")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    shape, fortran, dtype = read(io.BytesIO(size + file.read(length)))
     if dtype.hasobject:
         raise ValueError("it is pickled, and pickles are never read: give it a dtype, as numpy.array(x, dtype=str)")
     return shape, fortran, dtype

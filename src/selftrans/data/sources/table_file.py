@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -95,8 +95,8 @@ def csv_rows(text: str, suffix: str) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"line {rows.line_num}: {first_line(error)}") from error
 
 
-def column_of_names(rows: Iterable[Mapping[Any, Any]], names: Iterable[str], but: Any) -> Any:
-    """The column, other than `but`, with the most names of pictures, with or without folders and extension; None without one.
+def column_of_names(rows: Iterable[Mapping[Any, Any]], names: Iterable[str], but: Collection[Any]) -> Any:
+    """The column, not one of `but`, with the most names of pictures, with or without folders and extension; None without one.
 
     rows: the cells of each line, by column. names: those of the pictures.
     """
@@ -106,7 +106,7 @@ def column_of_names(rows: Iterable[Mapping[Any, Any]], names: Iterable[str], but
         key
         for row in rows
         for key, cell in row.items()
-        if key != but and isinstance(cell, str) and picture_name(cell.strip()).rsplit("/", 1)[-1] in known
+        if key not in but and isinstance(cell, str) and picture_name(cell.strip()).rsplit("/", 1)[-1] in known
     )
     return found.most_common(1)[0][0] if found else None
 

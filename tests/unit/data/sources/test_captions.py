@@ -308,6 +308,7 @@ def test_other_tables_are_refused_with_their_line(tmp_path: Path, name: str, con
             '{"Scan": "one", "text": "no", "Finding": ["a cat", "一只猫"]}\n{"Scan": "two", "text": "", "Finding": "قطة"}\n',
             "finding",
         ),
+        ("c.csv", "Scan,Name\none.png,a cat\none.png,一只猫\ntwo.png,قطة\n", "Name"),
         ("c.csv", "Scan,caption\none.png,a cat\none.png,一只猫\ntwo.png,قطة\n", None),
     ],
 )

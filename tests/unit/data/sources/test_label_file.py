@@ -142,6 +142,7 @@ def test_labels_are_those_of_a_given_file(tmp_path: Path, name: str, content: st
             "Scan,label,target\nmissing.png,cat,1\na.png,cat,1\nb.png,dog,2\nü c.png,cat,1\nd.png,eel,3\n",
             "Label",
         ),
+        ("l.csv", "Scan,name\na.png,cat\nb.png,dog\nü c.png,cat\nd.png,eel\n", "name"),
         ("l.csv", "Scan,grade,label\na.png,1,cat\nb.png,2,dog\nü c.png,1,cat\nd.png,3,eel\n", None),
         (
             "l.json",
@@ -161,6 +162,13 @@ def test_columns_of_other_names(tmp_path: Path, name: str, content: str, column:
     else:
         source = open_source(where, reading=reading, label_column=column)
     assert [source.classes[label] for label in source.labels] == ["cat", "eel", "dog", "cat"] and not source.faults
+
+
+def test_two_columns_of_which_one_has_the_labels_need_no_known_names(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("breed,scan\ncat,other.png\n")
+    reading = Reading(labels=tmp_path / "l.csv", label_column="breed")
+    with pytest.raises(ValueError, match=r"its first name is other.png"):
+        open_source(write(tmp_path / "x", PICTURES), reading=reading)
 
 
 def test_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from selftrans.data.sources.decode import Reading
+from selftrans.data.sources.npy import npy_values
 from tests.support.pictures import write, zipped
 
 
@@ -69,6 +71,7 @@ BAD = {
     ),
     "pickled": (saved(np.array([{}], object)), "pickled"),
     "no array": (b"x", "magic string"),
+    "a huge header": (b"\x93NUMPY\x02\x00" + b"\xff" * 4 + b" " * 64, "its header claims 4294967295 bytes"),
 }
 
 
@@ -90,3 +93,11 @@ def test_one_dimension_alone_has_no_channels(tmp_path: Path) -> None:
         ValueError, match=r"the only sample of .* is not readable: .*give its one channel a dimension: data\[None\]"
     ):
         prepare(tmp_path / "x", tmp_path / "data", autoencoder="values", progress=False)
+
+
+@pytest.mark.parametrize(("shape", "said"), [((8, 8, 3), True), ((3, 8, 8), False), ((8, 9, 3), False)])
+def test_channels_that_are_last_are_said(tmp_path: Path, shape: tuple[int, ...], said: bool) -> None:
+    write(tmp_path / "x", {"0.npy": b"damaged", "1.npy": saved(np.zeros(shape, np.float32))})
+    message = r"1.npy \(8, 8, 3\) looks like a picture with its channels last, .* as 8 channels; .*transpose\(2, 0, 1\)"
+    with pytest.warns(UserWarning, match=message) if said else nullcontext():
+        assert npy_values(tmp_path / "x", None, Reading()).shape == shape
