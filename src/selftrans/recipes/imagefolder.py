@@ -13,9 +13,9 @@ def imagefolder() -> RunConfig:
 
     Command: `selftrans train imagefolder --data DIR --out RUN`. Cost: 100k student steps and 50k of stage 1, batch 256,
     SiT-B/2. Published settings otherwise, but for w: 5, because the published 30 harms on small data (docs/results.md).
-    Runs of few thousand steps on small data were better with a higher rate and the label table drawn at 0.5: for such, try
-    `--train.lr 1e-3 --model.label-std 0.5`. Choose another size with `--model.name SiT-S/2`. No result is known beforehand:
-    compare with `--method vanilla` at the same steps.
+    Runs of few thousand steps on small data were better with a higher rate, the label table drawn at 0.5 and logit-normal
+    times: for such, try `--train.lr 1e-3 --model.label-std 0.5 --train.times systematic_logitnormal`. Choose another size with
+    `--model.name SiT-S/2`. No result is known beforehand: compare with `--method vanilla` at the same steps.
     """
     return RunConfig(
         recipe="imagefolder",
