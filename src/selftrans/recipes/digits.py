@@ -37,7 +37,15 @@ def digits() -> RunConfig:
             Repa(head_width=128),
             SRA(head_width=128),
         ),
-        train=Train(times="systematic_logitnormal", steps=1000, batch_size=128, lr=8e-3, ema=0.995, checkpoint_every=250, preview_every=250),
+        train=Train(
+            times="systematic_logitnormal",
+            steps=1000,
+            batch_size=128,
+            lr=8e-3,
+            ema=0.995,
+            checkpoint_every=250,
+            preview_every=250,
+        ),
         sample=SampleConfig(sampler="heun", steps=12, batch_size=256),
         log=Log(every=50),
     )
