@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from selftrans.models import fused_bias, fused_norm
 
 EPILOGUES = os.environ.get("SELFTRANS_EPILOGUES", "0") != "0"  #: whether compiled blocks use them
-SUM_INSIDE = (
-    True  #: whether the second product sums its output for the bias, or else (DGELU) a kernel of torch after it
-)
+#: whether the second product sums its output for the bias, or else (DGELU) a kernel of torch after it
+SUM_INSIDE = True
 MULTIPLE = 8  #: of D and H: cuBLASLt takes rows of 16 bytes
 
 
