@@ -200,7 +200,7 @@ def test_quickstart_writes_a_self_contained_page(
             {"train.lr": 1e-3, "stage1.steps": 320},
             "with train.lr 0.001, now 0.008; remove that folder",
         ),
-        ("vanilla", {"train.steps": 2200}, "with train.steps 2200, now 1231; remove that folder"),
+        ("vanilla", {"train.steps": 2200}, "with train.steps 2200, now 1287; remove that folder"),
         ("vanilla", "{", r"config.json cannot be read \(.*\); remove "),
     ],
 )

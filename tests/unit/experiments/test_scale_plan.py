@@ -48,7 +48,11 @@ def bench(path: Path, change: Any = None) -> Path:
 
 def config(**dotted: Any) -> Any:
     small = {"data.builtin": None, "data.shape": (1, 8, 8), "data.classes": 10, "model.name": "SiT-B/2"}
-    return toy.toy(small | {"train.batch_size": 80, "train.accumulate": 1, "train.steps": 1000} | dotted)
+    return toy.toy(
+        small
+        | {"train.batch_size": 80, "train.accumulate": 1, "train.steps": 1000, "train.times": "systematic"}
+        | dotted
+    )
 
 
 def test_bytes_on_the_wire() -> None:

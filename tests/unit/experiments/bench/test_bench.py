@@ -393,7 +393,7 @@ def test_ablations_are_compared(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "ablations.json").read_text())
     assert [row["method"] for row in report["table"]] == ["vanilla", "vanilla-uniform"]
     configs = [json.loads((tmp_path / f"{row['method']}-seed0" / "config.json").read_text()) for row in report["table"]]
-    assert [each["train"]["times"] for each in configs] == ["systematic", "uniform"]
+    assert [each["train"]["times"] for each in configs] == ["systematic_logitnormal", "uniform"]
 
 
 def test_every_change_is_measured() -> None:
