@@ -105,10 +105,8 @@ class TextEncoder:
             return Lost(0, 0)
         found = self.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
         unknown = self.tokenizer.unk_token_id
-        if unknown in (
-            self.tokenizer.eos_token_id,
-            self.tokenizer.pad_token_id,
-        ):  # CLIP's, which has a token for every byte
+        # CLIP's, which has a token for every byte
+        if unknown in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
             unknown = None
         return Lost(sum(len(ids) > self.tokens for ids in found), sum(unknown in ids for ids in found))
 
