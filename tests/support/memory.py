@@ -1,9 +1,13 @@
-"""Memory that Python allocates while something runs."""
+"""Memory that Python allocates while something runs, and objects that it frees."""
 
 from __future__ import annotations
 
+import gc
+import time
 import tracemalloc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 
 def traced_peak(work: Callable[[int], object], runs: int = 2) -> int:
@@ -21,3 +25,18 @@ def traced_peak(work: Callable[[int], object], runs: int = 2) -> int:
         finally:
             tracemalloc.stop()
     return min(peaks)
+
+
+def freed(*references: weakref.ref[Any], seconds: float = 30) -> bool:
+    """Collect garbage until no reference is alive; False if one still is after `seconds`.
+
+    More than one `gc.collect()`: it does nothing while a thread, such as one of an earlier test, is collecting.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        gc.collect()
+        if all(each() is None for each in references):
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)

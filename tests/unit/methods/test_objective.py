@@ -1,6 +1,5 @@
 """The objective against arithmetic done here, on a backbone with three parameters."""
 
-import gc
 import math
 import pickle
 import weakref
@@ -19,6 +18,7 @@ from selftrans.methods.timestep_range import TimestepRange
 from selftrans.models.sit import SiT
 from selftrans.types import Backbone, Batch, Conditions
 from tests.support.guidances import RANGE, SHAPE, TIMES, Ridge, data, frozen_stub, stage1, stage2
+from tests.support.memory import freed
 from tests.support.stub import Stub, TextStub, handmade_draw, numbers
 
 # ---- flow loss
@@ -274,8 +274,7 @@ def test_retire_keeps_the_student_and_frees_the_teacher():
     before = {id(p) for p in student.parameters()}
     assert objective.retire(2) is False and len(objective.guidances) == 2 and model() is not None
     assert objective.retire(3) is True and [g.name for g in objective.guidances] == ["structure"]
-    gc.collect()
-    assert model() is None and plain() is None, "nothing refers to the teacher"
+    assert freed(model, plain), "nothing refers to the teacher"
     assert objective.retire(4) is False, "no further guidance ends"
     only = Objective(student, [stage2(student, frozen_stub(), until_step=0)])
     assert only.retire(0) is True

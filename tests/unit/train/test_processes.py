@@ -1,51 +1,44 @@
 """A training process: a finite timeout, one line when another process is gone, memory that is freed after a stage."""
 
-import gc
-import weakref
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from selftrans.config import Train
 from selftrans.train import processes
 from selftrans.train.processes import (
     check_same,
-    free_prepared,
     keep_memory,
     process_group_options,
     reporting_lost_processes,
 )
 
+FREED = """
+import gc, weakref
+import torch
+from accelerate import Accelerator
+from selftrans.train.processes import free_prepared
+
+accelerator, model = Accelerator(cpu=True, mixed_precision="bf16"), torch.nn.Linear(2, 2)
+optimizer = torch.optim.AdamW(model.parameters())
+kept = accelerator.prepare_model(model), accelerator.prepare_optimizer(optimizer)
+alive = [weakref.ref(model), weakref.ref(optimizer), weakref.ref(model.weight)]
+gc.disable()
+del model, optimizer, kept
+free_prepared(accelerator)
+print([each() for each in alive])
+"""
+
 
 def test_models_and_optimisers_of_a_stage_are_freed_before_the_next():
     """A prepared model in bf16 refers to itself: only the garbage collector frees it.
 
-    Tried up to three times: gc.collect does nothing while a thread of an earlier test is collecting.
+    In a process of its own: `gc.collect()` does nothing while a thread, such as one of an earlier test, is collecting.
     """
-    found = [_alive_after_free_prepared()]
-    while any(each is not None for each in found[-1]) and len(found) < 3:
-        found.append(_alive_after_free_prepared())
-    assert found[-1] == [None, None, None], found
-
-
-def _alive_after_free_prepared():
-    """A model, its optimiser and a weight, each where `free_prepared` has left it, and None where it was freed."""
-    AcceleratorState._reset_state(True)
-    accelerator, model = Accelerator(cpu=True, mixed_precision="bf16"), torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    kept = accelerator.prepare_model(model), accelerator.prepare_optimizer(optimizer)
-    alive = [weakref.ref(model), weakref.ref(optimizer), weakref.ref(model.weight)]
-    gc.disable()
-    try:
-        del model, optimizer, kept
-        free_prepared(accelerator)
-        return [each() for each in alive]
-    finally:
-        gc.enable()
-        AcceleratorState._reset_state(True)
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
+    assert done.stdout == "[None, None, None]\n", done.stderr
 
 
 def test_timeout_of_the_process_group_is_the_setting():

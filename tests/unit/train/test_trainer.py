@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import gc
 import json
 import math
 import shutil
@@ -24,6 +23,7 @@ from selftrans.train.run import train
 from selftrans.train.trainer import Trainer
 from selftrans.types import Conditions, Draw
 from tests.support import toy
+from tests.support.memory import freed
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 # ---- the step
@@ -130,11 +130,10 @@ def test_heads_and_teacher_are_freed_when_guidance_ends(tmp_path, monkeypatch):
         if trainer.stage.name == "stage2":
             if trainer.teacher is not None and not teachers:
                 teachers.append(weakref.ref(trainer.teacher))
-            if trainer.step in (5, 7):
-                gc.collect()
             held = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
             moments = len(trainer.optimizer.state)
-            seen.append((trainer.step, len(trainer.objective.guidances), held, moments, teachers[0]() is not None))
+            alive = not freed(teachers[0], seconds=0 if trainer.teacher is not None else 30)
+            seen.append((trainer.step, len(trainer.objective.guidances), held, moments, alive))
 
     watch(monkeypatch, look)
     train(toy.toy({"train.keep": 0, "train.checkpoint_every": 1}), tmp_path, quiet=True)
