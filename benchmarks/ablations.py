@@ -87,7 +87,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "structure-latent": {"method": "structure", "stage1.target": "latent"},
     "latent": {"stage1.target": "latent"},
     "ema-teacher": {"stage2.teacher_weights": "ema"},
-    # a teacher of half the width (of cifar10 in latents, see docs/results.md; other sizes by --set)
+    # a teacher of half the width (of cifar10 in latents, see docs/results/cifar10-latents.md; other sizes by --set)
     "small-teacher": {
         "stage2.teacher_width": 64,
         "stage2.teacher_depth": 4,

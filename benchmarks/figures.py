@@ -1,4 +1,4 @@
-"""The figures of docs/results.md, from the runs of `selftrans compare` and `ablations.py` in a directory.
+"""The figures of the pages in docs/results/, from the runs of `selftrans compare` and `ablations.py` in a directory.
 
     python benchmarks/figures.py results/digits --out docs/figures --name digits
     python benchmarks/figures.py docs/figures/digits.json --out docs/figures --name digits    # drawn again, from its numbers

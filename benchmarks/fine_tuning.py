@@ -89,7 +89,7 @@ def main() -> None:
         "train.batch_size": options.batch_size,
         "log.tensorboard": False,
         "train.ema": 0.99,
-        "train.lr": 1e-3,  # what docs/results.md was measured with, before the recipe's settings were chosen again
+        "train.lr": 1e-3,  # what docs/results/fine-tuning.md was measured with, before the recipe's settings were chosen again
         "model.label_std": 0.02,
     }
     common |= {"model.patch": options.patch, "sample.steps": options.sample_steps}

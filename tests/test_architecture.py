@@ -197,7 +197,7 @@ OTHER_UNIT_TESTS = {
     "data/test_prepare_values": "`prepare` on arrays, which have no decoder and no autoencoder",
     "experiments/bench/test_gpu_lease": "benchmarks/gpu_lease.sh with its parts",
     "experiments/bench/test_prompt_control": "benchmarks/prompt_control.py",
-    "experiments/bench/test_evidence_scripts": "scripts in benchmarks/ that make the evidence of docs/results.md",
+    "experiments/bench/test_evidence_scripts": "scripts in benchmarks/ that make the evidence of docs/results/",
     "sampling/test_sample_to_folder": "`sample_to_folder` from a run to its files",
 }
 

@@ -291,7 +291,10 @@ def test_every_page_is_run_or_says_why_not() -> None:
                 assert not re.search(r"^selftrans ", block.text, flags=re.MULTILINE), f"{page}: write ```bash"
 
 
-@pytest.mark.parametrize("page", sorted({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} | {"README.md"}))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in DOCUMENTS])
 def test_commands_that_are_not_run_can_be_parsed(page: str) -> None:
     """Names of commands, recipes and options are right in blocks that are not run, and in the text."""
     skipped = [each for block in blocks(page) if block.language == "bash" and block.skipped for each in block.commands]

@@ -15,10 +15,10 @@ def digits_t2i() -> RunConfig:
     Cost: minutes on two CPU cores. The first run encodes 7,188 sentences (two minutes of one core, 180 MB); stage 1 has 500
     steps, stage 2 1,000, at 4 to 9 steps a second on one core.
 
-    Measured over three seeds, 1,000 prompts each, guidance 2, with a teacher of 1,000 steps of stage 1 (docs/results.md): the
-    digit is right in 0.998 of the samples. The correlation of the attribute asked for with the one measured, mean of five
-    attributes, is 0.69 for vanilla training and for Self-Transcendence (the scans themselves: 0.89). In words that are never
-    trained on it is 0.42 for both.
+    Measured over three seeds, 1,000 prompts each, guidance 2, with a teacher of 1,000 steps of stage 1
+    (docs/results/prompts.md): the digit is right in 0.998 of the samples. The correlation of the attribute asked for with the
+    one measured, mean of five attributes, is 0.69 for vanilla training and for Self-Transcendence (the scans themselves:
+    0.89). In words that are never trained on it is 0.42 for both.
 
     The learning rate and QK-norm were chosen for vanilla by short trials. w and the end of the guidance are those of `digits`.
     """
