@@ -127,6 +127,7 @@ COVERED_BY = {
     "data/manifest": "unit/data/test_dataset.py",
     "data/manifest_text": "unit/data/test_dataset.py",
     "data/source_samples": "unit/data/test_prepare.py",
+    "data/prepare_options": "unit/data/test_prepare.py",
     "data/reports": "unit/data/sources/test_source_warnings.py",
     "data/resolution": "unit/data/sources/test_decode.py",
     "data/resumable": "integration/test_prepare_parts.py",
