@@ -179,6 +179,7 @@ COVERED_BY = {
     "recipes/moving_digits": "integration/test_other_data.py",
     "recipes/speech_words": "integration/test_other_data.py",
     "sample_config": "unit/sampling/test_images.py",
+    "sampling/run_settings": "unit/sampling/test_images.py",
     "train/checkpointing": "unit/train/test_resume.py",
     "train/dry_run_report": "unit/train/test_dry_run.py",
     "train/fitting": "unit/train/test_initial_weights.py",
