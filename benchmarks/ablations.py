@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from given_settings import add_set
+
 from selftrans.cli.main import INTERRUPTED
 from selftrans.device import load_average
 from selftrans.experiments import html_report
@@ -146,9 +148,7 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--grid", nargs="+", default=[], metavar="SECTION.FIELD=VALUE,VALUE", help="settings to combine"
     )
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", dest="fixed", help="settings of every variant"
-    )
+    add_set(parser, "every variant")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument(
@@ -178,8 +178,7 @@ def run(options: argparse.Namespace) -> None:
     """Train and measure the variants, print the table, and write ablations.json."""
     load = load_average()  # of others: nothing is trained here yet
     config = override(recipe(options.recipe), data=options.data, steps=options.steps)
-    fixed = dict(setting.split("=", 1) for setting in options.fixed)
-    config = config.override({key: json.loads(value) for key, value in fixed.items()})
+    config = config.override(dict(options.set))
     if options.encoder:
         config = config.override({"repa.encoder": options.encoder})
     chosen = options.variants or [name for name in VARIANTS if options.encoder or not name.startswith("repa")]

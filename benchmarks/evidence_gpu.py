@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from given_settings import add_set
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig
@@ -300,7 +301,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoder", help="for REPA, as benchmarks/encoder.py makes; None: features that the data hold")
     parser.add_argument("--features", help="extractor: a classifier's file, or a name; trained here by default")
     parser.add_argument("--images", type=int, default=2000, help="samples of a measurement")
-    parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=JSON", help="settings of every run")
+    add_set(parser, "every run")
     options = parser.parse_args(arguments)
     options.work = options.work or options.out / "runs"
     return options
@@ -313,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usual |= {"log.tensorboard": False, "train.steps": options.steps, "sample.sampler": "heun"}
     if torch.cuda.is_available():
         usual |= {"train.precision": "bf16", "sample.precision": "bf16"}
-    given = {key: json.loads(value) for key, _, value in (each.partition("=") for each in options.set)}
+    given = dict(options.set)
     encoder = {"repa.encoder": options.encoder} if options.encoder else {}
     config = recipe("cifar10").override(usual | given | encoder)
     with stop:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from given_settings import add_set
 from matplotlib.figure import Figure
 from prompt_control import WORDINGS, Measured, PromptControl, Scans, pooled, summary
 from tqdm import tqdm
@@ -66,7 +67,7 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS + OTHERS)
     parser.add_argument("--encoder", help="vision model of transformers for REPA, such as benchmarks/encoder.py makes")
-    parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="settings of every method")
+    add_set(parser, "every method")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0])
@@ -82,7 +83,7 @@ def settings_of(options: argparse.Namespace) -> RunConfig:
     """The recipe with the options' settings, and heads of the other methods as wide as its own."""
     config = override(recipe("digits_t2i"), steps=options.steps)
     config = config.override({"repa.head_width": 128, "sra.head_width": 128, "repa.encoder": options.encoder})
-    return config.override({key: json.loads(value) for key, _, value in (each.partition("=") for each in options.set)})
+    return config.override(dict(options.set))
 
 
 def main() -> None:

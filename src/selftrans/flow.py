@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -255,11 +256,15 @@ def draw(
     """
     check_times(times)
     n, device = batch.z0.shape[0], batch.z0.device
-    even = t is None and TIMES[times].even
-    t = TIMES[times].draw(n, path, device) if t is None else own_times(t, n)
+    even, share = False, None
+    if t is None:
+        law = TIMES[times]
+        drawn, even, share = law.draw(n, path, device), law.even, partial(law.share, path=path)
+    else:
+        drawn = own_times(t, n)
     noise = torch.randn_like(batch.z0) if noise is None else noise
     if noise.shape != batch.z0.shape:
         raise ValueError(f"noise must have the latents' shape {tuple(batch.z0.shape)}, not {tuple(noise.shape)}")
-    zt, v = interpolate(path, batch.z0, noise, t)
+    zt, v = interpolate(path, batch.z0, noise, drawn)
     dropped = where_cond(torch.rand(n, device=device) < drop, null, batch.cond)
-    return Draw(batch.z0, noise, t, zt, v, batch.cond, null, dropped, even, batch.features)
+    return Draw(batch.z0, noise, drawn, zt, v, batch.cond, null, dropped, even, batch.features, share=share)

@@ -69,11 +69,6 @@ class Recorded:
             raise failed
         self._graph = graph
 
-    @property
-    def replays(self) -> bool:
-        """Whether the next call is a replay."""
-        return self._graph is not None
-
     def release(self) -> None:
         """Free the graph, with which the device must have finished; from now on the function is called as it is."""
         self._graph = self._out = self.stream = None

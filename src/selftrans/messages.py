@@ -88,6 +88,18 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e3:.3g} kB"
 
 
+def duration(seconds: float) -> str:
+    """`1 d 3 h`, `2 h 5 min`, `40 s`: the two largest units."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    parts: list[str] = []
+    rest = round(seconds)
+    for name, length in units:
+        count, rest = divmod(rest, length)
+        if count or (name == "s" and not parts):
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])
+
+
 def are(count: int) -> str:
     """`is` or `are`, for a number of things."""
     return "is" if count == 1 else "are"

@@ -116,6 +116,8 @@ class Draw(NamedTuple):
     even: bool = False  #: t is evenly spread (`flow.Times.even`), so a range holds a bounded number of samples
     features: Tensor | None = None  #: as in the batch
     step: int | Tensor = 0  #: number of the training step, from 0; in a captured step a 0-d tensor on the device
+    #: of a range (a, b) of t: the share of such times that lie in it, on average; None: not known, the caller gave t
+    share: Callable[[tuple[float, float]], float] | None = None
 
 
 class Output(NamedTuple):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, S
 from selftrans.methods.sra import SRA, SRAGuidance
 from selftrans.methods.timestep_range import TimestepRange
 from selftrans.models.sit import SiT
-from selftrans.train.processes import accelerator_of
+from selftrans.train.processes import accelerator_of, distributed
 from selftrans.train.run import train
 from selftrans.types import Batch, Draw
 from tests.support import toy
@@ -77,7 +78,10 @@ def gradients(wrapped, micros: list[torch.Tensor], steps=(0, 2)) -> dict[str, to
 
 
 def ddp(module: Objective) -> DistributedDataParallel:
-    return DistributedDataParallel(module, gradient_as_bucket_view=True)  # as a run's accelerator does
+    """As in a run of two processes: gradients lie in the buckets that are sent."""
+    wrapped = distributed(module, SimpleNamespace(num_processes=2))
+    assert isinstance(wrapped, DistributedDataParallel) and wrapped.gradient_as_bucket_view
+    return wrapped
 
 
 def share(rank: int, kind: str) -> list[torch.Tensor]:
@@ -127,8 +131,9 @@ def test_gradients_of_two_processes_equal_those_of_one_with_the_full_batch(halve
         assert_close(load_file(halves / f"{kind}-{rank}.safetensors"), full, kind)
 
 
-def test_gradients_of_a_run_lie_in_the_buckets_that_are_sent(tmp_path):
-    assert accelerator_of(toy.toy(), tmp_path).ddp_handler.gradient_as_bucket_view
+def test_a_single_process_trains_the_objective_itself(tmp_path):
+    built = build("layersync")
+    assert distributed(built, accelerator_of(toy.toy(), tmp_path)) is built
 
 
 def test_range_needs_a_padding_row_in_one_process_only():

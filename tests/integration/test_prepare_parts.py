@@ -96,10 +96,10 @@ def test_folder_finished_by_another_part_while_this_one_starts(
     prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]
     run = prepare_module._run
 
-    def late(*args: object) -> object:
+    def late(*args: object, **options: object) -> object:
         monkeypatch.setattr(prepare_module, "_run", run)
         prepare(pictures, out, part="2/2", **OPTIONS)  # type: ignore[arg-type]
-        return run(*args)  # type: ignore[arg-type]
+        return run(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prepare_module, "_run", late)
     prepare(pictures, out, part="1/2", **OPTIONS)  # type: ignore[arg-type]

@@ -21,8 +21,9 @@ from selftrans.evaluate.clip_score import ClipScorer
 from selftrans.evaluate.plots import image_grid
 from selftrans.experiments.comparison.comparison_settings import check_measuring, shared_settings
 from selftrans.experiments.comparison.measurement import Measurement, measure_checkpoint
-from selftrans.sampling.images import Sampler, image_noise
+from selftrans.sampling.images import Sampler
 from selftrans.sampling.samplers import guided, ode
+from selftrans.sampling.streams import image_noise
 from selftrans.train.run import train
 from selftrans.types import take_cond
 from tests.support import captioned, text_runs, toy

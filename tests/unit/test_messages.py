@@ -10,6 +10,7 @@ from selftrans import messages
 from selftrans.messages import (
     are,
     as_word,
+    duration,
     escaped,
     filled,
     first_line,
@@ -92,6 +93,10 @@ def test_bytes_have_three_digits_at_most_whatever_their_number():
         *("0 kB", "74.4 kB", "999 kB", "1 MB", "5 MB", "99.9 MB", "0.134 GB"),
         *("1.23 GB", "21 GB", "999 GB", "1 TB", "9.8 TB"),
     ]
+
+
+def test_durations():
+    assert [duration(s) for s in (0, 40, 7500, 97_500)] == ["0 s", "40 s", "2 h 5 min", "1 d 3 h"]
 
 
 def test_numbers_with_their_nouns():

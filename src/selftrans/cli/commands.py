@@ -89,7 +89,8 @@ class Train(RecipeCommand[Config]):
         for sentence in ignored(config):
             warnings.warn(sentence, stacklevel=2)
         if self.dry_run:
-            from selftrans.train.dry_run import dry_run, text
+            from selftrans.train.dry_run import dry_run
+            from selftrans.train.dry_run_report import text
 
             found = dry_run(config, self.out, typed=self.typed)
             if os.environ.get("RANK", "0") == "0":
@@ -163,7 +164,8 @@ class Plan(RecipeCommand[Config]):
     typed: Typed = ()
 
     def run(self) -> None:
-        from selftrans.experiments.scale_plan import Cluster, scale_plan, text
+        from selftrans.experiments.scale_plan import Cluster, scale_plan
+        from selftrans.experiments.scale_report import text
         from selftrans.storage import check_writable, write_json
 
         config: Any = self.config

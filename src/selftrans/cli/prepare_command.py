@@ -16,6 +16,7 @@ from selftrans.messages import as_word, escaped
 
 if TYPE_CHECKING:
     from selftrans.data.encode_captions import TextOptions
+    from selftrans.data.prepare_options import PrepareOptions
 
 
 @dataclass
@@ -120,47 +121,70 @@ class Prepare(Command):
         from selftrans.data.prepare import prepare
         from selftrans.data.prepare_buckets import prepare_buckets
         from selftrans.data.prepare_features import check_before, prepare_features
+        from selftrans.encoders.identity import identity_kind
+        from selftrans.precision import dtype_name
+
+        if self.grid and not self.features:
+            warnings.warn("--grid is ignored without --features", stacklevel=2)
+        options = self._options()
+        of_features: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size}
+        of_features["precision"] = dtype_name(self.precision)
+        if self.features:
+            other = self.buckets is not None or identity_kind(self.autoencoder) == "values"
+            known = (options.resolution, bool(options.text), self.frames, other)
+            check_before(self.features, self.source, self.out, *known, **of_features)
+        if self.buckets is not None:
+            print(prepare_buckets(self.source, self.out, options, buckets=self.buckets, multiple=self.bucket_multiple))
+        else:
+            manifest = prepare(self.source, self.out, options)
+            print(manifest.summary())
+            if self.features:
+                of_features |= {
+                    "captions": options.text and options.text.source,
+                    "part": self.part,
+                    "split": self.split,
+                    "reading": options.reading,
+                }
+                print(prepare_features(self.source, self.out, self.features, **of_features).summary(manifest))
+        if is_prepared(self.out):  # with --part, after the last one
+            recipe, data = "imagefolder_t2i" if self.text else "imagefolder", as_word(self.out)
+            print(f"-> {escaped(self.out)}; next: selftrans train {recipe} --data {data} --out RUN")
+
+    def _options(self) -> PrepareOptions:
+        from selftrans.data.prepare_options import PrepareOptions
         from selftrans.data.resolution import parse_resolution
         from selftrans.data.sources.clips import MediaOptions
         from selftrans.data.sources.decode import Reading
         from selftrans.encoders.identity import identity_kind
         from selftrans.precision import dtype_name
 
-        precision, kind = dtype_name(self.precision), identity_kind(self.autoencoder)
-        of_vae = "float32" if self.features and kind == "pixel" and not self.text else precision
-        if self.grid and not self.features:
-            warnings.warn("--grid is ignored without --features", stacklevel=2)
-        text = self._text()
-        media = MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)})
-        of_file = self.label_column if self.labels else None
-        limits = (self.max_pixels, self.range, self.allow_empty, self.streaming)
-        reading = Reading(*limits, self.labels, of_file, self.grey)
-        others = [name for name in vars(self) if name.startswith(("text", "caption", "bucket", "features", "grid"))]
-        given = self.options(*vars(media), *others, *Reading._fields) | {"reading": reading}
-        given["label_column"] = self.label_column
-        given |= {"precision": of_vae, "text": text, "media": media, "standardise": None if self.standardise else False}
-        given["resolution"] = None if self.resolution is None else parse_resolution(self.resolution)
-        options: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size, "precision": precision}
-        if self.features:
-            other = self.buckets is not None or kind == "values"
-            known = (given["resolution"], bool(text), self.frames, other)
-            check_before(self.features, self.source, self.out, *known, **options)
-        if self.buckets is not None:
-            print(prepare_buckets(**given, buckets=self.buckets, multiple=self.bucket_multiple))
-        else:
-            manifest = prepare(**given, square=bool(self.features))
-            print(manifest.summary())
-            if self.features:
-                options |= {
-                    "captions": text and text.source,
-                    "part": self.part,
-                    "split": self.split,
-                    "reading": reading,
-                }
-                print(prepare_features(self.source, self.out, self.features, **options).summary(manifest))
-        if is_prepared(self.out):  # with --part, after the last one
-            recipe, data = "imagefolder_t2i" if self.text else "imagefolder", as_word(self.out)
-            print(f"-> {escaped(self.out)}; next: selftrans train {recipe} --data {data} --out RUN")
+        only_features = self.features and identity_kind(self.autoencoder) == "pixel" and not self.text
+        return PrepareOptions(
+            resolution=None if self.resolution is None else parse_resolution(self.resolution),
+            square=bool(self.features),
+            split=self.split,
+            label_column=self.label_column,
+            reading=Reading(
+                self.max_pixels,
+                self.range,
+                self.allow_empty,
+                self.streaming,
+                self.labels,
+                self.label_column if self.labels else None,
+                self.grey,
+            ),
+            media=MediaOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MediaOptions)}),
+            skip_bad=self.skip_bad,
+            autoencoder=self.autoencoder,
+            text=self._text(),
+            flip=self.flip,
+            batch_size=self.batch_size,
+            precision="float32" if only_features else dtype_name(self.precision),
+            standardise=None if self.standardise else False,
+            dtype=self.dtype,
+            shard_size=self.shard_size,
+            part=self.part,
+        )
 
     def _text(self) -> TextOptions | None:
         """The options of captions; None without --text. Warns of options that are ignored then."""

@@ -11,6 +11,7 @@ import warnings
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,13 +19,14 @@ from selftrans.data import resumable
 from selftrans.data.dataset import Dataset
 from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
-from selftrans.data.manifest import DTYPES, Manifest, Shard
+from selftrans.data.manifest import Manifest, Shard
+from selftrans.data.prepare_options import NETWORK_DTYPES, PrepareOptions
 from selftrans.data.reports import check_faults, report_source, say, warn_after_reading
-from selftrans.data.resolution import Resolution, size_text
+from selftrans.data.resolution import size_text
 from selftrans.data.shard_plan import Decoded
-from selftrans.data.source_samples import source_samples, with_grey
-from selftrans.data.sources.clips import Clips, MediaOptions
-from selftrans.data.sources.decode import STANDARD, Reading, none_readable
+from selftrans.data.source_samples import source_samples
+from selftrans.data.sources.clips import Clips
+from selftrans.data.sources.decode import none_readable
 from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.data.standardise import standardise_option, standardised, without_statistics
@@ -35,12 +37,10 @@ from selftrans.encoders.media import Video
 from selftrans.encoders.text import load_text_encoder
 from selftrans.messages import are, plural, printable
 from selftrans.plain_json import Option
-from selftrans.precision import PRECISIONS, dtype_name
 from selftrans.progress import progress_bar
 
 #: built-in source, which a run prepares by itself -> how its captions are stored; None: it has labels instead
 BUILT_IN = {"digits": None, "digits_t2i": TextOptions("minilm", tokens=32)}
-NETWORK_DTYPES = {dtype_name(name): dtype for name, dtype in PRECISIONS.items()}  #: "float32", ... -> torch dtype
 
 
 class NoneReadable(ValueError):
@@ -50,63 +50,38 @@ class NoneReadable(ValueError):
 def prepare(
     source: str | Path,
     out: str | Path,
+    options: PrepareOptions | None = None,
     *,
-    autoencoder: str = "pixel",
-    resolution: Resolution | None = None,
-    flip: bool = False,
-    batch_size: int = 64,
-    shard_size: int = 8192,
-    dtype: str | None = None,
-    standardise: bool | None = None,
-    skip_bad: bool = False,
-    device: str | torch.device | None = None,
-    precision: str = "float32",
-    split: str | None = None,
-    label_column: str | None = None,
-    text: TextOptions | str | None = None,
-    part: str = "1/1",
-    media: MediaOptions | None = None,
-    reading: Reading = STANDARD,
     pictures: Source | None = None,
-    square: bool = False,
-    progress: bool = True,
+    **changes: Any,
 ) -> Manifest:
     """Encode pictures (see `open_source`), sounds or videos (see `open_clips`) into a folder of shards; returns its manifest.
 
+        prepare("pictures", "data", resolution=64, flip=True)
+
     Args:
-        autoencoder: with "values" the source holds arrays that are not pictures (see `npz_values`, `npy_values`).
-        resolution: side, or (height, width), to crop and resize to; None keeps the size. square: refuse other shapes.
-        flip: store the moments of the mirrored pictures as a second copy.
-        dtype: of the stored moments; None: float32 for values and sounds, else float16. precision: of the network.
-        standardise: whether latents get zero mean and unit variance per channel; None: see `standardise_option`.
-        skip_bad: skip unreadable samples and list them in the manifest, instead of stopping at the first.
-        split: of a hub data set (None: train) or a folder (None: all). label_column: of tables. reading: see `Reading`.
-        text: store captions (see `open_source`), with this text encoder (see `load_text_encoder`) or with these options.
-        media: how sounds and videos are read. pictures: those of `source` to encode, opened at `resolution`; None: all.
-        part: "I/N": make every Nth shard only; other processes make the others in the same folder. The part that ends
-            last writes the manifest. Until then, the returned manifest lists the shards made so far.
+        options: None: the defaults. changes: fields of `PrepareOptions` in place of those of `options`.
+        pictures: those of `source` to encode, opened at `resolution`; None: all.
     Repeat an interrupted call to continue it (bit-identical for the same batch_size and device), a complete one to check it.
     Raises ValueError for a bad source, sample, autoencoder or option, a folder begun with other options, a failed write.
     """
-    text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
-    media, reading = with_grey(media, reading)
-    mine, earlier = _checked_part(source, out, batch_size, shard_size, dtype, precision, part), resumable.earlier(out)
-    samples = pictures if pictures is not None else source_samples(
-        source, earlier, autoencoder=autoencoder, resolution=resolution, flip=flip, split=split, label_column=label_column,
-        text=text, media=media, reading=reading, square=square, progress=progress,
-    )  # fmt: skip
-    dtype, of_media = dtype or _dtype(autoencoder, samples), isinstance(samples, Clips)
-    options = _options(samples, autoencoder, resolution, text, media, reading) | {"flip": flip, "precision": precision}
-    options |= {"split": split or "train", "label_column": label_column, "shard_size": shard_size, "dtype": dtype}
-    options |= standardise_option(standardise, autoencoder, earlier.plan if earlier else None, media=of_media)
-    if earlier and _finished(earlier, options, samples, out, progress):
+    given, out = replace(options or PrepareOptions(), **changes), Path(out)
+    _check_places(source, out)
+    earlier = resumable.earlier(out)
+    samples = pictures if pictures is not None else source_samples(source, earlier, given)
+    given = replace(given, dtype=given.dtype or _dtype(given.autoencoder, samples))
+    recorded = _recorded(samples, given)
+    recorded |= standardise_option(
+        given.standardise, given.autoencoder, earlier.plan if earlier else None, media=isinstance(samples, Clips)
+    )
+    if earlier and _finished(earlier, recorded, samples, out, given.progress):
         return Manifest.load(out)
     if pictures is None:
-        report_source(samples, progress, flip=flip, pixels=identity_kind(autoencoder) == "pixel")
-    check_faults(samples, source, skip_bad)
-    captions, device, model = _networks(samples, autoencoder, text, device, precision, progress)
-    encoder = ShardEncoder(samples, batch_size, shard_size, skip_bad, model, device, flip, dtype, captions)
-    return _run(encoder, encoder.plan(str(source), options), out, mine, progress, pictures is None)
+        pixels = identity_kind(given.autoencoder) == "pixel"
+        report_source(samples, given.progress, flip=given.flip, pixels=pixels)
+    check_faults(samples, source, given.skip_bad)
+    encoder = _encoder(samples, given)
+    return _run(encoder, encoder.plan(str(source), recorded), out, given, warn=pictures is None)
 
 
 def prepare_builtin(source: str, out: str | Path) -> Dataset:
@@ -118,23 +93,14 @@ def prepare_builtin(source: str, out: str | Path) -> Dataset:
     return Dataset.open(out)
 
 
-def _checked_part(
-    source: str | Path, out: Path, batch_size: int, shard_size: int, dtype: str | None, precision: str, part: str
-) -> resumable.Part:
-    """Check the options of `prepare`; returns the part (I, N) of "I/N". ValueError for an option out of range."""
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if precision not in NETWORK_DTYPES:
-        raise ValueError(f"precision {precision!r} is not one of {', '.join(NETWORK_DTYPES)}")
-    if batch_size < 1 or shard_size < 1:
-        raise ValueError(f"batch_size {batch_size} and shard_size {shard_size} should be 1 or more")
+def _check_places(source: str | Path, out: Path) -> None:
+    """ValueError for a source without a name, and for a folder of shards inside the source."""
     if not str(source):
         raise ValueError(
             "the source is an empty name; give a folder, a zip, a tar, a parquet file, a hub id, or `digits`"
         )
     if str(source) not in BUILT_IN and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} is inside the source folder {source}; choose an --out outside it")
-    return resumable.parse_part(part)
 
 
 def _dtype(autoencoder: str, samples: Samples) -> str:
@@ -143,63 +109,71 @@ def _dtype(autoencoder: str, samples: Samples) -> str:
     return "float32" if sound or identity_kind(autoencoder) == "values" else "float16"
 
 
-def _options(
-    samples: Samples,
-    autoencoder: str,
-    resolution: Resolution | None,
-    text: TextOptions | None,
-    media: MediaOptions,
-    reading: Reading,
-) -> dict[str, Option]:
-    """Options that the manifest records because a folder must be continued with the same ones; `prepare` adds more."""
+def _recorded(samples: Samples, given: PrepareOptions) -> dict[str, Option]:
+    """Options that the manifest records because a folder must be continued with the same ones."""
+    resolution, reading = given.resolution, given.reading
     return {
-        "autoencoder": samples.media.kind if isinstance(samples, Clips) else autoencoder_name(autoencoder),
+        "autoencoder": samples.media.kind if isinstance(samples, Clips) else autoencoder_name(given.autoencoder),
         "resolution": size_text(resolution) if isinstance(resolution, tuple) else resolution,
         "fingerprint": samples.fingerprint,
-        **(text.recorded() if text else {}),
-        **media.given(),
+        **(given.text.recorded() if given.text else {}),
+        **given.media.given(),
         **({"range": "{:g} {:g}".format(*reading.range)} if reading.range else {}),
         **({"labels": Path(reading.labels).name} if reading.labels else {}),
+        "flip": given.flip,
+        "precision": given.precision,
+        "split": given.split or "train",
+        "label_column": given.label_column,
+        "shard_size": given.shard_size,
+        "dtype": given.dtype,
     }
 
 
-def _networks(
-    samples: Samples,
-    autoencoder: str,
-    text: TextOptions | None,
-    device: str | torch.device | None,
-    precision: str,
-    progress: bool,
-) -> tuple[CaptionEncoder | None, torch.device, Autoencoder]:
-    """The text encoder of samples with captions, and their autoencoder with the device that it is on."""
-    captions = _load_text(samples, text, device, precision, progress) if text else None
-    name = samples.normalised().name if isinstance(samples, Clips) else autoencoder
-    return captions, *load(name, device, "float32" if text and identity_kind(autoencoder) else precision)
+def _encoder(samples: Samples, given: PrepareOptions) -> ShardEncoder:
+    """What encodes these samples: their autoencoder, and the text encoder of captions."""
+    captions = _caption_encoder(samples, given.text, given) if given.text else None
+    name = samples.normalised().name if isinstance(samples, Clips) else given.autoencoder
+    # with captions, `precision` is that of the text encoder: pixels and values need no network
+    precision = "float32" if given.text and identity_kind(given.autoencoder) else given.precision
+    device, autoencoder = load(name, given.device, precision)
+    assert given.dtype is not None
+    return ShardEncoder(
+        samples,
+        given.batch_size,
+        given.shard_size,
+        given.skip_bad,
+        autoencoder,
+        device,
+        given.flip,
+        given.dtype,
+        captions,
+    )
 
 
-def _load_text(
-    samples: Samples, options: TextOptions, device: str | torch.device | None, precision: str, progress: bool
-) -> CaptionEncoder:
+def _caption_encoder(samples: Samples, options: TextOptions, given: PrepareOptions) -> CaptionEncoder:
     """The text encoder, ready for these samples. Says how many captions there are, and what they take on disk."""
     assert samples.captions is not None, "opened with captions"
     encoder = load_text_encoder(
-        options.encoder, options.tokens, device=device or default_device(), dtype=NETWORK_DTYPES[precision]
+        options.encoder,
+        options.tokens,
+        device=given.device or default_device(),
+        dtype=NETWORK_DTYPES[given.precision],
     )
     text = CaptionEncoder.of(encoder, samples.captions, options)
-    say(sizes(text, sum(map(len, samples.captions)) - sum(map(len, text.captions))), progress)
+    say(sizes(text, sum(map(len, samples.captions)) - sum(map(len, text.captions))), given.progress)
     for said in text.lost():
-        warnings.warn(said, stacklevel=3)
+        warnings.warn(said, stacklevel=4)
     return text
 
 
 def _finished(
-    earlier: resumable.Earlier, options: dict[str, Option], samples: Samples, out: Path, progress: bool
+    earlier: resumable.Earlier, recorded: dict[str, Option], samples: Samples, out: Path, progress: bool
 ) -> bool:
     """Whether a folder is complete for these samples; removes files with a wrong sha256, so that they are made again.
 
     Raises ValueError if it was begun with other options.
     """
-    resumable.check_options(earlier.plan, options, out)
+    resumable.check_options(earlier.plan, recorded, out)
     if not earlier.complete or sum(shard.asked for shard in earlier.shards) != len(samples):
         return False
     damaged = list(Dataset.open(out).damaged(features=False))
@@ -221,13 +195,12 @@ def load(name: str, device: str | torch.device | None, precision: str) -> tuple[
     return chosen, load_autoencoder(name, device=chosen, dtype=NETWORK_DTYPES[precision])
 
 
-def _run(
-    encoder: ShardEncoder, plan: Manifest, out: Path, part: resumable.Part, progress: bool, warn: bool
-) -> Manifest:
-    """Make the missing shards of a part; then write the manifest, if the shards of all other parts are finished.
+def _run(encoder: ShardEncoder, plan: Manifest, out: Path, given: PrepareOptions, *, warn: bool) -> Manifest:
+    """Make the missing shards of `given.part`; then write the manifest, if the shards of all other parts are finished.
 
     warn: whether to give the warnings that were collected while decoding; otherwise the source keeps them.
     """
+    part, progress = resumable.parse_part(given.part), given.progress
     mine = [shard for shard in encoder.shards() if shard % part[1] == part[0] - 1]
     with resumable.locked(out, part, mine):
         with resumable.changing(out, part):

@@ -9,23 +9,20 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from selftrans.data.buckets import open_buckets, write_names
-from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import BUCKETS, FILE
 from selftrans.data.prepare import NoneReadable, load, prepare
+from selftrans.data.prepare_options import PrepareOptions
 from selftrans.data.reports import check_faults, report_source, say
-from selftrans.data.resolution import MAX_RESOLUTION, Resolution, resolution_of, size_text
+from selftrans.data.resolution import MAX_RESOLUTION, resolution_of, size_text
 from selftrans.data.resumable import LOCK
-from selftrans.data.source_samples import with_grey
 from selftrans.data.sources.clips import kind_of
-from selftrans.data.sources.decode import STANDARD, Reading, none_readable, upright_size
+from selftrans.data.sources.decode import none_readable, upright_size
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source, ahead
 from selftrans.data.standardise import share_statistics
@@ -43,50 +40,47 @@ Size = tuple[int, int]
 def prepare_buckets(
     source: str | Path,
     out: str | Path,
+    options: PrepareOptions | None = None,
     *,
-    resolution: Resolution | None,
     buckets: int,
     multiple: int = 2,
-    autoencoder: str = "pixel",
-    device: str | torch.device | None = None,
-    split: str | None = None,
-    label_column: str | None = None,
-    text: TextOptions | str | None = None,
-    reading: Reading = STANDARD,
-    skip_bad: bool = False,
-    progress: bool = True,
-    **options: Any,
+    **changes: Any,
 ) -> str:
     """Encode pictures of any shape into buckets, see `bucket_sizes`; each picture goes to the nearest aspect ratio.
 
-    `out` then holds a folder for each bucket that has pictures, named by their size and made by `prepare`, which gets the
-    other options. `buckets.json` is written last; of several parts (`part`), by the one that ends last. Repeat the call to
-    continue it. Returns a few lines to print. Raises ValueError as `prepare`, for a resolution that `bucket_sizes` refuses,
-    and for a folder that holds other files.
+    `options` and `changes` are as of `prepare`, with `resolution` a number. `out` then holds a folder for each bucket that has
+    pictures, named by their size and made by `prepare`. `buckets.json` is written last; of several parts (`part`), by the one
+    that ends last. Repeat the call to continue it. Returns a few lines to print. Raises ValueError as `prepare`, for a
+    resolution that `bucket_sizes` refuses, and for a folder that holds other files.
     """
-    text, out = TextOptions(text) if isinstance(text, str) else text, Path(out)
-    options["media"], reading = with_grey(options.get("media"), reading)
-    side, cell = _check_options(source, autoencoder, resolution, multiple, device, archives=not text)
-    sizes = bucket_sizes(side, buckets, cell)
+    given, out = dataclasses.replace(options or PrepareOptions(), **changes), Path(out)
+    side, cell = _check_options(source, given, multiple)
+    sizes, progress = bucket_sizes(side, buckets, cell), given.progress
     if len(sizes) < buckets:
-        said = f"{plural(len(sizes), 'bucket')}: at {resolution} pixels, others would have the same size in multiples of {cell}"
+        said = (
+            f"{plural(len(sizes), 'bucket')}: at {side} pixels, others would have the same size in multiples of {cell}"
+        )
         say(said, progress)
-    chosen_as: Any = {"split": split, "label_column": label_column, "reading": reading}
-    opened = open_source(source, resolution=resolution, captions=text.source if text else None, **chosen_as)
+    opened = open_source(
+        source,
+        resolution=side,
+        split=given.split,
+        label_column=given.label_column,
+        captions=given.text.source if given.text else None,
+        reading=given.reading,
+    )
     if opened.in_order:
         raise ValueError("buckets need the size of every picture before the first is encoded; leave out --streaming")
-    report_source(opened, progress, flip=bool(options.get("flip")), pixels=identity_kind(autoencoder) == "pixel")
-    check_faults(opened, source, skip_bad)
+    report_source(opened, progress, flip=given.flip, pixels=identity_kind(given.autoencoder) == "pixel")
+    check_faults(opened, source, given.skip_bad)
     _check_folder(out, sizes)
-    options |= {"autoencoder": autoencoder, "device": device, "text": text, "skip_bad": skip_bad, "progress": progress}
-    encode = partial(prepare, source, **chosen_as, **options)
     bucket_of, made = assigned(opened, sizes, progress), []
     for k in np.unique(bucket_of):
         name, rows = size_text(sizes[k]), np.flatnonzero(bucket_of == k)
         say(f"{name}: {plural(len(rows), 'picture')}", progress)
         pictures = dataclasses.replace(chosen(opened, rows), resolution=resolution_of(*sizes[k]))
         try:
-            encode(out=out / name, resolution=pictures.resolution, pictures=pictures)
+            prepare(source, out / name, given, pictures=pictures, resolution=pictures.resolution)
             made.append(name)
         except NoneReadable as error:
             say(f"{name} is left out: {error}", progress)
@@ -172,22 +166,21 @@ def chosen(source: Source, rows: np.ndarray) -> Source:
     )
 
 
-def _check_options(
-    source: str | Path, autoencoder: str, resolution: Resolution | None, multiple: int, device: Any, *, archives: bool
-) -> tuple[int, int]:
+def _check_options(source: str | Path, given: PrepareOptions, multiple: int) -> tuple[int, int]:
     """(side of the square, number that the sides of all buckets are multiples of).
 
-    `archives`: see `kind_of`. Raises ValueError for data and options that buckets do not support.
+    Raises ValueError for data and options that buckets do not support.
     """
-    if identity_kind(autoencoder) == "values" or kind_of(Path(source), None, archives=archives) in ("sounds", "videos"):
+    values = identity_kind(given.autoencoder) == "values"
+    if values or kind_of(Path(source), None, archives=not given.text) in ("sounds", "videos"):
         raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
-    if not isinstance(resolution, int):
+    if not isinstance(given.resolution, int):
         raise ValueError(
             "--buckets needs --resolution SIDE: pictures of all buckets have about the area of that square"
         )
     if multiple < 1:
         raise ValueError(f"--bucket-multiple {multiple} should be 1 or more")
-    return resolution, multiple * load(autoencoder, device, "float32")[1].downsample
+    return given.resolution, multiple * load(given.autoencoder, given.device, "float32")[1].downsample
 
 
 def _check_folder(out: Path, sizes: Sequence[Size]) -> None:

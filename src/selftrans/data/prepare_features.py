@@ -21,7 +21,7 @@ import torch
 
 from selftrans.data import resumable
 from selftrans.data.manifest import FILE, REMEDY, FeatureFile, Features, Manifest, Shard
-from selftrans.data.prepare import NETWORK_DTYPES
+from selftrans.data.prepare_options import NETWORK_DTYPES
 from selftrans.data.reports import say
 from selftrans.data.resolution import Resolution, check_square, size_text
 from selftrans.data.shard_file import WRITE_REMEDY, Layout, is_valid, write_shard

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 from selftrans.data import resumable
-from selftrans.data.encode_captions import TextOptions
-from selftrans.data.resolution import Resolution, check_square
-from selftrans.data.sources.clips import MediaOptions, kind_of, open_clips
-from selftrans.data.sources.decode import Reading
+from selftrans.data.prepare_options import PrepareOptions
+from selftrans.data.resolution import check_square
+from selftrans.data.sources.clips import kind_of, open_clips
 from selftrans.data.sources.npy import npy_values
 from selftrans.data.sources.npz import npz_values
 from selftrans.data.sources.open_source import open_source
@@ -18,63 +16,48 @@ from selftrans.data.sources.source import Samples
 from selftrans.encoders.identity import identity_kind
 
 
-def with_grey(media: MediaOptions | None, reading: Reading) -> tuple[MediaOptions, Reading]:
-    """Both, with `grey` in both if one has it: it is an option of videos and of pictures."""
-    media = media or MediaOptions()
-    grey = media.grey or reading.grey
-    return replace(media, grey=grey), reading._replace(grey=grey)
-
-
-def source_samples(
-    source: str | Path,
-    earlier: resumable.Earlier | None,
-    *,
-    autoencoder: str,
-    resolution: Resolution | None,
-    flip: bool,
-    split: str | None,
-    label_column: str | None,
-    text: TextOptions | None,
-    media: MediaOptions,
-    reading: Reading,
-    square: bool,
-    progress: bool,
-) -> Samples:
+def source_samples(source: str | Path, earlier: resumable.Earlier | None, given: PrepareOptions) -> Samples:
     """The samples of a source, with the options of `prepare`; `earlier` is the state of the output folder.
 
     Pictures are opened at `resolution`; if that is None, at the resolution with which the folder was begun.
     ValueError for a source that cannot be opened, and for an option that does not apply to it.
     """
-    if identity_kind(autoencoder) == "values":
+    media, reading, text, resolution = given.media, given.reading, given.text, given.resolution
+    if identity_kind(given.autoencoder) == "values":
         media.refuse("--autoencoder values")
-        of_pictures = {"resolution": resolution, "flip": flip, "text": text, "range": reading.range}
-        if given := next((name for name, value in of_pictures.items() if value), None):
-            raise ValueError(f"--{given} is for pictures; leave it out with --autoencoder values")
-        if label_column not in (None, reading.label_column):
+        of_pictures = {"resolution": resolution, "flip": given.flip, "text": text, "range": reading.range}
+        if wrong := next((name for name, value in of_pictures.items() if value), None):
+            raise ValueError(f"--{wrong} is for pictures; leave it out with --autoencoder values")
+        if given.label_column not in (None, reading.label_column):
             warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=2)
         if Path(source).is_dir() or Path(source).suffix.lower() in (".zip", ".tar"):
-            return npy_values(Path(source), split, reading)
+            return npy_values(Path(source), given.split, reading)
         if reading.labels is not None:
             raise ValueError("--labels does not apply to an npz; store the labels in it, as `labels`")
         return npz_values(Path(source))
     archives = text is None
-    of_pictures = {"flip": flip, "autoencoder": autoencoder != "pixel", "text": text, "range": reading.range}
-    given = next((name for name, value in of_pictures.items() if value), None)
-    if given and kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
-        raise ValueError(f"--{given} is for pictures; leave it out for sounds and videos")
-    clips = open_clips(source, media, resolution, progress, archives=archives, split=split, reading=reading)
+    of_pictures = {
+        "flip": given.flip,
+        "autoencoder": given.autoencoder != "pixel",
+        "text": text,
+        "range": reading.range,
+    }
+    wrong = next((name for name, value in of_pictures.items() if value), None)
+    if wrong and kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
+        raise ValueError(f"--{wrong} is for pictures; leave it out for sounds and videos")
+    clips = open_clips(source, media, resolution, given.progress, archives=archives, split=given.split, reading=reading)
     if clips is not None:
         return clips
     native = earlier.plan.resolution if earlier and earlier.plan.options.get("resolution") is None else None
     opened = open_source(
         source,
         resolution=resolution or native,
-        split=split,
-        label_column=label_column,
+        split=given.split,
+        label_column=given.label_column,
         captions=text.source if text else None,
         reading=reading,
-        progress=progress,
+        progress=given.progress,
     )
-    if square:
+    if given.square:
         check_square(opened.resolution)
     return opened

@@ -22,7 +22,8 @@ from selftrans.device import default_device
 from selftrans.experiments.reference import must_exist, open_images, training_data
 from selftrans.messages import first_line
 from selftrans.sampling.conditioning import CaptionConditioning, captions_of
-from selftrans.sampling.images import Sampler, overridden
+from selftrans.sampling.images import Sampler
+from selftrans.sampling.run_settings import overridden
 from selftrans.sampling.sized_sampler import SizedSampler
 
 FOREIGN = (".pt", ".pth", ".ckpt")  #: suffixes of checkpoints that only `selftrans import` reads

@@ -21,7 +21,7 @@ from selftrans.interop.pipeline_parts import last_parts
 from selftrans.messages import printable
 from selftrans.plain_json import read_object
 from selftrans.sample_config import beyond_defaults
-from selftrans.sampling.images import applicable_settings
+from selftrans.sampling.run_settings import applicable_settings
 from selftrans.sampling.sample_file import NPY, PNG
 
 SHEET = 16  #: samples shown of a folder

@@ -29,8 +29,8 @@ from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.pipeline_parts import copy_text_encoder, parts_of, save_vae
 from selftrans.messages import first_line, printable
 from selftrans.plain_json import read_object
-from selftrans.sampling.images import image_noise
 from selftrans.sampling.samplers import Early, Noise, early_weight, guided
+from selftrans.sampling.streams import image_noise
 from selftrans.storage import write_json
 from selftrans.types import MASK, TEXT, Cond, Output, map_cond
 

@@ -45,7 +45,7 @@ def checked_prediction(student: Backbone) -> Loss:
 
 def knows_times(guidance: Guidance) -> bool:
     """Whether a guidance that selects by a range of t takes how times are drawn; one that does not expects uniform times."""
-    return not guidance.selects or type(guidance).use_times is not Guidance.use_times
+    return not guidance.selects or guidance.acts_in.selects or type(guidance).use_times is not Guidance.use_times
 
 
 def warn_of_second_dropping(student: Backbone, drop: float) -> None:

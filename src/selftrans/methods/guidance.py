@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import Path, Times
+from selftrans.methods.timestep_range import EVERYWHERE, TimestepRange
 from selftrans.sections import Section
 from selftrans.types import Backbone, Cond, Draw, cat_cond, check_backbone
 
@@ -35,17 +36,27 @@ class Guidance(nn.Module):
     weight: float  #: lambda
     taps: tuple[int, ...]  #: student blocks whose features it reads (1-based)
     until_step: int | None  #: first step at which it no longer acts; None: never ends
+    acts_in: TimestepRange  #: the range of t in which it acts; default: everywhere
     reads_features: bool = False  #: whether it wants `Batch.features`, the encoder features stored with the data
     teacher: Frozen | None  #: a frozen model that it runs, if any
     encoder_flops: int = 0  #: operations of its external encoder for one sample
     selects: bool = False  #: whether it computes only the samples in a range of t: how many depends on the drawn times
     trains_early: bool = False  #: whether it trains the student's second output (`Backbone.add_early`)
 
-    def __init__(self, weight: float, taps: tuple[int, ...], *, until_step: int | None = None) -> None:
+    def __init__(
+        self,
+        weight: float,
+        taps: tuple[int, ...],
+        *,
+        until_step: int | None = None,
+        acts_in: TimestepRange = EVERYWHERE,
+    ) -> None:
         super().__init__()
         if not isinstance(taps, tuple | list):
             raise ValueError(f"taps are the student's blocks (1-based) in a tuple, such as (2,), not {taps!r}")
-        self.weight, self.taps, self.until_step = weight, tuple(taps), until_step
+        self.weight, self.taps, self.until_step, self.acts_in = weight, tuple(taps), until_step, acts_in
+        if acts_in.selects:  # a class without a range of its own may select otherwise
+            self.selects = True
         self.teacher = None  # set here: an attribute of the class would hide a module of this name in a subclass
         #: maps the student's tokens (N, T, D) to the target; None without a head; an nn.ModuleList for several blocks
         self.head: Any = None
@@ -73,7 +84,8 @@ class Guidance(nn.Module):
         return None
 
     def use_times(self, times: Times, path: Path) -> None:
-        """Take how the objective draws times, and its path, for a guidance that acts in a range of t. Default: ignore it."""
+        """Take how the objective draws times, and its path. Default: `acts_in` counts its samples by them."""
+        self.acts_in = self.acts_in.under(times, path)
 
     def watch(self, average: Backbone) -> None:
         """Take the student's moving average, which the trainer updates in place. Default: ignore it.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from selftrans.flow import LINEAR, PATHS, Path, Times, equal_snr_range
+from selftrans.flow import LINEAR, PATHS, Path, equal_snr_range
 from selftrans.methods.contract import checked_cells
 from selftrans.methods.conv_head import ConvHead
 from selftrans.methods.guidance import (
@@ -60,26 +60,23 @@ class StructureGuidance(Guidance):
 
     def __init__(self, student: Backbone, config: Stage1) -> None:
         config = checked(config, Stage1)
-        self.range = TimestepRange(config.timestep_range, config.range_mode)
-        super().__init__(config.weight, (config.block,))
-        self.config, self.patchify, self.selects = config, student.patchify, self.range.selects
+        acts_in = TimestepRange(config.timestep_range, config.range_mode)
+        super().__init__(config.weight, (config.block,), acts_in=acts_in)
+        self.config, self.patchify = config, student.patchify
         projection = projector(student.width, student.width, config.head_width)
         norm = nn.LayerNorm(student.width, elementwise_affine=False, eps=1e-6)
         to_cells = nn.Linear(student.width, checked_cells(student))
         self.head = initialised(nn.Sequential(projection, norm, to_cells))  # W LN(P(h))
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
-        picked = self.range.gate(d)
+        picked = self.acts_in.gate(d)
         hidden = picked.take(feats[self.config.block])  # (M, T, D)
         target = self.patchify(picked.take(d.v if self.config.target == "velocity" else d.z0))  # (M, T, cells)
         error = (self.head(hidden).float() - target).square().mean(dim=(1, 2))  # (M,)
         return picked.mean(error), {"feature_norm": token_norm(hidden), "target_norm": token_norm(target)}
 
-    def use_times(self, times: Times, path: Path) -> None:
-        self.range = self.range.under(times, path)
-
     def cost(self, n: int) -> dict[str, int]:
-        return {"head": self.range.computed(n), "teacher": 0}
+        return {"head": self.acts_in.computed(n), "teacher": 0}
 
 
 class SelfGuidance(Guidance):
@@ -101,11 +98,11 @@ class SelfGuidance(Guidance):
     def __init__(self, student: Backbone, teacher: Frozen, config: Stage2, path: Path = LINEAR) -> None:
         config = checked(config, Stage2)
         given = TimestepRange(config.timestep_range, config.range_mode)  # checked as it was given
-        self.range = dataclasses.replace(given, span=equal_snr_range(given.span, config.data_std, path))
+        acts_in = dataclasses.replace(given, span=equal_snr_range(given.span, config.data_std, path))
         check_tokens(student, teacher)
         students, teachers = matched_blocks(config, student.depth, teacher.block)
-        super().__init__(config.weight, students, until_step=config.until_step)
-        self.config, self.teacher, self.selects = config, teacher, self.range.selects
+        super().__init__(config.weight, students, until_step=config.until_step, acts_in=acts_in)
+        self.config, self.teacher = config, teacher
         self.teacher_taps = tuple(sorted(set(teachers)))
         self.target_index = [self.teacher_taps.index(k) for k in teachers]  # in `teacher_taps`, of each student block
         if config.target_norm == "spatial" and student.tokens < 2:
@@ -125,7 +122,7 @@ class SelfGuidance(Guidance):
         return projector(student.width, teacher.width, self.config.head_width)
 
     def forward(self, d: Draw, feats: dict[int, Tensor]) -> tuple[Tensor, Report]:
-        picked = self.range.gate(d)
+        picked = self.acts_in.gate(d)
         hidden = [picked.take(feats[s]) for s in self.taps]  # (M, T, D) each
         guided = self._adjusted(self.guided_features(d, picked.rows), d, picked)
         targets = guided.split(self.teacher.width, dim=-1)  # (M, T, D of the teacher) each
@@ -142,7 +139,7 @@ class SelfGuidance(Guidance):
     def null_rows(self, d: Draw) -> Tensor | None:
         if not self.config.null_rows:
             return None
-        return self.range.counts(d.t) & (torch.rand_like(d.t) < self.config.null_rows)
+        return self.acts_in.counts(d.t) & (torch.rand_like(d.t) < self.config.null_rows)
 
     def guided_features(self, d: Draw, rows: Tensor | None = None) -> Tensor:
         """f_g = f_u + w (f_c - f_u) for the given rows of the draw, (M, T, D) in float32, never with a gradient.
@@ -167,11 +164,8 @@ class SelfGuidance(Guidance):
             target = spatial_norm(target, self.config.spatial_gamma)
         return target
 
-    def use_times(self, times: Times, path: Path) -> None:
-        self.range = self.range.under(times, path)
-
     def cost(self, n: int) -> dict[str, int]:
-        m = self.range.computed(n)
+        m = self.acts_in.computed(n)
         return {"head": m * len(self.taps), "teacher": m if self.config.scale == 1 else 2 * m}
 
 

@@ -45,7 +45,8 @@ class TimestepRange:
 
     span: tuple[float, float] | None  #: [a, b], closed; None: no range
     mode: str  #: one of `RANGE_MODES`
-    share: float | None = None  #: of the times, on average, in the range; None: of times that are uniform, b - a
+    #: of the times, on average, in the range, where a draw does not say it; None: b - a, as of uniform times
+    share: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in RANGE_MODES:
@@ -73,10 +74,13 @@ class TimestepRange:
         about as many lie inside. Where n share is a whole number, one more systematic time lies inside only if two times are
         exactly a and b, about once in millions of steps; that sample is then left out.
         """
-        if self.span is None or self.mode == "scale":
-            return n
+        return self._most(n, self.share) if self.selects else n
+
+    def _most(self, n: int, share: float | None) -> int:
+        """The samples inside, of n whose times have this share in the range."""
+        assert self.span is not None
         a, b = self.span
-        return min(n, max(1, math.ceil(n * (b - a if self.share is None else self.share) - 1e-6)))
+        return min(n, max(1, math.ceil(n * (b - a if share is None else share) - 1e-6)))
 
     def gate(self, d: Draw) -> Gate:
         """The samples of a draw that are computed, and their weights."""
@@ -88,7 +92,8 @@ class TimestepRange:
             return Gate(None, (inside.float().mean(dim=0) / n).expand(n))
         # systematic times: a static shape, no host synchronisation; at most one row is padding, and its gain is zero.
         # Others: at least one row, so that heads always take part in the backward pass of every process
-        m = self.computed(n) if d.even else max(1, int(inside.sum(dim=0)))
+        share = self.share if d.share is None else d.share(self.span)
+        m = self._most(n, share) if d.even else max(1, int(inside.sum(dim=0)))
         rows = torch.argsort(inside.int(), dim=0, descending=True, stable=True)[:m]
         return Gate(rows, inside[rows].float() / n)
 
@@ -96,3 +101,6 @@ class TimestepRange:
         assert self.span is not None
         a, b = self.span
         return (a <= t) & (t <= b)
+
+
+EVERYWHERE = TimestepRange(None, "select")

@@ -28,11 +28,11 @@ from selftrans.messages import plural
 from selftrans.models.compiling import compile_model
 from selftrans.precision import PRECISIONS
 from selftrans.sampling.captured_passes import CapturedPasses
-from selftrans.sampling.chosen_labels import chosen_labels
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
-from selftrans.sampling.samplers import SAMPLERS, Early, Noise, autoguided, guided, launched
+from selftrans.sampling.run_settings import overridden
+from selftrans.sampling.samplers import SAMPLERS, Early, autoguided, guided, launched
 from selftrans.sampling.size_cost import check_cost
-from selftrans.sampling.streams import NOISE_STREAM, image_stream
+from selftrans.sampling.streams import image_noise
 from selftrans.sampling.weak_model import weak_model
 from selftrans.types import Backbone, Cond, check_takes, eval_mode, map_cond
 
@@ -272,36 +272,6 @@ def _check_finite(z0: Tensor, indices: np.ndarray, settings: SampleConfig) -> No
         raise NotFinite(f"sample {first} is not finite: {', or '.join(causes)}")
 
 
-def overridden(loaded: LoadedModel, overrides: dict[str, Any]) -> SampleConfig:
-    """The settings of a run with the fields `overrides` in place of its own; its prompts are those recorded with the weights.
-
-    `labels` may name classes, see `chosen_labels`; with counts, they set the number of images unless that is given.
-    ValueError for invalid settings.
-    """
-    words, conditions = overrides.get("labels"), loaded.model.conditions
-    numbers = isinstance(words, tuple) and len(words) > 0 and all(isinstance(word, int) for word in words)
-    if isinstance(words, tuple) and not numbers:
-        labels, counts = chosen_labels(words, loaded.classes, conditions)
-        overrides = ({"num": len(labels)} if counts else {}) | overrides | {"labels": labels}
-        if counts and overrides["num"] < len(labels):
-            warnings.warn(
-                f"{plural(overrides['num'], 'image')} of the {len(labels):,} that the labels ask for", stacklevel=4
-            )
-    settings = dataclasses.replace(loaded.config.sample, **{"prompts": None} | overrides)
-    settings.check()
-    for name in ("guidance_interval", "guidance_channels", "autoguidance") if settings.guidance_scale == 1 else ():
-        if name in overrides:
-            warnings.warn(f"the {name.replace('_', ' ')} is ignored: the guidance scale is 1", stacklevel=4)
-    if settings.early_guidance == 1 and "early_interval" in overrides:
-        warnings.warn("the early interval is ignored: the early guidance is 1", stacklevel=4)
-    return settings if settings.guidance_scale != 1 else dataclasses.replace(settings, autoguidance=None)
-
-
-def applicable_settings(settings: SampleConfig, model: Backbone) -> SampleConfig:
-    """The settings without guidance by a second output where the model has none, for sampling several models alike."""
-    return settings if model.early is not None else dataclasses.replace(settings, early_guidance=1.0)
-
-
 def decoder_dtype(device: torch.device, precision: str) -> torch.dtype:
     """Dtype of the autoencoder that decodes samples in this precision: reduced on a GPU only."""
     reduced = device.type == "cuda" and PRECISIONS[precision] != torch.float32
@@ -323,24 +293,3 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
 def padded(indices: np.ndarray, multiple: int) -> np.ndarray:
     """Pad indices to a multiple of so many by repeating the last one: another batch size would trigger recompilation."""
     return np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % multiple)])
-
-
-def image_noise(
-    indices: Sequence[int] | np.ndarray, shape: tuple[int, ...], seed: int, device: torch.device | str = "cpu"
-) -> Noise:
-    """A function that returns float32 standard normals (N, *shape); row i comes from the stream of (seed, indices[i]).
-
-    Drawn on the CPU, so that an image does not depend on the device; global generators are not used.
-    """
-    streams = [image_stream(seed, int(k), NOISE_STREAM) for k in indices]
-
-    def noise() -> Tensor:
-        rows = np.empty((len(streams), *shape), dtype=np.float32)
-        for row, generator in zip(rows, streams, strict=True):
-            generator.standard_normal(dtype=np.float32, out=row)
-        drawn = torch.from_numpy(rows)
-        if torch.device(device).type == "cuda":  # pinned, so that the copy is asynchronous
-            return drawn.pin_memory().to(device, non_blocking=True)
-        return drawn.to(device)
-
-    return noise

@@ -3,15 +3,28 @@
     per micro-batch  seed -> copy the stored rows into the buffers -> replay: draws, forward, backward
     per step         replay: clip, is it finite?, AdamW -> moving average (a foreach kernel, outside of the graphs)
 
+A step is in one of these phases. All transitions are in `CapturedStep` between the comments "phases" and "a step":
+
+    phase        the next one      when
+    WARMING_UP   MEASURED          its first steps are taken, which compile and allocate
+    MEASURED     RECORDING         its step is taken: what it waits for, and how much memory it needs, is known
+    RECORDING    REPLAYING         both functions are recorded
+                 LAUNCHED          with `auto`, where they cannot be recorded or would keep too much memory: `reason`
+                 the run ends      likewise with `on`, and where CUDA ended the recording, after which torch cannot go on
+    REPLAYING    LAUNCHED          with `auto`, where other work between two steps has no memory: `reason`
+    all others   WARMING_UP        a guidance has ended: the step has other parts (`restart`)
+    LAUNCHED     -                 for good; on a CPU from the start
+
 The draws come from torch's default generator, which is seeded before every micro-batch as in the uncaptured step; a replayed
-graph starts at the generator's seed, so that the numbers are the same. The first steps of a stage, and of what remains of it
-when a guidance has ended, are taken without a graph: they compile and allocate. Nothing is read by the host until
-`flush`. On a CPU the same functions are called on the same buffers.
+graph starts at the generator's seed, so that the numbers are the same. Nothing is read by the host until `flush`. In every
+phase the same functions work on the same buffers.
 Shape legend: A micro-batches of a step, V values of a report.
 """
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import gc
 import warnings
 from collections.abc import Iterator
@@ -44,12 +57,22 @@ def captured_step(trainer: Trainer) -> CapturedStep | None:
     return CapturedStep(trainer)
 
 
+class Phase(enum.Enum):
+    """How a step is taken; see the table above."""
+
+    WARMING_UP = enum.auto()  #: launched, on the stream of the graphs
+    MEASURED = enum.auto()  #: likewise, the last of these steps
+    RECORDING = enum.auto()  #: nothing runs: both functions are called once while CUDA records
+    REPLAYING = enum.auto()  #: the graphs are replayed
+    LAUNCHED = enum.auto()  #: launched as without graphs
+
+
 class CapturedStep:
     """Takes the steps of a trainer on static buffers; those after the first `WARM_UP` are replays of graphs (on a GPU).
 
     Attributes:
+        phase: of the next step, or of the one that is taken.
         reason: why the steps are launched for good, with `auto`; None before that is known, and where they are replayed.
-        crowded: whether the run ends because a recording had no memory; the same step without a graph had.
         transient: bytes that a replay uses beyond what is allocated, which torch's statistics do not count; 0 before.
         untimed: steps before the first that is as fast as all later ones.
     """
@@ -63,31 +86,96 @@ class CapturedStep:
         # the fused kernel reads a float32 rate on a GPU: its rounding, 6e-8 of the rate, is all that differs there
         self.rate = torch.zeros((), dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
         use_rate_tensor(trainer.optimizer, self.rate, capturable=on_gpu)
-        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None  #: None: steps are launched
         self.reason: str | None = None
-        self._peak = 0  #: bytes of the device at most in the last step before the recording
-        self._waits: list[str] = []  #: where the last step before the recording has waited for the device
+        self.transient = 0
+        self._peak = 0  #: bytes of the device at most in the measured step
+        self._waits: list[str] = []  #: where the measured step has waited for the device
         self._history: list[tuple[int, tuple[str, ...], Tensor]] = []
-        self.transient, self.crowded = 0, False
         self.restart()
 
+    # ---- phases
+
     def restart(self) -> None:
-        """Capture anew, after as many steps as at the start: the parts of the step have changed."""
+        """Begin anew, as at the start of a stage: the parts of the step have changed."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self.phase = Phase.LAUNCHED if self._stream is None else Phase.WARMING_UP
+        self._taken = 0  #: steps since then
         self._inputs: Inputs | None = None
         self._rows: Tensor | None = None  # (A, V) float64: the reports of the micro-batches
         self._names: tuple[str, ...] = ()
         self._graded: list[Tensor] = []  # parameters that get a gradient
         self._held: list[Tensor] = []  # those whose gradients are kept between steps, and set to zero
-        self._taken, self._capturing = 0, False
         self._micro, self._update = (Recorded(f, self._stream) for f in (self._micro_step, self._update_step))
         self.trainer.optimizer.zero_grad(set_to_none=True)
+
+    def _begin_step(self) -> None:
+        """Enter the phase of the step that is taken now."""
+        if self.phase is Phase.WARMING_UP and self._taken == WARM_UP - 1:
+            self.phase = Phase.MEASURED
+        elif self.phase is Phase.MEASURED:
+            self.phase = Phase.RECORDING
+            if self._recorded():
+                self.phase = Phase.REPLAYING
+            else:  # not inside a handler: the frames of an error hold the tensors of the recording
+                self._launch()
+
+    def _recorded(self) -> bool:
+        """Whether both functions are recorded; else `reason` says why not. For errors see `_give_up`."""
+        asked = self.trainer.config.train.capture == "on"
+        if not asked and (reason := too_large(self.device, self._peak)):
+            self.reason = reason
+            return False
+        self._hold_gradients()
+        try:
+            # the thread that reads ahead leaves the device alone
+            with self.trainer.stream.reading, recordings(self.device, self._waits):
+                pool = torch.cuda.graph_pool_handle()
+                for function in (self._micro, self._update):
+                    function.capture(pool)
+        except RuntimeError as error:
+            self._give_up(error)
+            return False
+        self.transient = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        return True
+
+    def _hold_gradients(self) -> None:
+        """Give gradients the places in which graphs find them.
+
+        Of a single micro-batch they are made within the graph, and overwritten by its next replay; several add up in buffers
+        that the update sets to zero.
+        """
+        if self.trainer.config.train.accumulate > 1:
+            self._held = self._graded
+            for p in self._held:
+                p.grad = torch.zeros_like(p)
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """With `auto`, say why steps are launched from now on. `NotCaptured` with `on`, and where torch cannot go on.
+
+        With `on`, out of memory in a recording that could be ended is raised as it is, and both graphs are freed: the caller
+        says what fits. Where CUDA ended it, nothing can be tried any more in this process: `NotCaptured`.
+        """
+        reason, wanted = first_line(error), self.trainer.config.train.capture
+        if isinstance(error, torch.OutOfMemoryError) and wanted == "on":
+            self._free()
+            raise error
+        if wanted == "on" or isinstance(error, Invalidated):
+            raise NotCaptured(
+                f"train.capture {wanted}: the step cannot be recorded as a graph ({reason}); the same command with "
+                "--train.capture off continues from the last checkpoint",
+                f"CUDA ended the recording of the step as a graph ({reason}), after which torch cannot go on"
+                if wanted == "auto"
+                else "",
+            ) from error
+        warnings.warn(f"train.capture: the step is not captured, and goes on without a graph: {reason}", stacklevel=2)
+        self.reason = reason
 
     @property
     def replaying(self) -> bool:
         """Whether the next step is a replay of graphs."""
-        return self._micro.replays and self._update.replays
+        return self.phase is Phase.REPLAYING
 
     @property
     def expendable(self) -> bool:
@@ -103,29 +191,57 @@ class CapturedStep:
         )
         self._launch()
 
+    def _launch(self) -> None:
+        """Launch all later steps, without what was recorded."""
+        self._free()
+        self.phase = Phase.LAUNCHED
+
+    def _free(self) -> None:
+        """Free all memory of the graphs, and the gradients, which are made within them. Call it between two steps."""
+        torch.cuda.synchronize(self.device)
+        self._stream, self._held = None, []
+        for function in (self._micro, self._update):
+            function.release()
+        for p in self._graded:
+            p.grad = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    # ---- a step
+
     def take(self, batches: Iterator[Loaded]) -> None:
         """One training step, without the moving average. Its report waits on the device for `flush`."""
         trainer, train = self.trainer, self.trainer.config.train
         self.step.fill_(trainer.step)
         self.rate.fill_(learning_rate(trainer.step, train))
-        if self._taken == WARM_UP:
-            self._settle()
-        if self._last_launched:
-            self._waits.clear()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        for micro in range(train.accumulate):
-            seed_step(train.seed, trainer.stage.stream, trainer.step, micro, 0)
-            self._fill(next(batches))
-            row = self._called(self._micro)
-            if self._rows is None:
-                self._rows = row.new_zeros(train.accumulate, len(row))
-            self._rows[micro].copy_(row)
-        self._history.append((trainer.step, self._names, self._called(self._update).clone()))
-        if self._last_launched:
-            self._peak = torch.cuda.max_memory_allocated(self.device)
+        self._begin_step()
+        with self._measured() if self.phase is Phase.MEASURED else contextlib.nullcontext():
+            for micro in range(train.accumulate):
+                seed_step(train.seed, trainer.stage.stream, trainer.step, micro, 0)
+                self._fill(next(batches))
+                row = self._called(self._micro)
+                if self._rows is None:
+                    self._rows = row.new_zeros(train.accumulate, len(row))
+                self._rows[micro].copy_(row)
+            self._history.append((trainer.step, self._names, self._called(self._update).clone()))
         self._taken += 1
         if len(self._history) >= READ:
             self.flush()
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Around the last step before the recording: how much memory it takes, and (by `_called`) what it waits for."""
+        self._waits.clear()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        self._peak = torch.cuda.max_memory_allocated(self.device)
+
+    def _called(self, function: Recorded) -> Tensor:
+        """What it returns. With `auto`, what waits for the device in the measured step is noted: it would end a recording."""
+        if self.phase is not Phase.MEASURED or self.trainer.config.train.capture == "on":
+            return function()
+        with self.trainer.stream.reading, noted_waits(self._waits):
+            return function()
 
     def flush(self) -> None:
         """Wait for the device, and hand the reports of all steps since the last call to the trainer's means and checks."""
@@ -169,94 +285,9 @@ class CapturedStep:
         """(A V + 3,) float64: the reports of the micro-batches, and what `check_step` finds."""
         assert self._rows is not None
         _, checked = update_step(self.trainer, list(self._rows[:, self._names.index("loss")].float().unbind(dim=0)))
-        if self._held:
-            torch._foreach_zero_([p.grad for p in self._held if p.grad is not None])
-        elif not self._capturing:
+        if self.phase is not Phase.RECORDING:
             self._graded = [p for p in self.trainer.objective.parameters() if p.grad is not None]
             self.trainer.optimizer.zero_grad(set_to_none=True)
+        elif self._held:
+            torch._foreach_zero_([p.grad for p in self._held if p.grad is not None])
         return torch.cat([self._rows.flatten(), checked.double()])
-
-    @property
-    def _last_launched(self) -> bool:
-        """Whether this step is the last one before a recording."""
-        return self._stream is not None and self._taken == WARM_UP - 1
-
-    def _called(self, function: Recorded) -> Tensor:
-        """What it returns. With `auto`, what waits for the device in the last step before the recording is noted: it would end
-        that."""
-        if not self._last_launched or self.trainer.config.train.capture == "on":
-            return function()
-        with self.trainer.stream.reading, noted_waits(self._waits):
-            return function()
-
-    def _settle(self) -> None:
-        """After the warm-up: gradients get their places, and on a GPU both functions are captured.
-
-        Of a single micro-batch the gradients are made within the graph, and overwritten by its next replay; several add up
-        in buffers that the update sets to zero.
-        """
-        train = self.trainer.config.train
-        if self._stream is not None and train.capture == "auto" and (reason := too_large(self.device, self._peak)):
-            self.reason = reason
-        if self.reason is None:
-            if train.accumulate > 1:
-                self._held = self._graded
-                for p in self._held:
-                    p.grad = torch.zeros_like(p)
-            if self._stream is None:
-                return
-            try:
-                self._capture()
-                return
-            except RuntimeError as error:
-                self._give_up(error)
-        # not inside the handler: the frames of the error hold the tensors of the recording
-        self._launch()
-
-    def _capture(self) -> None:
-        device, self._capturing = self.device, True
-        try:
-            # the thread that reads ahead leaves the device alone
-            with self.trainer.stream.reading, recordings(device, self._waits):
-                pool = torch.cuda.graph_pool_handle()
-                for function in (self._micro, self._update):
-                    function.capture(pool)
-        finally:
-            self._capturing = False
-        self.transient = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-
-    def _give_up(self, error: RuntimeError) -> None:
-        """With `auto`, say why steps are launched from now on. `NotCaptured` with `on`, and where torch cannot go on.
-
-        With `on`, out of memory in a recording that could be ended is raised as it is, and both graphs are freed: the caller
-        says what fits. Where CUDA ended it, nothing can be tried any more in this process: `NotCaptured`.
-        """
-        reason, wanted = first_line(error), self.trainer.config.train.capture
-        if isinstance(error, torch.OutOfMemoryError) and wanted == "on":
-            self.crowded = True
-            self._launch()
-            raise error
-        if wanted == "on" or isinstance(error, Invalidated):
-            raise NotCaptured(
-                f"train.capture {wanted}: the step cannot be recorded as a graph ({reason}); the same command with "
-                "--train.capture off continues from the last checkpoint",
-                f"CUDA ended the recording of the step as a graph ({reason}), after which torch cannot go on"
-                if wanted == "auto"
-                else "",
-            ) from error
-        warnings.warn(f"train.capture: the step is not captured, and goes on without a graph: {reason}", stacklevel=2)
-        self.reason = reason
-
-    def _launch(self) -> None:
-        """Forget what was recorded; both functions are called from now on. All memory of the graphs and gradients is freed.
-
-        Call it between two steps.
-        """
-        torch.cuda.synchronize(self.device)
-        self._stream, self._held = None, []
-        for function in (self._micro, self._update):
-            function.release()
-        for p in self._graded:  # they are made within the graph
-            p.grad = None
-        gc.collect()
-        torch.cuda.empty_cache()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import header
-from selftrans.config import to_object
+from selftrans.config import Train, to_object
 from selftrans.messages import plural
 from selftrans.models.lora import trained_names
 from selftrans.train import fsdp
@@ -18,6 +19,21 @@ from selftrans.train.preview import run_prompts
 
 if TYPE_CHECKING:
     from selftrans.train.trainer import Trainer
+
+
+HELD = ("weights", "average", "optimizer")  #: parts of the memory (`memory_use`) that a checkpoint holds
+
+
+def bytes_of(memory: Mapping[str, int]) -> int:
+    """Bytes of a checkpoint, about; `memory`: see `memory_use`."""
+    return sum(memory.get(part, 0) for part in HELD)
+
+
+def kept_checkpoints(train: Train, steps: int) -> int:
+    """How many checkpoints a stage of so many steps has at the end, about."""
+    written = steps // train.checkpoint_every + bool(steps % train.checkpoint_every)
+    kept = train.keep + train.keep_best + (steps // train.keep_every if train.keep_every else 0)
+    return min(kept, written) if train.keep else written
 
 
 def write(trainer: Trainer, means: dict[str, Any], *, required: bool) -> None:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ import torch
 from accelerate import Accelerator
 
 from selftrans.checkpoints import format as checkpoint
-from selftrans.config import RunConfig, Train
+from selftrans.config import RunConfig
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.device import memory_total
-from selftrans.messages import gigabytes, plural
+from selftrans.messages import plural
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import config_of_teacher
 from selftrans.methods.spec import RESERVED_FOLDERS, Stage
@@ -38,13 +37,15 @@ from selftrans.plugins import trust_named
 from selftrans.precision import PRECISIONS
 from selftrans.progress import progress_bar
 from selftrans.storage import nearest_existing
+from selftrans.train import checkpointing
 from selftrans.train.batches import Loaded
 from selftrans.train.capture_rules import ENDED, NotCaptured, description
+from selftrans.train.dry_run_report import DryRun, StagePlan
 from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
 from selftrans.train.processes import accelerator_of, free_prepared
 from selftrans.train.run import planned
-from selftrans.train.run_data import Transfer, data_of_run, describe_data, ready_data, transfer_of, transfer_text
+from selftrans.train.run_data import data_of_run, describe_data, ready_data, transfer_of
 from selftrans.train.teachers import teacher_of
 from selftrans.train.trackers import tracker_names
 from selftrans.train.trainer import Trainer
@@ -53,46 +54,6 @@ STEPS = 5  #: of each stage; the first is not timed, as it compiles and fills ca
 FEWEST, LIMIT = 2, 60.0  #: a single process begins no further step of a stage after so many steps and seconds in them
 #: operations of a micro-batch above which a CPU takes steps of fewer samples, and the fewest of these
 CPU_FLOPS, FEWEST_SAMPLES = 4e11, 2
-KEPT = ("weights", "average", "optimizer")  #: parts of the memory that a checkpoint holds
-
-
-@dataclass
-class StagePlan:
-    """What one stage takes."""
-
-    name: str
-    parameters: int  #: of the student
-    trained: int  #: of them and of the heads, with gradients
-    steps: int
-    reached: int  #: steps that the run folder already has
-    tflops_per_step: float
-    seconds_per_step: float
-    seconds_left: float
-    memory: dict[str, int]  #: bytes without activations, by what they are for
-    #: bytes: of the device in these steps, with `train.recompute` as it is set; on a CPU of the whole process
-    peak: int
-    #: of a micro-batch in the smallest step: on a slow CPU fewer than in the run, which is then extrapolated
-    samples: int
-    checkpoint: int  #: bytes
-    kept: int  #: checkpoints kept at the end, about
-    capture: str = ""  #: on a GPU: whether steps are replayed as CUDA graphs (`train.capture`), and why not
-
-
-@dataclass
-class DryRun:
-    """What a run takes, and where it will write."""
-
-    device: str
-    memory_total: int | None  #: bytes of the device, if known
-    samples: int
-    batch_size: int
-    micro_batch: int  #: samples that a process computes at a time
-    disk_needed: int  #: bytes of the checkpoints that are kept, and of one more while it is written
-    disk_free: int
-    out: str
-    written: list[str]
-    fetched: Transfer | None = None  #: what a run fetches, for data at a URL
-    stages: list[StagePlan] = field(default_factory=list)
 
 
 def dry_run(config: RunConfig, out: str | Path, *, steps: int = STEPS, typed: Collection[str] = ()) -> DryRun:
@@ -198,8 +159,8 @@ def _measured(trainer: Trainer, out: Path, steps: int) -> StagePlan:
         memory=trainer.memory,
         peak=peak,
         samples=samples,
-        checkpoint=sum(trainer.memory.get(part, 0) for part in KEPT),
-        kept=kept_checkpoints(trainer.config.train, stage.steps),
+        checkpoint=checkpointing.bytes_of(trainer.memory),
+        kept=checkpointing.kept_checkpoints(trainer.config.train, stage.steps),
         capture=description(trainer),
     )
 
@@ -228,13 +189,6 @@ def _steps_taken(trainer: Trainer, count: int, samples: int) -> tuple[list[float
             peaks.append(_peak(device))
             bar.update()
     return seconds, peaks
-
-
-def kept_checkpoints(train: Train, steps: int) -> int:
-    """How many checkpoints a stage of so many steps has at the end, about."""
-    written = steps // train.checkpoint_every + bool(steps % train.checkpoint_every)
-    kept = train.keep + train.keep_best + (steps // train.keep_every if train.keep_every else 0)
-    return min(kept, written) if train.keep else written
 
 
 def _samples(trainer: Trainer) -> int:
@@ -285,46 +239,3 @@ def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def text(found: DryRun) -> str:
-    """A dry run's findings, in lines."""
-    lines = [f"dry run: {plural(found.samples, 'sample')}, batches of {found.batch_size}, on {found.device}"]
-    for stage in found.stages:
-        size = f"{stage.parameters / 1e6:.3g} M parameters ({stage.trained / 1e6:.3g} M trained, with heads)"
-        fixed = ", ".join(f"{name} {gigabytes(part)}" for name, part in stage.memory.items())
-        total = found.memory_total
-        fits = "" if total is None else f" of {gigabytes(total)}: {'fits' if stage.peak < 0.95 * total else 'tight'}"
-        rate = 1 / stage.seconds_per_step
-        few = stage.samples
-        about = "" if few >= found.micro_batch else f", extrapolated from {few} and {2 * few} samples at a time"
-        at = f", {stage.reached} of them done" if stage.reached else ""
-        lines += [
-            f"{stage.name}: {size}, {plural(stage.steps, 'step')}{at}",
-            f"  memory      peak {gigabytes(stage.peak)}{fits}; without activations {fixed}",
-            f"  operations  {stage.tflops_per_step:.3g} TFLOPs a step",
-            f"  rate        {rate:.3g} steps/s, {found.batch_size * rate:.3g} samples/s{about}",
-            *([f"  steps       {stage.capture}"] if stage.capture else []),
-            f"  time left   {duration(stage.seconds_left)}, without previews and checkpoints",
-            f"  disk        {plural(stage.kept, 'checkpoint')} of about {gigabytes(stage.checkpoint)}",
-        ]
-    if found.fetched:
-        lines.append(f"data: {transfer_text(found.fetched)}")
-    enough = "enough" if found.disk_needed < found.disk_free else "NOT enough"
-    lines.append(f"total: {duration(sum(stage.seconds_left for stage in found.stages))}")
-    lines.append(f"disk: {gigabytes(found.disk_needed)} needed, {gigabytes(found.disk_free)} free: {enough}")
-    return "\n".join(
-        [*lines, f"nothing was written; the run will write to {found.out}:", *(f"  {w}" for w in found.written)]
-    )
-
-
-def duration(seconds: float) -> str:
-    """`1 d 3 h`, `2 h 5 min`, `40 s`: the two largest units."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    parts: list[str] = []
-    rest = round(seconds)
-    for name, length in units:
-        count, rest = divmod(rest, length)
-        if count or (name == "s" and not parts):
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2])

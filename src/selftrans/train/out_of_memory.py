@@ -12,6 +12,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.messages import plural
 from selftrans.train.batches import Loaded, to_batch
 from selftrans.train.capture_rules import NotCaptured
+from selftrans.train.captured_step import Phase
 from selftrans.train.optim import moment_bytes
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: what takes memory besides a step without a graph, in these phases of a captured step
+WHILE = {Phase.RECORDING: "it is recorded as a graph", Phase.REPLAYING: "graphs keep that of the step before"}
 CPU_MESSAGES = ("can't allocate memory", "not enough memory")  #: of RuntimeError, on a CPU
 
 
@@ -75,8 +78,7 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
         "--train.precision bf16": train.precision == "fp32",
     }
     less = " or ".join([option for option, new in options.items() if new] + ["a smaller model"])
-    if trainer.captured is not None and (trainer.captured.crowded or trainer.captured.replaying):
-        when = "it is recorded as a graph" if trainer.captured.crowded else "graphs keep that of the step before"
+    if trainer.captured is not None and (when := WHILE.get(trainer.captured.phase)):
         return f"{where} while {when}; without one it fits: use --train.capture off, or {less}"
     fits = _largest(trainer, rows) if alone else None
     if fits is None and (alone or micro == 1):

@@ -23,7 +23,8 @@ from selftrans.evaluate.plots import sample_sheet, save_png
 from selftrans.flow import PATHS
 from selftrans.messages import first_line, printable
 from selftrans.sampling.conditioning import CaptionConditioning, Conditioning, conditioning_of, read_prompts
-from selftrans.sampling.images import SampledBatch, Sampler, applicable_settings
+from selftrans.sampling.images import SampledBatch, Sampler
+from selftrans.sampling.run_settings import applicable_settings
 from selftrans.storage import no_symlink, write_text
 from selftrans.train.signals import StopSignal
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object, release_memory
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from selftrans.config import RunConfig, Train
 
@@ -42,12 +44,19 @@ def keep_memory() -> bool:
 def free_prepared(accelerator: Accelerator) -> None:
     """Free the memory of all that the accelerator has prepared, and of the device; for the next stage.
 
-    accelerate's `free_memory` runs the garbage collector before it forgets its models. A prepared model refers to itself, so
-    weights, and gradients that lie in the memory of a graph, would stay until Python collects garbage by itself.
+    accelerate's `free_memory` runs the garbage collector before it forgets the optimizer, whose parameters, and gradients that
+    lie in the memory of a graph, would stay until Python collects garbage by itself.
     """
-    accelerator._models.clear()
-    accelerator._optimizers.clear()
     accelerator.free_memory()
+    release_memory()
+
+
+def distributed(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A module whose gradients are averaged over the processes of the run (DDP); of a single process the module itself."""
+    if accelerator.num_processes == 1:
+        return module
+    # gradients lie in the buckets that DDP sends, which would take as much memory again
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
@@ -63,11 +72,7 @@ def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes form a group only with this
         mixed_precision=mixed,
         project_dir=str(out),
-        # gradients lie in the buckets that DDP sends, which would take as much memory again
-        kwargs_handlers=[
-            process_group_options(config.train),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
+        kwargs_handlers=[process_group_options(config.train)],
     )
 
 

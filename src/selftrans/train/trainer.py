@@ -39,7 +39,7 @@ from selftrans.train.nonfinite import NonFiniteSteps, check_weights, with_remedy
 from selftrans.train.optim import build_optimizer, forget, learning_rate
 from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
-from selftrans.train.processes import check_same
+from selftrans.train.processes import check_same, distributed
 from selftrans.train.resume import check_data, checkpoint_errors, common_checkpoint
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import check_teacher
@@ -60,6 +60,8 @@ class Trainer:
         preview: makes the previews. trackers: where log lines and previews are shown, besides the run directory.
         stop: the stop signals. bar: makes the progress bar (tqdm's interface).
     """
+
+    optimizer: Any  #: torch's until the checkpoint is loaded, then as accelerate has prepared it
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class Trainer:
         if self.compiled:
             self._compile()
         self._wrap()
+        self.optimizer = accelerator.prepare_optimizer(self.optimizer)
         self.captured = captured_step(self)
 
     def _build(self, *, fresh: bool) -> None:
@@ -119,7 +122,7 @@ class Trainer:
             )
             self.ema.follow(self.objective.student)
         self.memory = memory_use(self.objective, self.ema.model, self.teacher, train.optimizer)
-        self.optimizer: Any = build_optimizer(self.objective, train)
+        self.optimizer = build_optimizer(self.objective, train)
 
     def _new_objective(self, *, fresh: bool) -> Objective:
         """The student with initial weights, if `fresh`, and its guidances, on the device."""
@@ -283,15 +286,8 @@ class Trainer:
         return flops_until(self.step, self.flops, self.ends, begun)
 
     def _wrap(self) -> None:
-        """(Re)wrap the objective for this process group; also after its parameters have changed."""
-        self.accelerator._models.clear()
-        self.objective = self.accelerator.unwrap_model(self.objective, keep_fp32_wrapper=False)
-        # otherwise accelerate would not give it autocast again
-        self.objective.__dict__.pop("_is_accelerate_prepared", None)
-        # a sharded model needs only autocast: with evaluation_mode accelerate does not wrap it in DDP
-        self.wrapped = self.accelerator.prepare_model(self.objective, evaluation_mode=self.sharded)
-        if not hasattr(self.optimizer, "optimizer"):
-            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        """(Re)wrap the objective for the processes of the run; also after its parameters have changed."""
+        self.wrapped = self.objective if self.sharded else distributed(self.objective, self.accelerator)
 
     def _save(self, *, required: bool) -> None:
         """Write a checkpoint; while updates are skipped only if it is `required`, as the run ends here."""

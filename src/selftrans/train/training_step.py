@@ -50,7 +50,8 @@ def micro_step(trainer: Trainer, batch: Batch, step: int | Tensor, *, last: bool
     """
     accelerator = trainer.accelerator
     with fsdp.exchange(trainer.wrapped, accelerator, last):
-        loss, report = trainer.wrapped(batch, step)
+        with accelerator.autocast():
+            loss, report = trainer.wrapped(batch, step)
         accelerator.backward(loss / trainer.config.train.accumulate)
     return {"loss": loss.detach(), **report}
 

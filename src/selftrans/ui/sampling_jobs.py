@@ -14,7 +14,8 @@ from selftrans.evaluate.plots import as_pictures, image_grid, png_bytes
 from selftrans.messages import one_line, printable
 from selftrans.plain_json import from_plain, to_plain
 from selftrans.sample_config import SampleConfig
-from selftrans.sampling.images import Sampler, overridden
+from selftrans.sampling.images import Sampler
+from selftrans.sampling.run_settings import overridden
 from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.train.preview import captions
 from selftrans.ui.contained import part

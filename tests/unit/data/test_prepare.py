@@ -19,9 +19,13 @@ from safetensors.numpy import load_file
 import selftrans.data.prepare as prepare_module
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
+from selftrans.data.encode_captions import TextOptions
 from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare, prepare_builtin
 from selftrans.data.prepare_features import prepare_features
+from selftrans.data.prepare_options import PrepareOptions
+from selftrans.data.sources.clips import MediaOptions
+from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.open_source import open_source
 from selftrans.encoders.autoencoder import from_uint8, to_uint8
 from selftrans.encoders.latent_space import LatentSpace
@@ -61,6 +65,36 @@ def test_pixels_are_stored_exactly(pictures: Path, tmp_path: Path, dtype: str) -
     assert torch.equal(to_uint8(moments[:, 1]), expected.flip(dims=(2,)))  # mirrored left to right
     assert torch.equal(moments[:, 0], from_uint8(expected).to(moments.dtype))  # as from the pixel autoencoder
     assert labels.tolist() == source.labels.tolist()
+
+
+def test_options_by_keyword_replace_those_of_a_record(pictures: Path, tmp_path: Path) -> None:
+    options = PrepareOptions(shard_size=10, flip=True, progress=False)
+    record = prepare(pictures, tmp_path / "a", options, shard_size=9)
+    assert record == prepare(pictures, tmp_path / "b", shard_size=9, flip=True, progress=False)
+    assert record.copies == 2 and len(record.shards) == 3
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mirror'"):
+        prepare(pictures, tmp_path / "c", options, mirror=True)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"dtype": "int8"}, "dtype 'int8' is not one of"),
+        ({"precision": "fp32"}, "precision 'fp32' is not one of float32"),
+        ({"batch_size": 0}, "batch_size 0 and shard_size 8192 should be 1 or more"),
+        ({"part": "3/2"}, "I/N with I from 1 to N"),
+    ],
+)
+def test_option_out_of_range_is_refused(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrepareOptions(**option)
+
+
+def test_grey_and_the_name_of_a_text_encoder_become_options_of_their_kind() -> None:
+    given = PrepareOptions(text="minilm", media=MediaOptions(grey=True))  # type: ignore[arg-type]
+    assert given.reading.grey and given.text == TextOptions("minilm")
+    assert PrepareOptions(reading=Reading(grey=True)).media.grey
 
 
 def test_pictures_that_are_not_square(pictures: Path, tmp_path: Path, vae: str) -> None:

@@ -14,7 +14,8 @@ from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
 from selftrans.data.prepare import prepare
 from selftrans.interop import SiTPipeline
-from selftrans.sampling.images import Sampler, image_noise
+from selftrans.sampling.images import Sampler
+from selftrans.sampling.streams import image_noise
 from selftrans.train.run import train
 from tests.support import text_runs, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture

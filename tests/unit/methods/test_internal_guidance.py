@@ -24,7 +24,8 @@ from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.interpolant_transformer import InterpolantTransformer
 from selftrans.methods.internal_guidance import Internal, InternalGuidance, default_block
 from selftrans.methods.registry import meta_objective, stages
-from selftrans.sampling.images import Sampler, applicable_settings
+from selftrans.sampling.images import Sampler
+from selftrans.sampling.run_settings import applicable_settings
 from selftrans.train.flops import step_flops
 from selftrans.train.run import train
 from tests.support.shared import once

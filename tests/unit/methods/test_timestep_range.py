@@ -1,6 +1,7 @@
 """The gain of each sample by its time, against the formulas and the released code's arithmetic."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -107,17 +108,33 @@ def test_share_of_a_logitnormal_range_by_hand():
 
 @pytest.mark.parametrize("span", [(0.4, 0.7), (0.0, 1.0), (0.0, 0.3), (0.65, 1.0), (0.5, 0.51), (0.1, 0.95)])
 def test_even_times_of_another_distribution_have_a_static_shape(span):
-    """Every time inside is computed, and at most one more."""
+    """Every time inside is computed, and at most one more. Also where no objective has said how times are drawn."""
     law, (a, b) = flow.TIMES["systematic_logitnormal"], span
-    selected = TimestepRange(span, "select").under(law, LINEAR)
+    alone = TimestepRange(span, "select")
+    selected = alone.under(law, LINEAR)
     torch.manual_seed(0)
     for n in (1, 2, 7, 64, 255, 256):
         for _ in range(20):
             times = law.draw(n, LINEAR, torch.device("cpu"))
-            picked = selected.gate(handmade_draw(times.tolist(), (1, 1, 1), even=True))
+            d = handmade_draw(times.tolist(), (1, 1, 1), even=True)._replace(share=partial(law.share, path=LINEAR))
+            picked = alone.gate(d)
+            assert torch.equal(picked.rows, selected.gate(d).rows)
             inside = set(((times >= a) & (times <= b)).nonzero().flatten().tolist())
             assert len(picked.rows) == selected.computed(n) and len(picked.rows) - len(inside) <= 1
             assert {r for r, g in zip(picked.rows.tolist(), picked.gain.tolist(), strict=True) if g} == inside
+
+
+@pytest.mark.parametrize("times", flow.TIMES)
+def test_guidance_without_an_objective_computes_every_sample_inside(times):
+    """Of logit-normal times 0.459 lie in [0.4, 0.7], more than b - a = 0.3 of them."""
+    batch = data(256)
+    d = flow.draw(batch, torch.full_like(batch.cond, 7), times=times)
+    for guidance in (
+        stage1(Stub(), timestep_range=(0.4, 0.7)),
+        stage2(Stub(), frozen_stub(), timestep_range=(0.4, 0.7)),
+    ):
+        inside = ((d.t >= 0.4) & (d.t <= 0.7)).float().mean()
+        assert float(guidance.acts_in.gate(d).gain.sum()) == pytest.approx(float(inside), abs=1e-6)
 
 
 def test_objective_tells_its_guidances_how_times_are_drawn():

@@ -15,7 +15,8 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.encoders.identity import IdentityAutoencoder, identity
 from selftrans.models.sit import SiT
 from selftrans.sampling import images as module
-from selftrans.sampling.images import Sampler, cast_products, image_noise, padded, worth_compiling
+from selftrans.sampling.images import Sampler, cast_products, padded, worth_compiling
+from selftrans.sampling.streams import image_noise
 from selftrans.train.preview import Preview
 from selftrans.types import Backbone, Conditions, Output
 from tests.support import toy

@@ -26,6 +26,7 @@ from selftrans.methods.registry import stages
 from selftrans.train import trainer
 from selftrans.train.batches import draw_batch, inputs_of, seed_step
 from selftrans.train.capture_rules import NotCaptured
+from selftrans.train.captured_step import Phase
 from selftrans.train.optim import optimizer_tensors
 from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
@@ -105,9 +106,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
         def replay() -> None:
             if self is owner._micro and not owner._held:
                 owner.trainer.objective.zero_grad(set_to_none=True)
-            owner._capturing = True
+            owner.phase = Phase.RECORDING
             found = self.function()
-            owner._capturing = False
+            owner.phase = Phase.REPLAYING
             self._out = found if self._out is None or not len(self._out) else self._out.copy_(found)
 
         made.append(self)

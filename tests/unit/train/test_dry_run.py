@@ -14,7 +14,8 @@ from selftrans.cli.main import main
 from selftrans.data.buckets import open_data
 from selftrans.data.streaming.shard_cache import CacheOptions
 from selftrans.train.capture_rules import ENDED, NotCaptured
-from selftrans.train.dry_run import _extrapolated, dry_run, duration, text
+from selftrans.train.dry_run import _extrapolated, dry_run
+from selftrans.train.dry_run_report import text
 from selftrans.train.run_data import Transfer
 from selftrans.train.trainer import Trainer
 from tests.support import toy
@@ -224,7 +225,3 @@ def test_dry_run_of_windows_fetches_one_shard(folder, tmp_path, monkeypatch, sha
 def test_data_on_this_machine_are_read_as_in_the_run(folder, tmp_path, monkeypatch, capsys):
     found, read, _ = rehearsed(SimpleNamespace(url=str(folder), asked=[]), tmp_path, monkeypatch)
     assert len(read) > 1 and found.fetched is None and "data:" not in text(found) + capsys.readouterr().out
-
-
-def test_durations():
-    assert [duration(s) for s in (0, 40, 7500, 97_500)] == ["0 s", "40 s", "2 h 5 min", "1 d 3 h"]

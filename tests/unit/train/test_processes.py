@@ -5,15 +5,18 @@ import sys
 from datetime import timedelta
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from selftrans.config import Train
 from selftrans.train import processes
 from selftrans.train.processes import (
+    accelerator_of,
     check_same,
     keep_memory,
     process_group_options,
     reporting_lost_processes,
 )
+from tests.support import toy
 
 FREED = """
 import gc, weakref
@@ -39,6 +42,17 @@ def test_models_and_optimisers_of_a_stage_are_freed_before_the_next():
     """
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
     assert done.stdout == "[None, None, None]\n", done.stderr
+
+
+def test_runs_of_one_process_may_have_different_precisions(tmp_path):
+    """accelerate keeps its state for the process; the fields by which it is begun anew are private."""
+    AcceleratorState._reset_state(True)
+    try:
+        for precision, mixed in (("fp32", "no"), ("bf16", "bf16"), ("bf16", "bf16"), ("fp32", "no")):
+            config = toy.toy({"train.precision": precision})
+            assert accelerator_of(config, tmp_path).mixed_precision == mixed
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 def test_timeout_of_the_process_group_is_the_setting():

@@ -20,7 +20,8 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.plots import as_pictures
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
 from selftrans.experiments.analyse_run import null_of
-from selftrans.sampling.images import Sampler, overridden
+from selftrans.sampling.images import Sampler
+from selftrans.sampling.run_settings import overridden
 from selftrans.train.run import train
 from selftrans.ui import server
 from selftrans.ui.server import Page

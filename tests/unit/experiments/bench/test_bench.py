@@ -408,6 +408,10 @@ def test_prompt_control_takes_other_methods_and_settings(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         control.options_of(words)
     assert "repa needs --encoder" in capsys.readouterr().err
+    for wrong in ("repa.weight", "train.times=uniform"):
+        with pytest.raises(SystemExit):
+            control.options_of(["--out", "x", "--set", wrong])
+        assert f"--set: '{wrong}' should be SECTION.FIELD=JSON, such as" in capsys.readouterr().err
     config = control.settings_of(control.options_of([*words, "--encoder", "folder", "--steps", "20"]))
     repa, stage2 = config.sections["repa"], config.sections["stage2"]
     assert (repa.weight, repa.encoder, repa.head_width) == (1.0, "folder", 128)
