@@ -89,6 +89,9 @@ class Train(Section):
     times: str = "systematic"
     """timestep sampler: systematic (uniform, evenly spread over the batch), uniform (independent), lognormal (EDM's),
     lognormal_standard (REPA's), logitnormal (SD3's and LightningDiT's) or systematic_logitnormal (evenly spread)"""
+    time_shift: float = 1.0
+    """k moves the drawn times t to k t / (1 + (k - 1) t), as sample.time_shift those of sampling: above 1 more of them are near
+    the noise, for latents of many numbers (SD3: 3 at 1024 pixels); 1: none"""
     loss: Literal["own", "velocity", "noise"] = setting("own", resume="consent")
     """whose squared error the flow loss is: velocity, noise, or own, that of what the model predicts (DiT: noise)"""
     cosine: float = setting(0.0, resume="consent")
@@ -131,7 +134,8 @@ class Train(Section):
         for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"train.{name} '{getattr(self, name)}' is unknown; choose {', '.join(known)}")
-        for name in ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every", "max_skips", "timeout"):
+        positive = ("steps", "batch_size", "accumulate", "lr", "time_shift", "clip")
+        for name in (*positive, "checkpoint_every", "max_skips", "timeout"):
             check_positive(self, name)
         for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay", "cosine"):
             if getattr(self, name) < 0:
