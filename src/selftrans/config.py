@@ -73,11 +73,15 @@ class Train(Section):
     accumulate: int = setting(1, resume="consent")
     """micro-batches per step and process"""
     lr: float = setting(1e-4, resume="consent")
-    """AdamW learning rate after warm-up, constant"""
+    """AdamW learning rate after warm-up, constant unless lr_decay says otherwise"""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = setting(0.0, resume="consent")
     warmup: int = setting(0, resume="consent")
     """steps over which the learning rate rises linearly from zero"""
+    lr_decay: tuple[int, int] | None = setting(None, resume="consent")
+    """A B: from step A on the learning rate falls, to zero at step B, at each stage's own steps; None: never"""
+    lr_decay_shape: Literal["linear", "cosine"] = setting("linear", resume="consent")
+    """how it falls"""
     clip: float = setting(1.0, resume="consent")
     """largest gradient norm"""
     ema: float = 0.9999
@@ -89,6 +93,9 @@ class Train(Section):
     times: str = "systematic"
     """timestep sampler: systematic (uniform, evenly spread over the batch), uniform (independent), lognormal (EDM's),
     lognormal_standard (REPA's), logitnormal (SD3's and LightningDiT's) or systematic_logitnormal (evenly spread)"""
+    time_shift: float = 1.0
+    """k moves the drawn times t to k t / (1 + (k - 1) t), as sample.time_shift those of sampling: above 1 more of them are near
+    the noise, for latents of many numbers (SD3: 3 at 1024 pixels); 1: none"""
     loss: Literal["own", "velocity", "noise"] = setting("own", resume="consent")
     """whose squared error the flow loss is: velocity, noise, or own, that of what the model predicts (DiT: noise)"""
     cosine: float = setting(0.0, resume="consent")
@@ -124,18 +131,21 @@ class Train(Section):
     max_skips: int = setting(25, resume="free")
     """updates skipped in a row, with gradients not finite, that end the training (fp16 needs a few to find its scale)"""
     allow_changes: bool = setting(False, resume="free")
-    """continue a run with another lr, warmup, clip, weight_decay, drop, loss, cosine, precision, accumulate or guidance weight,
-    which is printed and written to changes.json"""
+    """continue a run with another lr, warmup, lr_decay, clip, weight_decay, drop, loss, cosine, precision, accumulate or
+    guidance weight, which is printed and written to changes.json"""
 
     def check(self) -> None:
         for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"train.{name} '{getattr(self, name)}' is unknown; choose {', '.join(known)}")
-        for name in ("steps", "batch_size", "accumulate", "lr", "clip", "checkpoint_every", "max_skips", "timeout"):
+        positive = ("steps", "batch_size", "accumulate", "lr", "time_shift", "clip")
+        for name in (*positive, "checkpoint_every", "max_skips", "timeout"):
             check_positive(self, name)
         for name in ("warmup", "preview_every", "keep", "keep_best", "keep_every", "seed", "weight_decay", "cosine"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, not {getattr(self, name)}")
+        if self.lr_decay and not 0 <= self.lr_decay[0] < self.lr_decay[1]:
+            raise ValueError(f"train.lr_decay {self.lr_decay} must be two increasing steps, or None")
         if self.optimizer != "adamw" and (self.shard or self.precision == "fp16"):
             other = "train.shard" if self.shard else "train.precision fp16"
             raise ValueError(f"train.optimizer {self.optimizer} does not go with {other}; use adamw")

@@ -212,10 +212,32 @@ TIMES = {
 }
 
 
-def check_times(times: str) -> None:
-    """ValueError for a timestep sampler that is not in `TIMES`."""
-    if times not in TIMES:
-        raise ValueError(f"times {times!r} is unknown; choose one of {', '.join(TIMES)}")
+def shifted(times: Tensor, shift: float) -> Tensor:
+    """t -> k t / (1 + (k - 1) t) for k = `shift`, which keeps 0 and 1 (SD3, 2403.03206, section 5.3.2); its inverse is 1 / k.
+
+    On the linear path it makes the noise-to-signal ratio k times as large. LightningDiT's `timestep_shift` s, where t = 0 is
+    noise, is k = 1 / s.
+    """
+    return times if shift == 1 else shift * times / (1 + (shift - 1) * times)
+
+
+def times_of(name: str, shift: float = 1.0) -> Times:
+    """How times are drawn: as `TIMES[name]` says, and then `shifted`.
+
+    ValueError for a name that is not in `TIMES`, and for a shift that is not above zero.
+    """
+    if name not in TIMES:
+        raise ValueError(f"times {name!r} is unknown; choose one of {', '.join(TIMES)}")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"time_shift {shift} must be above zero; 1 leaves the times as they are drawn")
+    plain = TIMES[name]
+    if shift == 1:
+        return plain
+
+    def below(t: float, path: Path) -> float:
+        return plain.below(t / (shift - (shift - 1) * t), path)
+
+    return Times(lambda n, path, device: shifted(plain.draw(n, path, device), shift), below, plain.even)
 
 
 def own_times(t: Tensor, n: int) -> Tensor:
@@ -240,6 +262,7 @@ def draw(
     *,
     path: Path = LINEAR,
     times: str = "systematic",
+    time_shift: float = 1.0,
     drop: float = 0.1,
     t: Tensor | None = None,
     noise: Tensor | None = None,
@@ -249,16 +272,15 @@ def draw(
     Args:
         batch: latents z0 (N, C, *S) and their true condition.
         null: the model's null condition for this batch, `model.null(batch.cond)`.
-        path: on which the points lie. times: how t is drawn, a name in `TIMES`.
+        path: on which the points lie. times, time_shift: how t is drawn, see `times_of`.
         drop: probability in [0, 1] that a sample's condition is replaced by the null one, in `Draw.dropped`.
         t: times (N,) in [0, 1] that are used in place of drawn ones. noise: likewise, in the shape of z0.
-    Raises ValueError for unknown `times`, and for times and noise of another shape.
+    Raises ValueError as `times_of`, and for times and noise of another shape.
     """
-    check_times(times)
+    law = times_of(times, time_shift)
     n, device = batch.z0.shape[0], batch.z0.device
     even, share = False, None
     if t is None:
-        law = TIMES[times]
         drawn, even, share = law.draw(n, path, device), law.even, partial(law.share, path=path)
     else:
         drawn = own_times(t, n)

@@ -224,6 +224,8 @@ def test_settings_that_may_change_on_resume():
             "train.lr",
             "stage2.teacher_lr",
             "train.warmup",
+            "train.lr_decay",
+            "train.lr_decay_shape",
             "train.clip",
             "train.weight_decay",
             "train.precision",

@@ -155,6 +155,50 @@ def test_share_of_a_range_is_that_of_the_drawn_times(name, path):
         assert TIMES[name].share((a, b), path) == pytest.approx(inside, abs=0.01)
 
 
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+@pytest.mark.parametrize("name", TIMES)
+def test_share_of_a_range_is_that_of_the_shifted_times(name, shift):
+    torch.manual_seed(3)
+    law = flow.times_of(name, shift)
+    t = law.draw(40_000, LINEAR, CPU)
+    assert law.even == TIMES[name].even
+    for a, b in ((0.4, 0.7), (0.0, 0.3), (0.65, 1.0), (0.0, 1.0)):
+        assert law.share((a, b), LINEAR) == pytest.approx(((t >= a) & (t <= b)).double().mean().item(), abs=0.01)
+
+
+def test_shifted_logitnormal_times_have_another_mean():
+    """logit(k t / (1 + (k - 1) t)) = logit(t) + log k: SD3's logit-normal density of mean log k."""
+    torch.manual_seed(3)
+    t = flow.times_of("logitnormal", 3.0).draw(4000, LINEAR, CPU).double()
+    assert scipy.stats.kstest(torch.log(t / (1 - t)).numpy(), "norm", args=(math.log(3), 1)).pvalue > 1e-3
+
+
+def test_shifted_times_are_those_of_the_sd3_schedule_of_diffusers():
+    """diffusers' scripts draw a step of the shifted schedule at random; step k of it is our shifted k / 1000."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas[:1000].flip(0).double()
+    ours = flow.shifted(torch.arange(1, 1001, dtype=torch.float64) / 1000, 3.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.inf, math.nan])
+def test_shift_that_moves_times_out_of_their_range_is_refused(shift):
+    with pytest.raises(ValueError, match=r"time_shift .* must be above zero"):
+        flow.times_of("uniform", shift)
+
+
+def test_draw_shifts_its_times_and_not_those_of_the_caller():
+    b, null = batch(8), torch.full((8,), 10)
+    torch.manual_seed(4)
+    plain = flow.draw(b, null)
+    torch.manual_seed(4)
+    moved = flow.draw(b, null, time_shift=2.0)
+    torch.testing.assert_close(moved.t, 2 * plain.t / (1 + plain.t))
+    assert torch.equal(moved.noise, plain.noise)
+    assert torch.equal(flow.draw(b, null, time_shift=2.0, t=plain.t).t, plain.t)
+
+
 def batch(n):
     return Batch(torch.randn(n, 1, 2, 2), torch.arange(n) % 10)
 

@@ -47,8 +47,9 @@ class Evaluate(Command):
     reference: str
     """folder, zip or npz of real pictures, prepared data (also a URL), `digits`, or an npz of statistics (mu, sigma; ADM's)"""
     features: str | None = None
-    """`inception` or its file of weights (.pth), `digits`, a classifier file made by `selftrans classifier`, or `values`: the
-    numbers themselves; None: inception for pictures, values for data that are not pictures"""
+    """`inception` or its file of weights (.pth), `digits`, a classifier file made by `selftrans classifier`, a vision model of
+    transformers (hub id or folder: facebook/dinov2-large), or `values`: the numbers themselves; None: inception for pictures,
+    values for data that are not pictures"""
     out: Path | None = None
     """file for the json report; None: evaluate.json next to the pictures, or in the run"""
     save_reference: Path | None = None
@@ -250,8 +251,8 @@ class Compare(RecipeCommand[Config]):
     images: int = 1000
     """samples for each distance"""
     features: str | None = None
-    """extractor, by name or file; None: the digits' classifier, one trained on pixel data with classes, values for data that
-    are not pictures, or inception"""
+    """extractor, as `evaluate` takes it; None: the digits' classifier, one trained on pixel data with classes, values for data
+    that are not pictures, or inception"""
     workers: int | None = None
     """runs at the same time, which divide the cores (or OMP_NUM_THREADS each); None: one per core, one on a GPU"""
     trust: Trust = ()

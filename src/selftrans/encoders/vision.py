@@ -133,22 +133,28 @@ def load_encoder(
 
     model, absent = load_model(AutoModel, name, name, "a vision model", UNUSED)
     stored = {key: tensor for key, tensor in model.state_dict().items() if key not in absent}
-    mean, std = _normalisation(name)
+    mean, std = normalisation(picture_processor(name))
     return Encoder(encoder_name(name), model.to(device, dtype), sha256_of(stored), grid, mean=mean, std=std)
 
 
-def _normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and deviation, per channel, with which the model's processor normalises pixels in [0, 1]."""
+def picture_processor(name: str) -> Any:
+    """The processor of a model's pictures; None, with a warning, where there is none that can be used."""
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the type depends on what is missing
         warnings.warn(
             f"encoder {name} has no usable preprocessor_config.json ({first_line(error, 200)}); pixels are normalised with "
             "ImageNet's mean and deviation",
             stacklevel=3,
         )
+        return None
+
+
+def normalisation(processor: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation, per channel, with which a processor normalises pixels in [0, 1]; of None those of ImageNet."""
+    if processor is None:
         return IMAGENET
     if not getattr(processor, "do_normalize", True):
         return (0.0,), (1.0,)

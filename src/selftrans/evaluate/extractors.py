@@ -187,7 +187,8 @@ def load_extractor(
     device: Device = "cpu",
     shape: tuple[int, ...] | None = None,
 ) -> Extractor:
-    """Load an extractor by its name in `NAMES`, from a classifier's .safetensors file, or from Inception's .pth file.
+    """Load an extractor by its name in `NAMES`, from a classifier's .safetensors file, from Inception's .pth file, or from a
+    vision model of `transformers` (a folder, or a hub id with an owner, such as facebook/dinov2-large).
 
     `weights` is the file of a named extractor: Inception's weights, or the digit classifier, which is read from it, else
     trained in seconds (on the CPU, so that its weights do not depend on the device) and saved to it. `shape` of one image is
@@ -210,9 +211,14 @@ def load_extractor(
         return ClassifierExtractor(SmallClassifier.load(text), called, device)
     if suffix == ".pth":
         return InceptionExtractor(text, device)
+    if Path(name).is_dir() or len(Path(name).parts) == 2:
+        from selftrans.evaluate.vision_features import VisionExtractor
+
+        return VisionExtractor(text, device)
     hint = did_you_mean(closest(text, NAMES))
     raise ValueError(
-        f"unknown features {text!r}{hint or ';'} choose from {known}, or give a classifier's .safetensors file"
+        f"unknown features {text!r}{hint or ';'} choose from {known}, or give a classifier's .safetensors file or a vision "
+        "model of transformers (hub id or folder)"
     )
 
 

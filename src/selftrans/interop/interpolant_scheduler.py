@@ -24,7 +24,7 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         sampler: euler, heun (also called ode) or sde. path: linear or cosine.
-        time_shift: see `samplers.shifted`. last: t at which the last step of the SDE starts.
+        time_shift: see `flow.shifted`. last: t at which the last step of the SDE starts.
         num_train_timesteps: the largest timestep, 1.
     """
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from selftrans.flow import PATHS, Loss, Path, check_times
+from selftrans.flow import PATHS, Loss, Path
 from selftrans.methods.guidance import Guidance, Report
 from selftrans.types import Backbone, Output
 
@@ -21,11 +21,10 @@ from selftrans.types import Backbone, Output
 LOGGED = ("stage", "step", "loss", "flow", "grad_norm", "lr", "seconds", "tflops", "skipped", "skips")
 
 
-def check_options(path: Path, times: str, drop: float, cosine: float, loss: Any) -> None:
+def check_options(path: Path, drop: float, cosine: float, loss: Any) -> None:
     """ValueError for an option of `Objective` out of range, and for a cosine term with a loss of the caller."""
     if isinstance(path, str):
         raise ValueError(f"path {path!r} must be a Path: one of selftrans.PATHS, which are {', '.join(PATHS)}")
-    check_times(times)
     if not 0 <= drop <= 1 or not 0 <= cosine < math.inf:
         raise ValueError(f"drop {drop} must be in [0, 1], and cosine {cosine} a number from 0")
     if callable(loss) and cosine:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selftrans.flow import LINEAR, TIMES, Loss, Path, column, draw, noise_per_velocity
+from selftrans.flow import LINEAR, Loss, Path, column, draw, noise_per_velocity, times_of
 from selftrans.methods.contract import (
     check_options,
     check_output,
@@ -37,6 +37,7 @@ class Objective(nn.Module):
         path: `LINEAR` or `COSINE`; a teacher must have been trained on the same one.
         times: how t is drawn: "systematic" (evenly spaced over the batch, one random offset), "systematic_logitnormal",
             "uniform", "lognormal", "lognormal_standard" or "logitnormal" (`flow.TIMES`).
+        time_shift: k, which moves drawn times t to k t / (1 + (k - 1) t); 1: none (`flow.shifted`).
         drop: probability in [0, 1] that the student gets the null condition in place of a sample's own.
         cosine: factor of 1 - cos between predicted and true velocity, over the channels of each latent pixel, which is added
             to the squared error (LightningDiT, 2501.01423, section 4).
@@ -58,22 +59,25 @@ class Objective(nn.Module):
         *,
         path: Path = LINEAR,
         times: str = "systematic",
+        time_shift: float = 1.0,
         drop: float = 0.1,
         cosine: float = 0.0,
         loss: Loss | Callable[[Tensor, Draw], Tensor] = "own",
     ) -> None:
         super().__init__()
         check_backbone(student, "the student")
-        check_options(path, times, drop, cosine, loss)
+        check_options(path, drop, cosine, loss)
+        law = times_of(times, time_shift)
         warn_of_second_dropping(student, drop)
         self.student = student
         self.guidances = nn.ModuleList(checked_guidances(guidances, student))
-        self.path, self.times, self.drop, self.cosine = path, times, drop, cosine
+        self.path, self.times, self.time_shift, self.drop, self.cosine = path, times, time_shift, drop, cosine
         self.loss = checked_prediction(student) if loss == "own" else loss
         for guidance in self.guidances:
-            guidance.use_times(TIMES[times], path)
+            guidance.use_times(law, path)
         #: whether a range of t holds a number of drawn times that is bounded, and known to the guidances that select by one
-        self.even = TIMES[times].even and (times == "systematic" or all(map(knows_times, self.guidances)))
+        uniform = times == "systematic" and time_shift == 1
+        self.even = law.even and (uniform or all(map(knows_times, self.guidances)))
         self._unchecked = True  # labels on a GPU are checked in the first call only, since the check takes kernels
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
@@ -105,7 +109,8 @@ class Objective(nn.Module):
         if not torch.compiler.is_compiling():
             self._unchecked = False
         null = self.student.null(batch.cond)
-        d = draw(batch, null, path=self.path, times=self.times, drop=self.drop, t=t, noise=noise)
+        options = {"path": self.path, "times": self.times, "time_shift": self.time_shift, "drop": self.drop}
+        d = draw(batch, null, **options, t=t, noise=noise)
         return d._replace(even=d.even and self.even)
 
     def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:

@@ -101,6 +101,7 @@ def objective_of(config: RunConfig, student: Backbone, guidances: Iterable[Guida
         guidances,
         path=PATHS[train.path],
         times=train.times,
+        time_shift=train.time_shift,
         drop=train.drop,
         cosine=train.cosine,
         loss=train.loss,

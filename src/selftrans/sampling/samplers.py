@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from selftrans.flow import LINEAR, Path, score_from_v
+from selftrans.flow import LINEAR, Path, score_from_v, shifted
 from selftrans.messages import plural
 from selftrans.types import Backbone, Cond, Output, cat_cond
 
@@ -32,14 +32,6 @@ class Early(NamedTuple):
 
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)  #: of t
-
-
-def shifted(times: Tensor, shift: float) -> Tensor:
-    """t -> k t / (1 + (k - 1) t) for k = `shift`, which keeps 0 and 1 (SD3, 2403.03206, section 5.3.2); its inverse is 1 / k.
-
-    LightningDiT's `timestep_shift` s, where t = 0 is noise, is k = 1 / s.
-    """
-    return times if shift == 1 else shift * times / (1 + (shift - 1) * times)
 
 
 def ode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,8 +46,16 @@ def moment_bytes(parameters: Iterable[Tensor], kind: str) -> int:
 
 
 def learning_rate(step: int, config: Train) -> float:
-    """Rate of the 0-based step: linear warm-up, then constant. A function of the step alone, so resume needs no state."""
-    return config.lr * min(1.0, (step + 1) / config.warmup) if config.warmup else config.lr
+    """Rate of the 0-based step: linear warm-up, constant, and the fall of `lr_decay`.
+
+    A function of the step and not of the run's length: resume needs no state, and a longer run has the same first steps.
+    """
+    rate = config.lr * min(1.0, (step + 1) / config.warmup) if config.warmup else config.lr
+    if config.lr_decay is None:
+        return rate
+    first, last = config.lr_decay
+    left = min(1.0, max(0.0, (last - step) / (last - first)))
+    return rate * (left if config.lr_decay_shape == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

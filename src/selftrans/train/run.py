@@ -183,6 +183,11 @@ def _begin(
 def _check_stages(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
     """ValueError for what would stop a later stage after days of training the first: each is built without weights."""
     for number, stage in enumerate(plan):
+        if config.train.lr_decay and config.train.lr_decay[1] < stage.steps:
+            raise ValueError(
+                f"{stage.name} has {plural(stage.steps, 'step')}, but train.lr_decay ends at step {config.train.lr_decay[1]}, "
+                "from which the rate is zero; give a later end, or None"
+            )
         reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
         if reached > stage.steps:
             raise ValueError(

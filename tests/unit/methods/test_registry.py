@@ -76,6 +76,15 @@ def test_stage_is_put_together_without_memory():
     assert meta_objective(run, stages(run)[1], (1, 8, 8), LABELS, given).guidances[0].teacher is given
 
 
+def test_objective_has_the_training_settings_of_the_run():
+    given = {"times": "logitnormal", "time_shift": 2.0, "drop": 0.2, "cosine": 0.5, "loss": "noise"}
+    run = config("vanilla").override(
+        {f"train.{name}": value for name, value in given.items()} | {"train.path": "cosine"}
+    )
+    objective = meta_objective(run, stages(run)[0], (1, 8, 8), LABELS)
+    assert {name: getattr(objective, name) for name in given} == given and objective.path.name == "cosine"
+
+
 def test_stages_of_vanilla_structure_and_self_transcendence():
     vanilla, structure, full = (stages(config(m)) for m in ("vanilla", "structure", "self_transcendence"))
     assert [(s.name, s.steps) for s in vanilla] == [("vanilla", 6)] and not vanilla[0].guide(Stub(), None)

@@ -143,6 +143,19 @@ def test_objective_tells_its_guidances_how_times_are_drawn():
     assert guidance.cost(100) == {"head": 46, "teacher": 92}
 
 
+def test_range_of_shifted_times_by_hand():
+    """With k = 2 uniform times t / (2 - t) are between 0.4 / 1.6 and 0.7 / 1.3: 0.288 of them, and each one is computed."""
+    guidance = stage2(Stub(), frozen_stub(), timestep_range=(0.4, 0.7))
+    objective = Objective(Stub(), [guidance], time_shift=2.0)
+    assert guidance.range.share == pytest.approx(0.7 / 1.3 - 0.4 / 1.6)
+    assert guidance.cost(100) == {"head": 29, "teacher": 58}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        d = objective.draw(data(100))
+        inside = ((d.t >= 0.4) & (d.t <= 0.7)).float().mean()
+        assert d.even and guidance.range.gate(d).gain.sum().item() == pytest.approx(inside.item(), abs=1e-6)
+
+
 @pytest.mark.parametrize("times", flow.TIMES)
 def test_guidance_that_does_not_take_times_computes_every_one_inside(times):
     """Guidances of other packages, from before there were other even times than uniform ones: of systematic logit-normal times
@@ -162,4 +175,5 @@ def test_guidance_that_does_not_take_times_computes_every_one_inside(times):
     inside = ((seen.t >= RANGE[0]) & (seen.t <= RANGE[1])).float().mean()
     assert report["ridge/inside"].item() == pytest.approx(inside.item(), abs=1e-6)
     assert seen.even == objective.even == (times == "systematic")
+    assert not Objective(Stub(), [Selects()], times=times, time_shift=2.0).even
     assert Objective(Stub(), [stage1(Stub(), timestep_range=RANGE)], times=times).even == times.startswith("systematic")

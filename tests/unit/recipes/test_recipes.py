@@ -15,10 +15,10 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import BUILT_IN
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.open_source import open_source
+from selftrans.flow import shifted
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import stages
 from selftrans.recipes import RECIPES, ignored, recipe
-from selftrans.sampling.samplers import shifted
 from selftrans.types import Conditions
 from tests.support import captioned, toy
 from tests.support.toy import quick  # noqa: F401 - a fixture

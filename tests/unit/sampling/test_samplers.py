@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from selftrans.flow import COSINE, LINEAR, PATHS
-from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, ode, sde, shifted
+from selftrans.flow import COSINE, LINEAR, PATHS, shifted
+from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, ode, sde
 from selftrans.types import Output
 
 M, S = 0.7, 0.4

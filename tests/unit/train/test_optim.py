@@ -27,6 +27,45 @@ def test_learning_rate_warms_up_linearly_and_is_then_constant():
     assert learning_rate(0, toy.override(toy.toy(), {"train.lr": 0.3, "train.warmup": 0}).train) == 0.3
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_learning_rate_decays_as_torch_schedules_do(shape):
+    """Constant until step 4, then to zero at step 10, as LinearLR and CosineAnnealingLR take it there."""
+    given = {"lr": 0.3, "warmup": 0, "steps": 10, "lr_decay": (4, 10), "lr_decay_shape": shape}
+    config = toy.override(toy.toy(), {f"train.{name}": value for name, value in given.items()}).check().train
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    schedules = torch.optim.lr_scheduler
+    theirs = {
+        "linear": lambda: schedules.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=6),
+        "cosine": lambda: schedules.CosineAnnealingLR(optimizer, T_max=6),
+    }[shape]()
+    expected = [0.3] * 4
+    for _ in range(7):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert [learning_rate(step, config) for step in range(11)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_learning_rate_warms_up_and_decays():
+    given = {"train.lr": 1.0, "train.warmup": 2, "train.steps": 6, "train.lr_decay": (0, 6)}
+    config = toy.override(toy.toy(), given).check().train
+    assert [learning_rate(step, config) for step in range(3)] == pytest.approx([0.5, 5 / 6, 4 / 6])
+
+
+@pytest.mark.parametrize("steps", [(3, 3), (-1, 8)])
+def test_decay_between_other_steps_is_refused(steps):
+    with pytest.raises(ValueError, match=r"train.lr_decay \(.*\) must be two increasing steps"):
+        toy.override(toy.toy(), {"train.lr_decay": steps}).check()
+
+
+@pytest.mark.parametrize(("stage", "given"), [("stage1", {"stage1.steps": 8}), ("stage2", {"train.steps": 8})])
+def test_stage_with_steps_at_a_rate_of_zero_is_refused(tmp_path, stage, given):
+    run = toy.toy({"stage1.steps": 4, "train.steps": 6, "train.lr_decay": (0, 6)} | given)
+    with pytest.raises(ValueError, match=rf"{stage} has 8 steps, but train.lr_decay ends at step 6"):
+        train(run, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_optimizer_state_is_restored_by_name():
     config = toy.toy().train
     models = [nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)) for _ in range(2)]

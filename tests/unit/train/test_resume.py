@@ -369,6 +369,15 @@ def test_changed_learning_rate_with_allow_changes_is_reported_and_recorded(tmp_p
         train(toy.toy(slower | {"model.depth": 4, "train.allow_changes": True}), run, quiet=True)
 
 
+def test_run_of_constant_rate_ends_with_a_decay(tmp_path):
+    """A run of 8 steps goes on to 12: the rate falls from 1e-3 after step 8 to zero after step 12."""
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    given = {"train.steps": 12, "train.lr_decay": (8, 12), "train.allow_changes": True}
+    with pytest.warns(UserWarning, match=r"train.lr_decay was None, is \(8, 12\)"):
+        train(toy.toy(given), run, quiet=True)
+    assert [line["lr"] for line in toy.log(run, "stage2")[-3:]] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
+
+
 def test_lost_config_is_read_from_the_newest_checkpoint(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     (run / "config.json").unlink()
