@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import select
 import shlex
 import shutil
 import sys
@@ -61,6 +64,19 @@ def listed(names: Sequence[object], most: int = 8) -> str:
 def terminal_width() -> int | None:
     """Columns of the terminal that reads standard output; None for a file or a pipe, where no line is broken."""
     return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+
+
+def leave_lost_output() -> None:
+    """Send standard output and error to nowhere where nobody reads them any more: the terminal was closed, or the reader of
+    the pipe has ended. Otherwise the next line that is printed there would be an error, and end the work."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError, AttributeError):  # a stream that is closed; no `poll` on Windows
+            poll = select.poll()
+            poll.register(stream, 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 def filled(text: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from selftrans.messages import leave_lost_output
+
 
 class _Lines:
     """A file for tqdm where stderr is not a terminal: each state of a bar becomes a line of stderr."""
 
     def write(self, text: str) -> None:
         if text.strip():
+            leave_lost_output()
             sys.stderr.write(text.strip() + "\n")
 
     def flush(self) -> None:

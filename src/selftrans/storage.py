@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -51,23 +53,37 @@ def atomic_write(
     """
     temporary = temporary_for(path, writer)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.unlink(missing_ok=True)
-            with temporary.open("xb") as file:  # exclusive: never through a symbolic link
-                yield file
-            if durable:
-                sync(temporary)
-            temporary.replace(path)
-            if durable:
-                sync(path.parent)
-        except BaseException:
-            with suppress(OSError):
+        with _new_parents_removed(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
                 temporary.unlink(missing_ok=True)
-            raise
+                with temporary.open("xb") as file:  # exclusive: never through a symbolic link
+                    yield file
+                if durable:
+                    sync(temporary)
+                temporary.replace(path)
+                if durable:
+                    sync(path.parent)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
     except OSError as error:
         remedy = remedy.removeprefix("free disk space or ") if error.errno in REFUSED else remedy
         raise ValueError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
+
+
+@contextmanager
+def _new_parents_removed(path: Path) -> Iterator[None]:
+    """After an error, remove the folders above `path` that the block has made, if they are empty."""
+    new = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
+    try:
+        yield
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str, *, remedy: str = FREE_SPACE) -> None:
@@ -113,23 +129,66 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A new directory that replaces `path` when the block ends.
 
     After an error it is removed, and `path` is unchanged. `replace` removes a `path` that exists and is not empty. Errors
-    name `path`, not the temporary directory. Raises OSError when it cannot be written, or `path` is not empty and `replace`
-    is False.
+    name `path`, not the temporary directory. What a killed process left of an earlier call is removed. Raises OSError when it
+    cannot be written, or `path` is not empty and `replace` is False.
     """
     temporary = temporary_for(path)
+    with _new_parents_removed(path):
+        try:
+            temporary.mkdir(parents=True)
+            with _locked_directory(temporary):
+                _remove_abandoned(path)
+                yield temporary
+                for written in (*temporary.rglob("*"), temporary):
+                    sync(written)
+                _put(temporary, path, replace=replace)
+                sync(path.parent)
+        except BaseException as error:
+            _remove(temporary)
+            _rename_in(error, temporary, path)
+            raise
+
+
+def _put(temporary: Path, path: Path, *, replace: bool) -> None:
+    """Rename a directory to `path`. What `replace` replaces is removed last, so that `path` is never half removed."""
+    earlier = temporary_for(path)
+    if replace and os.path.lexists(path):
+        path.rename(earlier)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for written in (*temporary.rglob("*"), temporary):
-            sync(written)
-        if replace:
-            _remove(path)
         temporary.replace(path)
-        sync(path.parent)
-    except BaseException as error:
-        _remove(temporary)
-        _rename_in(error, temporary, path)
+    except BaseException:
+        if os.path.lexists(earlier):
+            earlier.rename(path)
         raise
+    _remove(earlier)
+
+
+@contextmanager
+def _locked_directory(path: Path) -> Iterator[None]:
+    """Hold a lock on a directory, by which other processes know that its writer lives; nothing on a system without locks."""
+    descriptor = None
+    with suppress(OSError, ImportError):
+        descriptor = os.open(path, os.O_RDONLY)
+        flock(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary directories of `path` whose writers have ended without removing them, which a lock tells."""
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{8}}\.tmp")
+    for each in [each for each in path.parent.iterdir() if temporary.fullmatch(each.name)]:
+        if each.is_dir() and not each.is_symlink():
+            with suppress(OSError, ImportError):  # in use, or no locks, so that it is not known
+                descriptor = os.open(each, os.O_RDONLY)
+                try:
+                    flock(descriptor)
+                    _remove(each)
+                finally:
+                    os.close(descriptor)
 
 
 def _rename_in(error: BaseException, temporary: Path, path: Path) -> None:

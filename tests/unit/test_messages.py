@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +125,29 @@ def test_library_in_a_folder_named_selftrans_is_not_own_code():
     assert is_own_code(messages.__file__) and is_own_code(str(messages.PACKAGE / "data" / "prepare.py"))
     assert not is_own_code("/home/a/selftrans/.venv/lib/python3.12/site-packages/torch/nn/functional.py")
     assert not is_own_code("sys")
+
+
+PRINTING = """
+import sys
+from selftrans.messages import leave_lost_output
+sys.stdin.readline()
+leave_lost_output()
+for stream in (sys.stdout, sys.stderr):
+    print("a line", file=stream, flush=True)
+"""
+
+
+@pytest.mark.parametrize("connect", [os.pipe, pty.openpty])
+@pytest.mark.parametrize("lost", [True, False])
+def test_output_is_left_where_nobody_reads_it(connect, lost):
+    """Otherwise a run of days would end with its terminal, or with the `tee` behind it."""
+    reader, writer = connect()
+    process = subprocess.Popen([sys.executable, "-c", PRINTING], stdin=subprocess.PIPE, stdout=writer, stderr=writer)
+    if connect is os.pipe or lost:
+        os.close(writer)  # a pseudo-terminal that no process has open would lose what was written to it
+    if lost:
+        os.close(reader)
+    process.communicate(b"\n")
+    assert process.returncode == 0
+    if not lost:
+        assert os.read(reader, 100).split() == [b"a", b"line"] * 2

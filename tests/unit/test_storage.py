@@ -201,7 +201,7 @@ def test_directory_appears_complete_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), atomic_directory(out) as directory:  # noqa: PT012
         (directory / "x").write_text("half")
         raise RuntimeError
-    assert names(out.parent) == []
+    assert names(tmp_path) == []
     with atomic_directory(out) as directory:
         (directory / "sub").mkdir()
         (directory / "sub" / "x").write_text("1")
@@ -260,6 +260,47 @@ def test_full_disk_keeps_the_old_directory(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "out", replace=True) as directory:
         (directory / "x").write_text("new")
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "x").read_text() == "old"
+
+
+def test_directory_that_cannot_be_put_in_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("old")
+
+    def fail(self, target):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="output error"), atomic_directory(tmp_path / "out", replace=True) as directory:
+        (directory / "x").write_text("new")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "x").read_text() == "old"
+
+
+def test_directory_is_never_half_removed_when_it_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("old")
+    seen = []
+    monkeypatch.setattr(storage, "_remove", lambda path: seen.append((tmp_path / "out" / "x").read_text()))
+    with atomic_directory(tmp_path / "out", replace=True) as directory:
+        (directory / "x").write_text("new")
+    assert seen == ["new"]
+
+
+def test_temporary_directory_of_a_killed_process_is_removed_by_the_next_call(tmp_path):
+    """One that another process is writing stays, and so does what belongs to another name."""
+    for name in (".out.1-0123abcd.tmp", ".out.b.1-0123abcd.tmp", ".out.mine.tmp"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+    with atomic_directory(tmp_path / "out", replace=True) as slow:
+        with atomic_directory(tmp_path / "out", replace=True) as directory:
+            assert names(tmp_path) == sorted([".out.b.1-0123abcd.tmp", ".out.mine.tmp", slow.name, directory.name])
+    assert names(tmp_path) == [".out.b.1-0123abcd.tmp", ".out.mine.tmp", "out"]
+
+
+def test_failed_write_leaves_no_new_folders(tmp_path):
+    (tmp_path / "old").mkdir()
+    for folder in ("old", "a/b"):
+        with pytest.raises(KeyError), atomic_write(tmp_path / folder / "x"):
+            raise KeyError
+    assert names(tmp_path) == ["old"]
 
 
 def test_stale_temporaries_are_removed_by_target(tmp_path):

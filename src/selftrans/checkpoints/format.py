@@ -165,22 +165,28 @@ def prune(folder: Path, step: int, keep: int, *, best: int = 0, every: int = 0) 
 
     `step` is the one just written. Checkpoints of later steps are removed and do not count: the run continued from an earlier
     one, because they are damaged. The loss is `flow` in `state.json` (its hash is not checked): the mean flow loss of the steps
-    that led to the checkpoint.
+    that led to the checkpoint. Of each kind of loss, where it was changed (`train.loss`), so many are kept.
     """
     remove_unfinished(folder)
     if not keep:
         return
     existing = steps(folder)
     counted = [(number, path) for number, path in existing if number <= step]
-    flows = {
-        number: recorded(path / STATE, lambda state: float(state["flow"]), None) for number, path in counted if best
-    }
-    losses = sorted((flow, -number) for number, flow in flows.items() if flow is not None)
-    kept = {-number for _, number in losses[:best]} | {number for number, _ in counted[-keep:]}
+    losses = dict[str, list[tuple[float, int]]]()
+    for number, path in counted if best else ():
+        if found := recorded(path / STATE, _kind_and_flow, None):
+            losses.setdefault(found[0], []).append((found[1], -number))
+    kept = {number for number, _ in counted[-keep:]}
+    kept |= {-number for of_kind in losses.values() for _, number in sorted(of_kind)[:best]}
     kept |= {number for number, _ in counted if every and number % every == 0}
     for number, path in existing:
         if number not in kept:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _kind_and_flow(state: dict[str, Any]) -> tuple[str, float]:
+    """Which flow loss a state.json has (`train.loss`), and its value."""
+    return str(state.get("config", {}).get("train", {}).get("loss")), float(state["flow"])
 
 
 def read_header(path: Path) -> dict[str, Any]:

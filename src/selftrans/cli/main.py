@@ -23,12 +23,12 @@ from selftrans.cli.options import Command, RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
 from selftrans.cli.parse import UsageError, blank, parse, wrapped
 from selftrans.cli.unknown_option import unrecognised
-from selftrans.messages import escaped, first_line, is_own_code, on_one_line, printable
+from selftrans.messages import escaped, first_line, is_own_code, leave_lost_output, on_one_line, printable
 from selftrans.plugins import trust
 from selftrans.suggest import closest, did_you_mean
 
 #: exit statuses; EXIT_RESUME (75): stopped with a checkpoint
-DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 
 #: number of an operating-system error -> what to do, as the end of a message
 REMEDIES = {
@@ -41,9 +41,13 @@ TEXTS = ("prompts",)  #: options whose values are sentences, which may name a pa
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised at SIGTERM, which ends a command as Ctrl-C does."""
+    """Raised at SIGTERM, and when the terminal is closed, which end a command as Ctrl-C does. `number`: of the signal."""
 
     last = -math.inf  #: when the last one was raised, by `time.monotonic`
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # not of `train`: it has its own handling, and may wait for other processes in calls that run no handler
     if argv is None and words[:1] != ["train"]:
         signal.signal(signal.SIGTERM, _terminate)
+        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+        if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:  # `nohup` ignores it
+            signal.signal(hang_up, _terminate)
     try:
         _print_overview(words) if not words or words[0].startswith("-") else parse_command(words).run()
     except Interrupted as stopped:
@@ -76,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         repeated = COMMANDS.get(words[0] if words else "", Command).REPEATED
         if isinstance(stopped, Terminated):
-            return _reported(f"stopped by SIGTERM; {repeated}", TERMINATED)
+            return _reported(f"stopped by {signal.Signals(stopped.number).name}; {repeated}", 128 + stopped.number)
         return _reported(str(stopped) or f"interrupted; {repeated}", INTERRUPTED)
     except SystemExit as stop:  # tyro's, after a help page
         return int(stop.code or DONE)
@@ -151,16 +158,17 @@ def _runtime_error(error: RuntimeError) -> str:
 
 
 def _terminate(number: int, frame: object) -> None:
-    """Handle SIGTERM: raise `Terminated`, unless it is the same signal sent twice, as `timeout` does."""
+    """Handle a signal: raise `Terminated`, unless it is the same one sent twice, as `timeout` does."""
     from selftrans.train.interrupted import SAME
 
     if (now := time.monotonic()) - Terminated.last > SAME:
         Terminated.last = now
-        raise Terminated
+        raise Terminated(number)
 
 
 def _reported(message: str, status: int) -> int:
     """Print an error as one line; returns the exit status."""
+    leave_lost_output()
     print(f"selftrans: {escaped(on_one_line(message))}", file=sys.stderr)
     return status
 
@@ -168,6 +176,7 @@ def _reported(message: str, status: int) -> int:
 def _show_warning(message: Warning | str, category: Any, filename: str, lineno: int, *_: Any) -> None:
     """Warnings of selftrans are one line; those of libraries are not shown."""
     if issubclass(category, UserWarning) and is_own_code(filename):
+        leave_lost_output()
         print(f"selftrans: warning: {escaped(message)}", file=sys.stderr)
 
 

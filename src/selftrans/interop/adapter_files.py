@@ -6,6 +6,7 @@ peft: `PeftModel.from_pretrained(base_model, folder)`. diffusers: `pipeline.load
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import START, frozen_weights
 from selftrans.checkpoints.load import Weights, find_asked
 from selftrans.config import RunConfig, from_object
-from selftrans.interop.exporting import check_out, folder_to_fill, remove_earlier
+from selftrans.interop.exporting import check_out, described_by, folder_to_fill, remove_earlier
 from selftrans.messages import printable
 from selftrans.models.lora import A, B, pairs, trained_in_full
 from selftrans.models.spec import Named
-from selftrans.storage import write_json
 from selftrans.suggest import nearest
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  #: peft's names
@@ -54,10 +54,8 @@ def export_adapters(
     else:
         name, settings = WEIGHTS, _settings(config, named)
         tensors = {f"{PREFIX}{_published_name(key)}": tensor for key, tensor in named.items()}
-    with folder_to_fill(out) as folder:
+    with folder_to_fill(out) as folder, described_by(folder / SETTINGS, settings) if settings else nullcontext():
         checkpoint.write_tensors(folder / name, tensors, {"format": "pt"})
-        if settings is not None:
-            write_json(folder / SETTINGS, settings)
     remove_earlier(out, {WEIGHTS, PIPELINE_WEIGHTS} - {name} | ({SETTINGS} if settings is None else set()))
     return out / name
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import ADAPTERS
 from selftrans.checkpoints.load import EXPORTED, PIPELINE, PREFIX, Weights, find_asked, load_model
 from selftrans.interop.published_file import AUTOENCODER, LAYOUT
 from selftrans.models import registry as models
-from selftrans.storage import atomic_directory, write_json
+from selftrans.storage import atomic_directory, atomic_write, sync
 from selftrans.suggest import nearest
 
 OURS = "selftrans"  #: the layout of one file, which every command accepts in place of a run
@@ -65,9 +67,8 @@ def export_run(
             config, name = arguments, published.folder
         tensors = published.tensors(loaded.model)
         metadata = {LAYOUT: layout, AUTOENCODER: loaded.autoencoder, "format": "pt"}
-    with folder_to_fill(out) as folder:
+    with folder_to_fill(out) as folder, described_by(folder / "config.json", config):
         checkpoint.write_tensors(folder / name, tensors, metadata)
-        write_json(folder / "config.json", config)
     remove_earlier(out, names - {name})
     return out / name
 
@@ -75,6 +76,19 @@ def export_run(
 def folder_to_fill(out: Path) -> AbstractContextManager[Path]:
     """`out` if it exists, else a new folder that becomes `out` when the block ends, so that a failure leaves none."""
     return nullcontext(out) if out.exists() else atomic_directory(out)
+
+
+@contextmanager
+def described_by(path: Path, content: dict[str, Any]) -> Iterator[None]:
+    """Write weights in the block and json about them to `path` such that both replace an earlier export, or none does.
+
+    ValueError where one of them cannot be written.
+    """
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
+        file.flush()
+        sync(Path(file.name))  # a full disk is known before the weights are put in their place
+        yield
 
 
 def remove_earlier(out: Path, names: set[str]) -> None:

@@ -24,9 +24,10 @@ from selftrans.messages import first_line
 from selftrans.methods.registry import find, stages
 from selftrans.plain_json import from_plain
 from selftrans.sections import Resume, fields_of
-from selftrans.storage import write_json, write_text
+from selftrans.storage import recorded, write_json, write_text
 from selftrans.types import Conditions
 
+CHANGES = "changes.json"  #: of a run: settings that were changed by consent, and the steps reached by then
 Changes = list[tuple[str, Any, Any, Resume]]  #: name of a setting, value before, value now, whether it may change
 
 
@@ -138,7 +139,7 @@ def settings_before(out: Path) -> RunConfig | None:
 
 def record(config: RunConfig, out: Path, manifest: Manifest) -> None:
     """Write config.json and data.json; changed settings, and the steps reached, are added to changes.json."""
-    before, path = settings_before(out), out / "changes.json"
+    before, path = settings_before(out), out / CHANGES
     changed = [f"{name} was {was}, is {now}" for name, was, now, _ in differences(before, config)] if before else []
     if changed and config.train.allow_changes:
         reached = {
@@ -150,6 +151,15 @@ def record(config: RunConfig, out: Path, manifest: Manifest) -> None:
         write_json(path, [*earlier, {"steps": reached, "changed": changed}])
     write_text(out / "config.json", to_json(config))
     write_json(out / "data.json", json.loads(manifest.to_json()))
+
+
+def changed_since(out: Path, stage: str, step: int) -> list[str]:
+    """The settings that were changed at or after a step of a stage, as changes.json records them: `NAME was A, is B`."""
+
+    def since(record: list[dict[str, Any]]) -> list[str]:
+        return [str(line) for each in record if each["steps"].get(stage, -1) >= step for line in each["changed"]]
+
+    return recorded(out / CHANGES, since, [])
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

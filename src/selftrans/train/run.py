@@ -21,7 +21,7 @@ from selftrans.config import RunConfig
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
-from selftrans.messages import plural
+from selftrans.messages import leave_lost_output, plural
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
@@ -77,7 +77,12 @@ def _train(
     if accelerator.device.type == "cpu":
         keep_memory()
     main = accelerator.is_main_process
-    say: Callable[[str], object] = accelerator.print if not quiet else lambda line: None
+
+    def say(line: str) -> None:
+        leave_lost_output()
+        if not quiet:
+            accelerator.print(line)
+
     with (
         _locked_folder(out) if main else contextlib.nullcontext(),
         StopSignal() as stop,
@@ -119,6 +124,7 @@ def _train(
         report = run_report(config, plan, spent, initial)
         if main:
             write_json(out / REPORT, report)
+    leave_lost_output()  # before the lines of the command
     return report
 
 

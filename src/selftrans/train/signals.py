@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM, SIGUSR1 or Ctrl-C ends a run after a checkpoint, with an exit status that means "run it again"."""
+"""Stop signals: SIGTERM, SIGUSR1, Ctrl-C or a closed terminal ends a run after a checkpoint, with status 75: run it again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selftrans.train.interrupted import SAME, Interrupted
 class StopSignal:
     """Records a stop signal until the current step is done. Use as a context manager around training."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -27,7 +27,9 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+            for number in self.SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores it
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -40,7 +40,7 @@ from selftrans.train.optim import build_optimizer, forget, learning_rate
 from selftrans.train.out_of_memory import between_steps, guarded_step
 from selftrans.train.preview import Preview
 from selftrans.train.processes import check_same, distributed
-from selftrans.train.resume import check_data, checkpoint_errors, common_checkpoint
+from selftrans.train.resume import changed_since, check_data, checkpoint_errors, common_checkpoint
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import check_teacher
 from selftrans.train.trackers import Trackers
@@ -86,6 +86,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.since_log = RunningMeans()  #: since the last log line
         self.since_checkpoint = RunningMeans()  #: since the last checkpoint that was due
+        self.changed: list[str] = []  #: settings that were changed here, for the next log line
         self.due = False  #: whether a checkpoint is due, but not written yet
         self.origin: dict[str, Any] = {}  #: of imported weights: where they came from
         if teacher is not None:  # each process has loaded it by itself
@@ -163,6 +164,10 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, with a checkpoint of it. `Interrupted` after a stop signal, checkpoint written."""
         main = self.accelerator.is_main_process
+        self.changed = changed_since(self.directory.parent, self.stage.name, self.step) if self.step else []
+        if self.changed:  # a mean over steps before and after it would be of two quantities
+            self.since_log.clear()
+            self.since_checkpoint.clear()
         journal = JsonlLog(self.directory / "log.jsonl", resume_step=self.step) if main else None
         bar = self.bar(total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", disable=not main)
         try:
@@ -274,7 +279,9 @@ class Trainer:
             return
         rate = learning_rate(self.step - 1, self.config.train)
         self.nonfinite.check_norms(values, self.step)
-        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **skips}
+        changed = {"changed": self.changed} if self.changed else {}
+        self.changed = []
+        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **skips, **changed}
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
         bar.set_postfix(format_values({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
         if self.trackers:

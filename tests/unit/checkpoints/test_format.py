@@ -273,6 +273,14 @@ def test_prune_keeps_newest_best_and_every_nth(tmp_path, keep, best, every, left
     assert [step for step, _ in checkpoint.steps(tmp_path)] == left
 
 
+def test_best_checkpoints_are_those_of_each_kind_of_loss(tmp_path):
+    """The error of the noise is smaller than that of the velocity, and would evict every earlier checkpoint."""
+    for step, (flow, loss) in enumerate([(0.9, "own"), (0.8, "own"), (0.1, "noise"), (0.2, "noise"), (0.3, "noise")]):
+        checkpoint.save(tmp_path, step, {}, {"flow": flow, "config": {"train": {"loss": loss}}}, {})
+    checkpoint.prune(tmp_path, 4, 1, best=1)
+    assert [step for step, _ in checkpoint.steps(tmp_path)] == [1, 2, 4]
+
+
 def test_corrupt_checkpoint_does_not_evict_good_one(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")  # holds steps 6 and 8 of stage 2
     folder = run / "stage2" / "checkpoints"

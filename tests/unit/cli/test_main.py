@@ -1,5 +1,6 @@
 """The command line as a user types it: help, exit statuses, one line per error, and what evaluate and analyse write."""
 
+import contextlib
 import errno
 import io
 import json
@@ -193,22 +194,40 @@ def test_interrupted_commands_say_whether_they_continue(argv, expected, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("argv", "status", "line"),
+    ("argv", "number", "status", "line"),
     [
-        ("sample run --out b", 143, "selftrans: stopped by SIGTERM; the same command continues\n"),
-        ("train digits --out b", 0, ""),  # which has its own handling
+        ("sample run --out b", "SIGTERM", 143, "selftrans: stopped by SIGTERM; the same command continues\n"),
+        ("sample run --out b", "SIGHUP", 129, "selftrans: stopped by SIGHUP; the same command continues\n"),
+        ("train digits --out b", "SIGTERM", 0, ""),  # which has its own handling
+        ("train digits --out b", "SIGHUP", 0, ""),
     ],
 )
-def test_sigterm_ends_a_command_as_ctrl_c_does(argv, status, line, monkeypatch, capsys):
+def test_sigterm_and_a_closed_terminal_end_a_command_as_ctrl_c_does(argv, number, status, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["selftrans", *argv.split()])
-    monkeypatch.setattr(COMMANDS[argv.split()[0]], "run", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(COMMANDS[argv.split()[0]], "run", lambda self: signal.raise_signal(signal.Signals[number]))
     monkeypatch.setattr(Terminated, "last", -math.inf)
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
+    with restored(lambda *_: None):
         assert main() == status
-    finally:
-        signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == line
+
+
+def test_command_goes_on_after_its_terminal_where_nohup_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["selftrans", "sample", "run", "--out", "b"])
+    monkeypatch.setattr(COMMANDS["sample"], "run", lambda self: signal.raise_signal(signal.SIGHUP))
+    with restored(signal.SIG_IGN):
+        assert main() == 0
+    assert not capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def restored(handler):
+    """`handler` for the signals that `main` handles, and what was there before afterwards."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def test_second_sigterm_of_timeout_does_not_break_off_the_end_of_a_command(monkeypatch, capsys):
@@ -225,11 +244,8 @@ def test_second_sigterm_of_timeout_does_not_break_off_the_end_of_a_command(monke
     monkeypatch.setattr(sys, "argv", ["selftrans", *["sample", "run", "--out", "b"]])
     monkeypatch.setattr(COMMANDS["sample"], "run", run)
     monkeypatch.setattr(Terminated, "last", -math.inf)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
+    with restored(signal.SIG_DFL):
         assert main() == 143 and ended
-    finally:
-        signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "selftrans: stopped by SIGTERM; the same command continues\n"
 
 

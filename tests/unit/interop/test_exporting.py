@@ -161,10 +161,11 @@ def refuse_as_full(path, *_, **__):
 
 
 def test_full_disk_leaves_no_folder_and_keeps_an_earlier_export(tmp_path, capsys, monkeypatch):
-    run, earlier, new = str(toy.vanilla()), tmp_path / "earlier", tmp_path / "new"
-    export_run(run, earlier)
+    run, earlier, new = str(toy.vanilla()), tmp_path / "earlier", tmp_path / "a" / "new"
+    export_run(str(toy.finished()), earlier)
     before = toy.tree(earlier)
-    for name in ("checkpoints.format.write_tensors", "interop.exporting.write_json"):
+    capsys.readouterr()
+    for name in ("checkpoints.format.write_tensors", "interop.exporting.sync"):
         with monkeypatch.context() as patch:
             patch.setattr(f"selftrans.{name}", refuse_as_full)
             assert main(["export", run, "--out", str(new)]) == 1

@@ -378,6 +378,32 @@ def test_run_of_constant_rate_ends_with_a_decay(tmp_path):
     assert [line["lr"] for line in toy.log(run, "stage2")[-3:]] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
 
 
+def test_log_says_from_where_on_its_values_are_of_another_loss(tmp_path, monkeypatch):
+    """The line after the change names it, also if that line was lost with a killed process, and holds no step before it."""
+    run, other = toy.copy(toy.finished(), tmp_path / "run"), {"train.loss": "noise", "train.allow_changes": True}
+    before, update = toy.log(run), EMA.update
+
+    def killed(self, step):
+        if step == 11:
+            raise Killed
+        update(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EMA, "update", killed)
+        with pytest.warns(UserWarning, match="train.loss"), pytest.raises(Killed):
+            train(toy.toy(other | {"train.steps": 13, "train.checkpoint_every": 100}), run, quiet=True)
+    assert toy.log(run)[-1]["step"] == 10
+    train(toy.toy({"train.loss": "noise", "train.steps": 12, "train.checkpoint_every": 10}), run, quiet=True)
+    train(toy.toy({"train.loss": "noise", "train.steps": 14}), run, quiet=True)
+    lines = toy.log(run)
+    assert lines[: len(before)] == before
+    assert [(line["step"], line.get("changed")) for line in lines[len(before) :]] == [
+        (10, ["train.loss was own, is noise"]),
+        (12, None),
+        (14, None),
+    ]
+
+
 def test_lost_config_is_read_from_the_newest_checkpoint(tmp_path):
     run = toy.copy(toy.finished(), tmp_path / "run")
     (run / "config.json").unlink()

@@ -17,7 +17,15 @@ from tests.support.processes import LONGEST, start, wait_for_lines
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.fixture(autouse=True)
+def hang_up():
+    """The default handling of SIGHUP, whatever started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_stop_signal_writes_a_checkpoint_within_one_step(tmp_path, monkeypatch, capsys, number):
     expected, handlers = toy.finished(), {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
     forward, calls = Objective.forward, itertools.count(1)
@@ -60,6 +68,16 @@ def test_signal_that_timeout_sends_twice_counts_once():
         time.sleep(SAME + 0.05)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_run_goes_on_after_its_terminal_where_nohup_says_so():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is None
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 LONG = {"method": "vanilla", "log.every": 1, "train.checkpoint_every": 2, "stage1.steps": 1}

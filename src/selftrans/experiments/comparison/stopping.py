@@ -16,6 +16,7 @@ from selftrans.messages import plural
 from selftrans.train.interrupted import SAME
 from selftrans.train.signals import StopSignal
 
+OF_TERMINAL = {signal.SIGINT, signal.SIGHUP}  #: signals that a terminal sends to all processes of a command
 GRACE = 600  #: seconds after which a worker that was asked to end is killed; a large checkpoint is written in less
 
 
@@ -86,9 +87,9 @@ def end_workers(pool: ProcessPoolExecutor, stop: StopRequest, meanwhile: Callabl
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Around the start of a worker, which inherits it: SIGINT waits, in the worker until `ignore_interrupts`. Without it,
-    Ctrl-C would end a worker that is still importing with a traceback."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Around the start of a worker, which inherits it: signals of the terminal wait, in the worker until `ignore_interrupts`.
+    Without it, Ctrl-C would end a worker that is still importing with a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_TERMINAL)
     try:
         yield
     finally:
@@ -96,9 +97,11 @@ def interrupts_held() -> Iterator[None]:
 
 
 def ignore_interrupts() -> None:
-    """In a new worker: ignore SIGINT, which Ctrl-C sends to it, too; its parent ends it. Training installs its own handler."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    """In a new worker: ignore Ctrl-C and the end of the terminal, which are sent to it, too; its parent ends it. Training
+    installs its own handler of SIGINT."""
+    for number in OF_TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_TERMINAL)
 
 
 def end_with_parent() -> None:

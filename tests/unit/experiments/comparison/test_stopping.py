@@ -22,6 +22,14 @@ from selftrans.experiments.comparison.stopping import (
 from tests.support.processes import LONGEST
 
 
+@pytest.fixture(autouse=True)
+def hang_up():
+    """The default handling of SIGHUP, whatever started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def handlers() -> list:
     return [signal.getsignal(number) for number in stopping.StopSignal.SIGNALS]
 
@@ -104,16 +112,17 @@ def test_workers_end_at_once_after_a_second_signal(tmp_path):
         assert time.monotonic() - started < stopping.GRACE / 2
 
 
-def interrupt() -> str:
-    os.kill(os.getpid(), signal.SIGINT)
+def interrupt(number: int) -> str:
+    os.kill(os.getpid(), number)
     return "lives"
 
 
-def test_interrupt_does_not_end_a_worker_by_itself():
-    """Ctrl-C in a terminal reaches all processes; the parent decides."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signal_of_the_terminal_does_not_end_a_worker_by_itself(number):
+    """Ctrl-C in a terminal, and its end, reach all processes; the parent decides."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=ignore_interrupts) as pool:
         with interrupts_held():
-            held = pool.submit(interrupt)
-            assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            held = pool.submit(interrupt, number)
+            assert number in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         assert held.result(timeout=LONGEST) == "lives"
