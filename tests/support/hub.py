@@ -12,8 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub import constants, file_download, utils
 
 TOKEN = "hf_secretsecretsecret"
 REPOSITORY = r"(?P<repository>[\w.-]+/[\w.-]+)"
@@ -198,6 +197,12 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(body=content, ETag=f'"{blob(content)}"', X_Repo_Commit=found[1])
 
 
+def set_offline(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    """Let huggingface_hub request nothing, or what it is asked for."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    getattr(utils, "reset_sessions", lambda: None)()  # those of huggingface_hub 0 were made offline, or not
+
+
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
     """A `Hub` that huggingface_hub uses in this test, with a token that may write, and an empty cache."""
@@ -207,13 +212,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
     thread.start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for module in (constants, file_download):  # huggingface_hub 0 has a second one
+        form = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", form, raising=False)
+    set_offline(monkeypatch, False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    disable_progress_bars()
+    utils.disable_progress_bars()
     yield hub
+    set_offline(monkeypatch, True)
     server.shutdown()
     server.server_close()
     thread.join()

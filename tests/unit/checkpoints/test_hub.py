@@ -15,7 +15,7 @@ from selftrans.cli.main import main
 from selftrans.interop.exporting import export_run
 from selftrans.train.run import train
 from tests.support import toy
-from tests.support.hub import Repository, stand_in  # noqa: F401 - a fixture
+from tests.support.hub import Repository, set_offline, stand_in  # noqa: F401 - a fixture
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 
@@ -55,7 +55,7 @@ def test_revision_is_that_which_is_asked_for(repository):
 
 def test_cache_is_used_where_the_hub_cannot_be_reached(repository, monkeypatch):
     online = load_model("hf://me/digits")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     assert load_model("hf://me/digits").source == online.source
 
 
@@ -107,7 +107,7 @@ def test_errors_are_one_line(repository, stand_in, name, message):  # noqa: F811
 
 
 def test_offline_without_a_copy_is_one_line(stand_in, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     with pytest.raises(
         ValueError, match="is not in the cache, and the hub cannot be reached; check the connection, and"
     ):

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from selftrans.interop import SiTPipeline
 from selftrans.interop.pushing import Chosen, push, write_folder
 from selftrans.interop.run_facts import compute_of
 from tests.support import toy
-from tests.support.hub import TOKEN, Repository, stand_in  # noqa: F401 - a fixture
+from tests.support.hub import TOKEN, Repository, set_offline, stand_in  # noqa: F401 - a fixture
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 MIT = Chosen("mit")
@@ -67,7 +68,9 @@ def test_repeated_push_sends_what_has_changed_only(stand_in):  # noqa: F811
     repository.commit(repository.files | more | {"selftrans.json": json.dumps(record).encode()})
     to_hub("me/digits", chosen=Chosen("apache-2.0"))
     assert set(repository.files) == HELD and b"license: apache-2.0" in repository.files["README.md"]
-    assert sorted(repository.uploaded[-1]) == ["README.md", "selftrans.json"]
+    changed, uploaded = {"README.md", "selftrans.json"}, {*repository.uploaded[-1]}
+    # before 1.0, huggingface_hub sends all files with those that have changed
+    assert uploaded == changed or (huggingface_hub.__version__.startswith("0.") and uploaded > changed)
 
 
 def test_interrupted_push_continues(stand_in):  # noqa: F811
@@ -111,7 +114,7 @@ def test_missing_login_and_offline_are_one_line(stand_in, monkeypatch):  # noqa:
     with pytest.raises(ValueError, match=r"me/new: the hub refuses to write; log in .*\(hf auth login\)") as error:
         to_hub("me/new")
     assert "hf_another" not in str(error.value)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
         to_hub("me/new")
 

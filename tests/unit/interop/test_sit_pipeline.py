@@ -162,8 +162,16 @@ def test_reduced_precision_and_schedulers_of_diffusers(exported):
     assert (found - expected).abs().max() < 0.05 < expected.std()
 
 
+class NoisyScheduler(FlowMatchEulerDiscreteScheduler):
+    """Draws noise with the generator of `step`, which the stochastic sampling of diffusers 0.35 does not."""
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        (moved,) = super().step(model_output, timestep, sample, return_dict=False)
+        return (moved + torch.randn(moved.shape, generator=generator),)
+
+
 def test_noise_of_other_schedulers_is_that_of_the_generator(exported):
-    theirs = load(exported, scheduler=FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    theirs = load(exported, scheduler=NoisyScheduler())
     first, again = (
         theirs([1], generator=torch.Generator().manual_seed(3), num_inference_steps=3, output_type="latent").images
         for _ in range(2)
