@@ -109,8 +109,9 @@ class Objective(nn.Module):
         if not torch.compiler.is_compiling():
             self._unchecked = False
         null = self.student.null(batch.cond)
-        options = {"path": self.path, "times": self.times, "time_shift": self.time_shift, "drop": self.drop}
-        d = draw(batch, null, **options, t=t, noise=noise)
+        d = draw(
+            batch, null, path=self.path, times=self.times, time_shift=self.time_shift, drop=self.drop, t=t, noise=noise
+        )
         return d._replace(even=d.even and self.even)
 
     def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:
