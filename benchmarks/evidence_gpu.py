@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import release_memory
 from given_settings import add_set
 
 from selftrans.checkpoints import format as checkpoint
@@ -45,7 +46,7 @@ from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
 from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 from selftrans.train.preview import Attempt
-from selftrans.train.processes import accelerator_of, free_prepared
+from selftrans.train.processes import accelerator_of
 from selftrans.train.run import planned
 from selftrans.train.signals import StopSignal
 from selftrans.train.teachers import teacher_of, training_cost
@@ -194,7 +195,7 @@ def run_job(lease: Lease, accelerator: Accelerator, job: Job) -> bool:
             trainer.run()
             spent += trainer.total_flops() / 1e12
             del trainer, teacher, parts
-            free_prepared(accelerator)
+            release_memory()
     except Interrupted:
         lease.write()
         return False

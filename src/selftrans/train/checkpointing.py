@@ -42,7 +42,7 @@ def write(trainer: Trainer, means: dict[str, Any], *, required: bool) -> None:
     A full disk gives a warning, or an OSError if the checkpoint is `required`, as the run ends here.
     """
     tensors = fsdp.gather_checkpoint(
-        trainer.objective, trainer.ema.model, optimizer_tensors(trainer.optimizer.optimizer, trainer.objective)
+        trainer.objective, trainer.ema.model, optimizer_tensors(trainer.optimizer, trainer.objective)
     )
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import release_memory
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig
@@ -43,7 +44,7 @@ from selftrans.train.capture_rules import ENDED, NotCaptured, description
 from selftrans.train.dry_run_report import DryRun, StagePlan
 from selftrans.train.initial_weights import build_student
 from selftrans.train.out_of_memory import guarded_step, release
-from selftrans.train.processes import accelerator_of, free_prepared
+from selftrans.train.processes import accelerator_of
 from selftrans.train.run import planned
 from selftrans.train.run_data import data_of_run, describe_data, ready_data, transfer_of
 from selftrans.train.teachers import teacher_of
@@ -120,7 +121,7 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
             found.stages.append(_measured(trainer, out, steps))
             release(trainer)
             del trainer, teacher
-            free_prepared(accelerator)
+            release_memory()
         found.fetched = transfer_of(config, all_shards)
         found.disk_needed = sum(s.kept * s.checkpoint for s in found.stages)
         found.disk_needed += max(s.checkpoint for s in found.stages)

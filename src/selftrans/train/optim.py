@@ -70,22 +70,23 @@ def use_rate_tensor(optimizer: Any, rate: Tensor, *, capturable: bool) -> None:
         group["lr"], group["capturable"] = rate, capturable
 
 
-def update(optimizer: Any, sound: Tensor, scaler: Any = None) -> None:
+def update(optimizer: Any, sound: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
     """One update where `sound`, a 0-d boolean on the device, is true; else weights and moments stay unchanged, bit for bit.
 
     torch's fused kernels read the flag on the device (`found_inf`), so the host does not wait. With fp16 the gradient
-    scaler, which has unscaled the gradient and checked it for overflow, sets the flag itself. Optimisers of other packages do
-    not know the flag: for them the host reads `sound`.
+    scaler, which has unscaled the gradient and checked it for overflow, skips the update itself. Optimisers of other packages
+    do not know the flag: for them the host reads `sound`.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    knows_flag = isinstance(inner, torch.optim.AdamW)
-    own_flag = knows_flag and scaler is None
-    if own_flag:
-        setattr(inner, "found_inf", (~sound).float())  # noqa: B010 - torch does not declare it
-    if knows_flag or bool(sound):
+    knows_flag = isinstance(optimizer, torch.optim.AdamW)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    elif knows_flag:
+        optimizer.found_inf = (~sound).float()
         optimizer.step()
-    if own_flag:
-        del inner.found_inf  # in a recorded step it lies in the memory of the graph, which could not be freed
+        del optimizer.found_inf  # in a recorded step it lies in the memory of the graph, which could not be freed
+    elif bool(sound):
+        optimizer.step()
 
 
 def forget(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

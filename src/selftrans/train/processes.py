@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, gather_object, release_memory
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,16 +39,6 @@ def keep_memory() -> bool:
         return False
     # 32 MiB is the maximum: larger blocks still come from the system
     return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def free_prepared(accelerator: Accelerator) -> None:
-    """Free the memory of all that the accelerator has prepared, and of the device; for the next stage.
-
-    accelerate's `free_memory` runs the garbage collector before it forgets the optimizer, whose parameters, and gradients that
-    lie in the memory of a graph, would stay until Python collects garbage by itself.
-    """
-    accelerator.free_memory()
-    release_memory()
 
 
 def distributed(module: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import release_memory
 
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import INIT
@@ -34,7 +35,6 @@ from selftrans.train.preview import Preview, with_prompts
 from selftrans.train.processes import (
     accelerator_of,
     check_same,
-    free_prepared,
     keep_memory,
     reporting_lost_processes,
 )
@@ -120,7 +120,7 @@ def _train(
                 trainer.run()
             spent.append(stage_report(trainer))
             del trainer
-            free_prepared(accelerator)
+            release_memory()
         report = run_report(config, plan, spent, initial)
         if main:
             write_json(out / REPORT, report)

@@ -61,8 +61,6 @@ class Trainer:
         stop: the stop signals. bar: makes the progress bar (tqdm's interface).
     """
 
-    optimizer: Any  #: torch's until the checkpoint is loaded, then as accelerate has prepared it
-
     def __init__(
         self,
         accelerator: Accelerator,
@@ -99,7 +97,6 @@ class Trainer:
         if self.compiled:
             self._compile()
         self._wrap()
-        self.optimizer = accelerator.prepare_optimizer(self.optimizer)
         self.captured = captured_step(self)
 
     def _build(self, *, fresh: bool) -> None:
@@ -218,7 +215,7 @@ class Trainer:
         ended = self.objective.retire(self.step)
         self.stream.features = any(g.reads_features for g in self.objective.guidances)
         if ended:
-            forget(getattr(self.optimizer, "optimizer", self.optimizer), self.objective)
+            forget(self.optimizer, self.objective)
             fsdp.release(self.objective)
             held = (value for guidance in self.objective.guidances for value in vars(guidance).values())
             if not any(value is self.teacher for value in held):

@@ -63,6 +63,7 @@ def update_step(trainer: Trainer, losses: list[Tensor]) -> tuple[Tensor, Tensor]
     the update was skipped, else 0; loss; norm before clipping.
     """
     accelerator, clip = trainer.accelerator, trainer.config.train.clip
+    accelerator.unscale_gradients(trainer.optimizer)  # of fp16
     norm = fsdp.gather_full_tensor(accelerator.clip_grad_norm_(trainer.wrapped.parameters(), clip))
     checked = check_step(losses, norm, accelerator)
     sound = checked[0] == 0

@@ -66,7 +66,7 @@ def state(one: Trainer) -> dict[str, torch.Tensor]:
     }
     held = {f"objective/{k}": v for k, v in one.objective.state_dict().items()}
     held |= {f"ema/{k}": v for k, v in one.ema.model.state_dict().items()}
-    held |= {f"optimizer/{k}": v for k, v in optimizer_tensors(one.optimizer.optimizer, one.objective).items()}
+    held |= {f"optimizer/{k}": v for k, v in optimizer_tensors(one.optimizer, one.objective).items()}
     return {k: v.detach().clone() for k, v in (held | means).items()}
 
 

@@ -114,6 +114,19 @@ def test_update_with_flag_equals_plain_update_or_does_nothing():
     assert all(torch.equal(a, b) for a, b in zip(plain, trained([True, True, False]), strict=True))
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_overflow_in_fp16_is_skipped_and_halves_the_scale(kind):
+    """Also with an optimiser that does not know the flag: the scaler would refuse the next step if it were not updated."""
+    weight, scaler = nn.Parameter(torch.ones(2)), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = kind([weight], lr=0.1)
+    for gradient, scale in ((float("inf"), 4.0), (1.0, 4.0)):
+        before, weight.grad = weight.detach().clone(), torch.full((2,), gradient)
+        scaler.scale(torch.zeros(()))
+        scaler.unscale_(optimizer)
+        update(optimizer, weight.grad.isfinite().all(), scaler)
+        assert torch.equal(weight, before) == (gradient == float("inf")) and scaler.get_scale() == scale
+
+
 def test_update_leaves_no_flag_behind():
     """It would be a tensor in the memory of a recorded step, all of which could not be freed."""
     parameter = torch.nn.Parameter(torch.ones(3))

@@ -1,7 +1,5 @@
-"""A training process: a finite timeout, one line when another process is gone, memory that is freed after a stage."""
+"""A training process: a finite timeout, and one line when another process is gone."""
 
-import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
@@ -17,31 +15,6 @@ from selftrans.train.processes import (
     reporting_lost_processes,
 )
 from tests.support import toy
-
-FREED = """
-import gc, weakref
-import torch
-from accelerate import Accelerator
-from selftrans.train.processes import free_prepared
-
-accelerator, model = Accelerator(cpu=True, mixed_precision="bf16"), torch.nn.Linear(2, 2)
-optimizer = torch.optim.AdamW(model.parameters())
-kept = accelerator.prepare_model(model), accelerator.prepare_optimizer(optimizer)
-alive = [weakref.ref(model), weakref.ref(optimizer), weakref.ref(model.weight)]
-gc.disable()
-del model, optimizer, kept
-free_prepared(accelerator)
-print([each() for each in alive])
-"""
-
-
-def test_models_and_optimisers_of_a_stage_are_freed_before_the_next():
-    """A prepared model in bf16 refers to itself: only the garbage collector frees it.
-
-    In a process of its own: `gc.collect()` does nothing while a thread, such as one of an earlier test, is collecting.
-    """
-    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
-    assert done.stdout == "[None, None, None]\n", done.stderr
 
 
 def test_runs_of_one_process_may_have_different_precisions(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import release_memory
 
 from selftrans.config import Log, RunConfig, Train, sections
 from selftrans.data.dataset import Dataset
@@ -43,7 +44,7 @@ from selftrans.storage import write_json
 from selftrans.suggest import nearest
 from selftrans.train.captured_step import NotCaptured
 from selftrans.train.flops import step_flops
-from selftrans.train.processes import free_prepared, keep_memory
+from selftrans.train.processes import keep_memory
 
 #: default batch size: SiT-S takes as long for ten images as the larger models for six
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
@@ -120,7 +121,7 @@ def bench(
                 }
             report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
-            free_prepared(accelerator)
+            release_memory()
         if budget.allows(LOADING):
             report["loading"] = loading(dataset, accelerator.clock, batches=8 if quick else 40)
     report["machine"]["load_after"] = load_average()
