@@ -147,13 +147,13 @@ def test_range_of_shifted_times_by_hand():
     """With k = 2 uniform times t / (2 - t) are between 0.4 / 1.6 and 0.7 / 1.3: 0.288 of them, and each one is computed."""
     guidance = stage2(Stub(), frozen_stub(), timestep_range=(0.4, 0.7))
     objective = Objective(Stub(), [guidance], time_shift=2.0)
-    assert guidance.range.share == pytest.approx(0.7 / 1.3 - 0.4 / 1.6)
+    assert guidance.acts_in.share == pytest.approx(0.7 / 1.3 - 0.4 / 1.6)
     assert guidance.cost(100) == {"head": 29, "teacher": 58}
     for seed in range(20):
         torch.manual_seed(seed)
         d = objective.draw(data(100))
         inside = ((d.t >= 0.4) & (d.t <= 0.7)).float().mean()
-        assert d.even and guidance.range.gate(d).gain.sum().item() == pytest.approx(inside.item(), abs=1e-6)
+        assert d.even and guidance.acts_in.gate(d).gain.sum().item() == pytest.approx(inside.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("times", flow.TIMES)
