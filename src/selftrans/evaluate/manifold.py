@@ -38,9 +38,9 @@ def precision_recall(
 def authenticity(samples: np.ndarray, reference: np.ndarray, *, block: int = 1024) -> float:
     """Fraction of samples (n, F) that are farther from their nearest reference (m, F) than that one is from its nearest other.
 
-    AuthPct of Alaa et al. (2102.08921) as dgm-eval (2306.04675) computes it, from 0 to 1. Of copies of the reference it is 0; of
-    independent images of the same distribution it depends on the dimensions (Gaussians of 2 to 50: about 0.4 to 0.8). Raises
-    ValueError for less than two reference images.
+    AuthPct of Alaa et al. (2102.08921) as dgm-eval (2306.04675) computes it, from 0 to 1. Of copies of the reference it is 0,
+    of independent images of the same distribution it depends on the dimensions (Gaussians of 2 to 50: about 0.4 to 0.8).
+    Raises ValueError for less than two reference images.
     """
     same_length(samples, reference)
     if len(reference) < 2 or not len(samples):
