@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from selftrans.checkpoints.load import load_model
 from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
-from selftrans.evaluate.plots import Series, blank_figure, draw_lines, plain_ticks, save, style_axes
+from selftrans.evaluate.plots import blank_figure, draw_lines, plain_ticks, save, style_axes
 from selftrans.evaluate.probes import collect, linear_probe
 from selftrans.experiments.html_report import convergence
 from selftrans.flow import PATHS
@@ -73,7 +73,9 @@ def panels(
     return figure, axes[:count]
 
 
-def over_seeds(x: Sequence[float], rows: Sequence[Sequence[float]]) -> Series:
+def over_seeds(
+    x: Sequence[float], rows: Sequence[Sequence[float]]
+) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
     """x, mean over seeds (`rows`), and their deviation."""
     values = np.array(rows)
     deviation = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]

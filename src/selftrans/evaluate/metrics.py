@@ -14,14 +14,15 @@ import numpy as np
 from scipy.special import log_softmax, logsumexp
 
 from selftrans.evaluate.extractors import INCEPTION_SHA256, Extractor
-from selftrans.evaluate.manifold import NEIGHBOURS, precision_recall, same_length
+from selftrans.evaluate.manifold import NEIGHBOURS, authenticity, precision_recall, same_length
 from selftrans.evaluate.statistics import Moments, Statistics
 from selftrans.messages import plural
 
 SEED = 2020  #: as in torch-fidelity, so that equal features give the same subsets and splits
 SPLITS = 10  #: of the inception score, as in torch-fidelity
 SUBSETS, SUBSET_SIZE = 100, 1000  #: of the kernel distance
-MANIFOLD = 50_000  #: most images of each set for precision and recall, whose cost is the square of their number
+#: most images of each set for precision, recall and authenticity, whose cost is the square of their number
+MANIFOLD = 50_000
 
 
 def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
@@ -173,6 +174,12 @@ def _precision_recall(m: MetricInput) -> Outcome:
     return {"precision": precision, "recall": recall, "neighbours": NEIGHBOURS} | used
 
 
+def _authenticity(m: MetricInput) -> Outcome:
+    if m.samples.features is None or m.reference.features is None:
+        return "no authenticity: the reference holds no features"
+    return {"authenticity": authenticity(_drawn(m.samples.features), _drawn(m.reference.features))}
+
+
 def _drawn(features: np.ndarray) -> np.ndarray:
     """At most MANIFOLD rows of (n, F), a random choice that SEED fixes."""
     if len(features) <= MANIFOLD:
@@ -210,6 +217,7 @@ METRICS: dict[str, Callable[[MetricInput], Outcome]] = {
     "frechet": _frechet,
     "kernel": _kernel,
     "precision_recall": _precision_recall,
+    "authenticity": _authenticity,
     "score": _score,
     "accuracy": _accuracy,
 }

@@ -157,6 +157,7 @@ TITLES = {
     "classifier_score": "classifier score",
     "precision": "precision",
     "recall": "recall",
+    "authenticity": "authenticity",
     "kid": "KID",
     "kernel_distance": "kernel distance",
     "accuracy": "accuracy of the labels",

@@ -23,6 +23,7 @@ NUMBERS = {
     "inception_score": "Inception Score",
     "precision": "precision",
     "recall": "recall",
+    "authenticity": "authenticity",
     "kernel_distance": "kernel distance",
     "accuracy": "accuracy",
     "clip_score": "CLIP score",

@@ -1,11 +1,12 @@
-"""Precision and recall by hand; test_metrics compares them with torch-fidelity."""
+"""Precision, recall and authenticity by hand; test_metrics compares the first two with torch-fidelity."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 
-from selftrans.evaluate.manifold import precision_recall
+from selftrans.evaluate.manifold import authenticity, precision_recall
 
 
 def test_precision_and_recall_of_points_on_a_line() -> None:
@@ -34,3 +35,25 @@ def test_blocks_do_not_change_precision_and_recall() -> None:
     assert len({precision_recall(a, b, block=block) for block in (1, 7, 64, 10_000)}) == 1
     with pytest.raises(ValueError, match="too few for 3 neighbours"):
         precision_recall(a[:3], b)
+
+
+def test_authenticity_of_points_on_a_line() -> None:
+    # the nearest other points of the reference are 1, 1, 3 and 3 away, the samples 1 (from 1), 1.5 (from 1), 1 and 27
+    reference = np.array([[0.0], [1.0], [10.0], [13.0]])
+    assert authenticity(np.array([[2.0], [2.5], [9.0], [40.0]]), reference) == 2 / 4
+    assert authenticity(reference, reference) == 0.0
+    with pytest.raises(ValueError, match="4 samples and 1 reference image are too few for authenticity"):
+        authenticity(reference, reference[:1])
+
+
+def test_authenticity_is_that_of_dgm_eval() -> None:
+    """Its algorithm, with scipy's distances; a third of the samples are the reference with a little noise."""
+    rng = np.random.default_rng(3)
+    reference = rng.normal(size=(200, 8))
+    samples = np.concatenate([rng.normal(size=(200, 8)), reference[:100] + 0.1 * rng.normal(size=(100, 8))])
+    between, within = cdist(reference, samples), cdist(reference, reference)
+    np.fill_diagonal(within, 1e38)
+    authentic = within.min(axis=0)[between.argmin(axis=0)] < between.min(axis=0)
+    found = authenticity(samples, reference)
+    assert found == authentic.mean() and 0.2 < found < 0.5
+    assert {authenticity(samples, reference, block=block) for block in (1, 7, 10_000)} == {found}
