@@ -32,10 +32,11 @@ from selftrans.progress import progress_bar
 from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
-from selftrans.storage import FREE_SPACE, atomic_write, recorded
+from selftrans.storage import FREE_SPACE, atomic_write, recorded, remove_stale_temporaries
 
 Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), samples; as `SampledBatch`
 
+RECORD = "samples.json"
 PER_CLASS = "per_class"  #: entry of samples.json: name of a class -> how many samples it has
 BACKLOG = 4  #: maximum number of batches that wait to be written
 CHUNK = 64  #: samples that are read ahead of the npz
@@ -71,17 +72,23 @@ def sample_to_folder(
 
 
 def summary_line(out: str | Path, count: int) -> str:
-    """The message of `selftrans sample` after it has written `count` samples to the folder `out`, which may hold others."""
+    """The message of `selftrans sample` after it has written `count` samples to the folder `out`, which may hold others.
+
+    Other processes may still write theirs.
+    """
     kind = NPY if any(Path(out).glob(f"[0-9]*{NPY.suffix}")) else PNG
     views = "".join(f"{suffix}, " for suffix in (".wav", ".gif") if any(Path(out).glob(f"[0-9]*{suffix}")))
     held = max(count, sum(1 for _ in Path(out).glob(f"[0-9]*{kind.suffix}")))
     new = f", {count} of them new" if held > count else ""
-    return f"{plural(held, 'sample')}{new} -> {escaped(out)} ({views}{kind.suffix} files, samples.npz, samples.json)"
+    held_in = f"{plural(held, 'sample')}{new} -> {escaped(out)} ({views}{kind.suffix} files"
+    if recorded(Path(out, RECORD), lambda record: bool(record["complete"]), False):
+        return f"{held_in}, samples.npz, {RECORD})"
+    return f"{held_in}); the process that writes the last sample, or the same command again, writes samples.npz"
 
 
 def class_line(out: str | Path) -> str:
     """How many samples of each class the complete folder `out` holds, to print; empty where that is not recorded."""
-    counts = recorded(Path(out, "samples.json"), lambda record: {n: int(k) for n, k in record[PER_CLASS].items()}, None)
+    counts = recorded(Path(out, RECORD), lambda record: {n: int(k) for n, k in record[PER_CLASS].items()}, None)
     return "" if counts is None else f"samples of each class: {in_words(counts)}"
 
 
@@ -125,6 +132,10 @@ def write_samples(
         shape, labels = folder.write_npz()
         counts = {} if classes is None else {PER_CLASS: per_class(labels, classes)}
         folder.write_json({"num": num, "complete": True, "shape": shape} | counts | {"settings": settings})
+        # of killed processes, whose number may have been another; all samples are written, so no process has one in use
+        remove_stale_temporaries(out, f"[0-9]*{kind.suffix}", *([f"[0-9]*{kind.view_suffix}"] if kind.view else []))
+        if not len(mine) and rank == 0:
+            print(f"{escaped(out)} holds all {plural(num, 'sample')} already; samples.npz is written")
     return len(mine)
 
 
@@ -140,7 +151,7 @@ class _SampleFolder:
 
     def begin(self, settings: dict[str, Any]) -> bool:
         """Compare the folder with the settings, and write samples.json; True when that marks the folder as complete."""
-        record = self.out / "samples.json"
+        record = self.out / RECORD
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"{self.out} is not a folder; choose another --out")
         if record.exists():
@@ -164,6 +175,9 @@ class _SampleFolder:
 
     def missing(self) -> np.ndarray:
         """Sorted indices (m,) that have no complete file."""
+        # NFS remembers that a name did not exist, until the folder is opened anew: of two processes that end together, neither
+        # would see the last file of the other, and none would write the npz
+        os.listdir(self.out)
         return np.array([k for k in range(self.num) if not self.kind.is_complete(self.path(k))], dtype=np.int64)
 
     def path(self, index: int) -> Path:
@@ -175,7 +189,7 @@ class _SampleFolder:
         return atomic_write(path, writer=self.rank, durable=False, remedy=remedy)
 
     def write_json(self, content: dict[str, Any]) -> None:
-        with self.write(self.out / "samples.json") as file:
+        with self.write(self.out / RECORD) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
 
     def write_samples(self, batches: Samples, count: int) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import resource
 import struct
 import threading
@@ -14,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from selftrans.sampling import folder as samples_io
 from selftrans.sampling.folder import write_samples
-from selftrans.sampling.sample_file import NPY, PNG_END, PNG_START, read_png
+from selftrans.sampling.sample_file import NPY, PNG, PNG_END, PNG_START, read_png
 from tests.support.memory import traced_peak
 
 SETTINGS = {"steps": 4, "guidance": {"scale": 1.5, "interval": (0.0, 0.65)}}
@@ -106,11 +107,29 @@ def test_damaged_pictures_are_sampled_again(tmp_path, damage):
     check_folder(tmp_path, 5)
 
 
-def test_lost_npz_is_written_again_without_sampling(tmp_path):
+def test_lost_npz_is_written_again_without_sampling(tmp_path, capsys):
     write(tmp_path, 5)
     (tmp_path / "samples.npz").write_bytes(b"no zip")
+    (tmp_path / ".000003.png.1.tmp").write_bytes(b"of a killed process, of several")
+    capsys.readouterr()
     assert write(tmp_path, 5).asked == []
+    assert capsys.readouterr().out == f"{tmp_path} holds all 5 samples already; samples.npz is written\n"
     check_folder(tmp_path, 5)
+
+
+def test_file_that_another_process_has_just_written_is_seen(tmp_path, monkeypatch):
+    """NFS shows it only once the folder is opened again: of two processes that end together, each missed the other's."""
+    known, plain = set(), PNG.is_complete
+
+    def opened(folder):
+        known.update(each.name for each in os.scandir(folder))
+        return sorted(known)
+
+    monkeypatch.setattr(os, "listdir", opened)
+    remembering = PNG._replace(is_complete=lambda path: path.name in known and plain(path))
+    for rank in (0, 1):
+        write(tmp_path, 4, rank=rank, world=2, kind=remembering)
+    check_folder(tmp_path, 4)
 
 
 def test_other_settings_in_the_same_folder_are_named(tmp_path):

@@ -109,6 +109,20 @@ def test_repeating_does_nothing_and_more_images_continue(tmp_path, capsys):
     }
 
 
+def test_message_of_a_process_that_ends_first_does_not_promise_the_npz(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    argv = ["sample", str(toy.vanilla()), "--out", str(tmp_path), "--num=4", "--steps=2"]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"2 samples -> {tmp_path} (.png files); the process that writes the last sample,")
+    monkeypatch.setenv("RANK", "1")
+    assert main(argv) == 0
+    assert (
+        capsys.readouterr().out == f"4 samples, 2 of them new -> {tmp_path} (.png files, samples.npz, samples.json)\n"
+    )
+
+
 def test_message_after_continuing_counts_all_samples(tmp_path, capsys):
     for num, expected in ((2, "2 samples -> "), (5, "5 samples, 3 of them new -> ")):
         assert main(["sample", str(toy.finished()), f"--out={tmp_path}", "--steps=1", f"--num={num}"]) == 0
