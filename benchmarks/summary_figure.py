@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    figure, axes = panels(4, 2, "Fréchet distance (classifier features)", size=(6.0, 3.8), shared=False)
+    figure, axes = panels(4, 2, "Fréchet distance (classifier features)", size=(6.0, 4.1), shared=False)
     for row, (title, series) in enumerate((("digits", digits), ("CIFAR-10 in latents", latents))):
         for axis, over in zip(axes[2 * row : 2 * row + 2], (STEPS, COMPUTE), strict=True):
             draw_lines(axis, series(over), logy=True)
