@@ -66,16 +66,13 @@ def digits(over: str) -> dict[str, Series]:
 
 def latents(over: str) -> dict[str, Series]:
     found = numbers("cifar10-latents")
-    uniform, weights = found["per seed"], found["another machine, the same classifier"]["per seed"]
-    times = found["logit-normal times"]["per seed"]
-    longer = {"0": found["vanilla, 4,000 steps, seed 0"]}
+    times = found["logit-normal times"]
+    runs, longer = times["per seed"], {"0": found["vanilla, 4,000 steps, seed 0"]}
     return {
-        "vanilla, uniform times": line(uniform["vanilla"], over, longer=longer),
-        "vanilla": line(times["vanilla"], over),
-        "Self-Transcendence, weight 2,\nuniform times": line(
-            weights["self_transcendence, stage2.weight 2.0"], over, teacher=uniform["structure"]
-        ),
-        "Self-Transcendence, weight 2": line(times["self_transcendence"], over, teacher=times["structure"]),
+        "vanilla, uniform times": line(found["per seed"]["vanilla"], over, longer=longer),
+        "vanilla": line(runs["vanilla"], over, longer=times["vanilla, 4,000 steps"]),
+        "REPA, weight 1": line(runs["repa"], over),
+        "Self-Transcendence, weight 2": line(runs["self_transcendence"], over, teacher=runs["structure"]),
     }
 
 

@@ -159,12 +159,22 @@ def load_text_encoder(
     stored = {key: tensor for key, tensor in model.state_dict().items() if key not in absent}
     return TextEncoder(
         name if name == BUILT_IN else encoder_name(name),
-        model.to(device, dtype),
+        _cast(model, dtype).to(device),
         tokenizer,
         tokens or min(most, DEFAULT_TOKENS),
         sha256_of(stored, files),
         masked=CLASSES.get(kind) not in UNMASKED,
     )
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model in this precision. In float16 the layers that transformers keeps in float32 when it loads a model so stay in
+    float32: the products of a T5's `wo` exceed the range of float16, and are clipped without a word."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not kept.intersection(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def encoder_of(

@@ -51,6 +51,26 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
 
 
+def test_t5_in_float16_keeps_the_layers_that_exceed_its_range(tmp_path: Path) -> None:
+    """As transformers loads it in float16. Cast as a whole, its tokens would be finite and wrong: it clips what overflows."""
+    folder = save_text_encoder(tmp_path, "t5")
+    file = tmp_path / "model.safetensors"
+    scale = {"wi": 30.0, "wo": 3000.0}  # published T5s have such large hidden values
+    named = {name: x * scale.get(name.split(".")[-2][:2], 1.0) for name, x in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
+    encoder = load_text_encoder(folder, 9, dtype=torch.float16)
+    ids, mask = encoder.ids(TEXTS)
+    found = encoder.encode_ids(ids, mask)[TEXT]  # type: ignore[index]
+    model: Any = transformers.T5EncoderModel
+    options = {"input_ids": ids.long(), "attention_mask": mask.long()}
+    with torch.no_grad():
+        expected = model.from_pretrained(folder, dtype=torch.float16).eval()(**options).last_hidden_state.float()
+        exact = model.from_pretrained(folder, dtype=torch.float32).eval()(**options).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    assert (found - exact).norm() < 0.01 * exact.norm()
+    assert encoder.sha256 == load_text_encoder(folder, 9).sha256, "the hash does not depend on the precision"
+
+
 def test_minilm_is_a_real_encoder() -> None:
     encoder = load_text_encoder("minilm", 16)
     assert (encoder.name, encoder.tokens, encoder.width) == ("minilm", 16, 384)
