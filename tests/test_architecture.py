@@ -102,7 +102,10 @@ LAYOUTS, MAY_NAME_LAYOUTS = (
     ),
 )
 #: files that may probe attributes of models: file -> why
-MAY_PROBE = {"encoders/vision.py": "models of transformers, whose attributes differ between families"}
+MAY_PROBE = dict.fromkeys(
+    ("encoders/text.py", "encoders/vision.py", "evaluate/vision_features.py"),
+    "models of transformers, whose attributes differ between families",
+)
 #: file names that several packages use: name -> why
 SHARED_FILE_NAMES = {
     "__init__.py": "required by Python",
