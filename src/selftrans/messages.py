@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+#: the pages of the documentation: wheels have them in the package
+DOCS = PACKAGE / "docs" if (PACKAGE / "docs").is_dir() else PACKAGE.parents[1] / "docs"
 JOINERS = "\u200c\u200d"  #: invisible, but parts of words in some scripts, and of emoji
 
 
@@ -28,6 +30,11 @@ def printable(text: object, limit: int | None = 160) -> str:
 def escaped(text: object) -> str:
     """Text on one line, in which only what a terminal does not print is escaped: `a\\nb`. For a path that is named in full."""
     return "".join(c if _is_shown(c) else ascii(c)[1:-1] for c in str(text))
+
+
+def page(name: str) -> str:
+    """Where a page of the documentation, such as `data.md`, lies on this machine."""
+    return escaped(DOCS / name)
 
 
 def as_word(path: object) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, Generic, TypeVar
 
+from selftrans.messages import page
 from selftrans.suggest import nearest
 
 Record = TypeVar("Record")
@@ -143,5 +144,5 @@ class Registry(Generic[Record]):
                 f"{self.what} '{name}' cannot be imported from {origin} ({type(error).__name__}: {error})"
             ) from error
         if not isinstance(record, self.kind):
-            raise ValueError(f"{origin} is no {self.kind.__name__}; see docs/extending.md")
+            raise ValueError(f"{origin} is no {self.kind.__name__}; see {page('extending.md')}")
         return record

@@ -33,7 +33,8 @@ STRAY = (
     "src/notes.txt",
     "tests/test_architecture.py",
     "benchmarks/ablations.py",
-    "docs/index.md",
+    "docs/bench/steps.json",
+    "docs/.results.md.swp",
     "quickstart/table.json",
 )
 BUILD = "import hatchling.build, sys; print(hatchling.build.build_wheel(sys.argv[1]))"
@@ -44,6 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from an archive of the repository without its history, in which other files lie about."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copytree(ROOT / "docs", tree / "docs")
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, tree)
     for name in STRAY:
@@ -91,6 +93,7 @@ def contents(wheel: Path) -> set[str]:
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     source = ROOT / "src"
     ours = {path.relative_to(source).as_posix() for path in (source / "selftrans").rglob("*") if path.is_file()}
+    ours |= {f"selftrans/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "docs").rglob("*.md")}
     expected = {name for name in ours if "__pycache__" not in name}
     found = contents(wheel)
     assert not {name for name in found if not name.startswith(f"{INFO}/")} ^ expected
@@ -126,6 +129,24 @@ def test_installed_command_works_elsewhere(installed: Path, tmp_path: Path) -> N
     listed = python(installed, tmp_path, command, "train", "--help")  # the recipes, from settings.json
     assert all(name in listed for name in RECIPES)
     assert not [*tmp_path.iterdir()]
+
+
+def test_installed_package_names_pages_that_it_has(installed: Path, tmp_path: Path) -> None:
+    command, pages = str(installed / "bin" / "selftrans"), installed / "selftrans" / "docs"
+    for words in (["--help"], ["train", "digits", "--help"]):
+        assert str(pages) in python(installed, tmp_path, command, *words)
+    code = """
+from selftrans.data.streaming.remote import checked
+try:
+    checked("s3://key:word@bucket/data")
+except ValueError as error:
+    print(error)
+"""
+    message = python(installed, tmp_path, "-c", code)
+    assert message.endswith(f"(see {pages / 'streaming.md'})\n")
+    assert (pages / "streaming.md").read_text(encoding="utf-8") == (ROOT / "docs" / "streaming.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_installed_library_is_the_one_that_is_imported(installed: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,18 @@ from selftrans.messages import (
     listed,
     on_one_line,
     one_line,
+    page,
     plural,
     printable,
     shape_text,
 )
+
+
+def test_named_pages_of_the_documentation_exist() -> None:
+    assert Path(page("data.md")).read_text(encoding="utf-8").startswith("# ")
+    for file in messages.PACKAGE.rglob("*.py"):
+        for name in re.findall(r"docs/([\w/-]+\.md)|page\(['\"](.+?)['\"]\)", file.read_text(encoding="utf-8")):
+            assert (messages.DOCS / "".join(name)).is_file(), f"{file} names {name}"
 
 
 @pytest.mark.parametrize(

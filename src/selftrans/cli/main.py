@@ -21,7 +21,7 @@ from selftrans.cli import hub_retries
 from selftrans.cli.commands import COMMANDS
 from selftrans.cli.options import Command, RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
-from selftrans.cli.parse import UsageError, blank, parse, wrapped
+from selftrans.cli.parse import MANUAL, UsageError, blank, parse, wrapped
 from selftrans.cli.unknown_option import unrecognised
 from selftrans.messages import escaped, first_line, is_own_code, leave_lost_output, on_one_line, printable
 from selftrans.plugins import trust
@@ -131,7 +131,7 @@ def _print_overview(words: Sequence[str]) -> None:
     else:
         commands = (f"  {name:<11}  {(inspect.getdoc(kind) or '').splitlines()[0]}" for name, kind in COMMANDS.items())
         usage = "usage: selftrans COMMAND ...   (selftrans COMMAND --help describes each)"
-        print(wrapped("\n".join([usage, "", *commands])))
+        print(wrapped("\n".join([usage, "", *commands, "", f"{MANUAL}: begin with tutorial.md"])))
 
 
 def _system_error(error: OSError) -> str:

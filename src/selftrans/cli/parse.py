@@ -23,8 +23,10 @@ import tyro
 
 from selftrans.cli.options import Inline
 from selftrans.cli.unknown_option import unrecognised
+from selftrans.messages import DOCS, escaped
 
 HELP = {"-h", "--help"}
+MANUAL = f"Pages of docs/ are in {escaped(DOCS)}"
 #: start of Python's message about a value that it cannot convert -> what the value should be
 NO_NUMBER = {
     "invalid literal for int() with base 10: ": "a whole number",
@@ -55,6 +57,7 @@ def parse(command: Any, words: Sequence[str], prog: str, *, kind: Any, see: str,
     """
     if HELP & set(words):
         words = ["--help"]  # after other words, tyro would leave those out of the page
+        description = f"{description or inspect.getdoc(type(command)) or ''}\n\n{MANUAL}"
     known = option_names(command)
     _check_for_empty_values(words, see)
 

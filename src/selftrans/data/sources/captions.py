@@ -29,7 +29,7 @@ from selftrans.data.sources.table_file import (
     picture_name,
     read_text,
 )
-from selftrans.messages import decoded_text, first_line, one_line, plural, printable
+from selftrans.messages import decoded_text, first_line, one_line, page, plural, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -231,7 +231,7 @@ def caption_table(file: Path, pictures: Sequence[str] = (), column: str | None =
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{printable(file)} cannot be read as captions ({first_line(error)}): give a csv, tsv or jsonl with file_name and "
-            "caption (docs/data.md), or name the column of captions by --caption-column"
+            f"caption ({page('data.md')}), or name the column of captions by --caption-column"
         ) from error
     return found
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from selftrans.messages import are, plural, printable
+from selftrans.messages import are, page, plural, printable
 
 #: extensions of pictures, sounds and videos that are read; a .gif is a picture or a video
 PICTURES = frozenset(
@@ -46,7 +46,7 @@ UNREAD_VIDEOS = frozenset((".3gp", ".flv", ".mpeg", ".mpg", ".mts", ".wmv"))
 ARCHIVES = frozenset((".7z", ".bz2", ".gz", ".lz4", ".rar", ".tgz", ".xz", ".zip", ".zst"))
 ARRAYS = frozenset((".npy", ".npz"))
 TABLES = frozenset((".csv", ".json", ".jsonl", ".tsv", ".txt", ".xls", ".xlsx", ".xml"))
-FORMS = "a folder, a zip, a tar or a parquet file (docs/data.md)"
+FORMS = f"a folder, a zip, a tar or a parquet file ({page('data.md')})"
 SAVE_ARRAYS = (
     "pictures are read from their files, floats (N, C, ...) from an npz with `data`, or (C, ...) from npy files, by "
     "--autoencoder values"

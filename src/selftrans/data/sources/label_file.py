@@ -25,14 +25,15 @@ from selftrans.data.sources.table_file import (
     picture_name,
     read_text,
 )
-from selftrans.messages import first_line, plural, printable
+from selftrans.messages import first_line, page, plural, printable
 
 NAME = "dataset.json"
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
 #: names of columns and fields, in lower case
 LABELS = ("label", "class", "class_name", "category", "target")
 _FORMS = (
-    "give a csv of path,label, or a json of paths and labels (docs/data.md), or the column of labels by --label-column"
+    f"give a csv of path,label, or a json of paths and labels ({page('data.md')}), or the column of labels by "
+    "--label-column"
 )
 
 

@@ -17,7 +17,7 @@ from selftrans.data.sources.clips import open_files
 from selftrans.data.sources.decode import BadSample, Reading, none_readable, unreadable
 from selftrans.data.sources.npz import MAX_BYTES, array_header, channels_last, check_numbers
 from selftrans.data.sources.source import Samples, Source
-from selftrans.messages import printable
+from selftrans.messages import page, printable
 
 SUFFIXES = frozenset((".npy",))
 
@@ -66,7 +66,7 @@ def npy_values(path: Path, split: str | None, reading: Reading) -> NpyFiles:
     files = open_files(path, "arrays", None, split, reading, SUFFIXES)
     if not len(files):
         raise ValueError(
-            f"no npy files in {path}: --autoencoder values reads arrays, from npy files or one npz (docs/data.md)"
+            f"no npy files in {path}: --autoencoder values reads arrays, from npy files or one npz ({page('data.md')})"
         )
     of_files = {each.name: getattr(files, each.name) for each in fields(Samples)}
     first: Exception | None = None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
-from selftrans.messages import first_line, printable
+from selftrans.messages import first_line, page, printable
 
 #: protocol -> where its package looks for credentials
 CREDENTIALS = {
@@ -97,7 +97,8 @@ def refuse_secrets(text: str, *, queries: bool = True) -> None:
             continue
         raise ValueError(
             f"{cleaned(found[0])}: a URL with {part} is refused, since paths are written to logs and "
-            "checkpoints; give it without, and credentials as the store's own package reads them (see docs/streaming.md)"
+            "checkpoints; give it without, and credentials as the store's own package reads them "
+            f"(see {page('streaming.md')})"
         )
 
 
@@ -277,7 +278,7 @@ def _remedy(error: Exception, protocol: str) -> str:
     if _about_credentials(error):
         variables = CREDENTIALS.get(protocol)
         if variables:
-            return f"; credentials come from {variables} (docs/streaming.md)"
+            return f"; credentials come from {variables} ({page('streaming.md')})"
         return "; http and https are read without credentials" if protocol.startswith("http") else ""
     if "endpoint" in str(error).lower() and protocol in ("s3", "s3a"):
         return "; the endpoint comes from AWS_ENDPOINT_URL, such as https://host:9000"

@@ -13,6 +13,7 @@ from selftrans.data.sources.captions import MAX_FILE_BYTES, CaptionSource, capti
 from selftrans.data.sources.decode import BadSample
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Entries, Source
+from selftrans.messages import page
 from tests.support.pictures import encoded, noise, write, zipped
 
 
@@ -291,7 +292,8 @@ def test_other_tables_are_refused_with_their_line(tmp_path: Path, name: str, con
     with pytest.raises(ValueError, match=rf"{name} cannot be read as captions \(.*{said}") as caught:
         caption_table(write(tmp_path, {name: content}) / name)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(
-        "give a csv, tsv or jsonl with file_name and caption (docs/data.md), or name the column of captions by --caption-column"
+        f"give a csv, tsv or jsonl with file_name and caption ({page('data.md')}), or name the column of captions by "
+        "--caption-column"
     )
 
 
