@@ -38,8 +38,20 @@ def page(name: str) -> str:
 
 
 def as_word(path: object) -> str:
-    """A path as one word of a command line, `escaped`."""
-    return escaped(shlex.quote(str(path)))
+    """A path as one word of a command line, to be pasted. What a terminal does not print, as bytes in `$'...'`: `a$'\x1b'`."""
+    text = str(path)
+    if all(map(_is_shown, text)):
+        return shlex.quote(text)
+    text = text.replace("\\", r"\\").replace("'", r"\'")
+    return "".join(["$'", *(c if _is_shown(c) else _as_bytes(c) for c in text), "'"])
+
+
+def _as_bytes(character: str) -> str:
+    r"""`\xe2\x80\xaf`: a character in UTF-8, or the byte of a file's name that is not UTF-8."""
+    undecoded = "\udc80" <= character <= "\udcff"
+    return "".join(
+        f"\\x{byte:02x}" for byte in character.encode(errors="surrogateescape" if undecoded else "surrogatepass")
+    )
 
 
 def _is_shown(character: str) -> bool:

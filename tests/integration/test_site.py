@@ -31,9 +31,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site. Warnings of mkdocs (links, anchors, pages that are nowhere) are errors."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    built = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
-    )
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "SITE_URL": "https://host.invalid/a/path/"}
+    built = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-3000:]
     return folder
 
@@ -47,13 +46,18 @@ def test_site_loads_nothing_from_elsewhere(site: Path) -> None:
             r"<(?:script|img|iframe|source|audio|video)\b[^>]*\ssrc=[\"']?((?:https?:)?//[^\"'\s>]+)", text
         )
         links = re.findall(r"<link\b[^>]*>", text)
-        loaded += [
-            link for link in links if "rel=canonical" not in link and re.search(r"href=[\"']?(?:https?:)?//", link)
-        ]
+        loaded += [link for link in links if "canonical" not in link and re.search(r"href=[\"']?(?:https?:)?//", link)]
         assert not loaded, f"{page.name}: {loaded}"
         assert 'class="mermaid"' not in text  # the theme would fetch a script for it
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import )[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name
+
+
+def test_page_of_a_wrong_address_has_its_styles_under_a_path(site: Path) -> None:
+    """It is served at any depth, so its addresses are not relative."""
+    text = (site / "404.html").read_text(encoding="utf-8")
+    sheets = re.findall(r"<link\b[^>]*href=[\"']?([^\"'\s>]+\.css)", text)
+    assert sheets and all(sheet.startswith("/a/path/") for sheet in sheets)
 
 
 def test_formulas_are_mathml(site: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,16 @@ def test_text_is_wrapped_to_a_terminal_only(monkeypatch):
 
 
 def test_a_path_is_one_word_of_a_command_line():
-    assert as_word(Path("runs/a")) == "runs/a" and as_word("my runs/a$b\x1b") == "'my runs/a$b\\x1b'"
+    assert as_word(Path("runs/a")) == "runs/a" and as_word("my runs/a$b") == "'my runs/a$b'"
+    assert as_word("a$b\x1bc\u202f") == "$'a$b\\x1bc\\xe2\\x80\\xaf'"
+
+
+@pytest.mark.parametrize("name", ["a\x1bb", "1\u202f000\xa0km", "it's\n\\x", "no utf-8 \udcff0", "tab\t$HOME`id`"])
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_a_path_that_is_pasted_is_that_path(name):
+    word = as_word(name)
+    assert word.isprintable()
+    assert subprocess.run(["bash", "-c", f"printf %s {word}"], stdout=-1, check=True).stdout == os.fsencode(name)
 
 
 def test_escaped_text_is_truncated():

@@ -21,13 +21,15 @@ from selftrans.data.encode import ShardEncoder
 from selftrans.data.encode_captions import CaptionEncoder, TextOptions, check_disk, sizes
 from selftrans.data.manifest import Manifest, Shard
 from selftrans.data.prepare_options import NETWORK_DTYPES, PrepareOptions
-from selftrans.data.reports import check_faults, report_source, say, warn_after_reading
+from selftrans.data.reports import check_faults, note_constant, report_source, say, warn_after_reading
 from selftrans.data.resolution import size_text
 from selftrans.data.shard_plan import Decoded
 from selftrans.data.source_samples import source_samples
 from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.decode import none_readable
 from selftrans.data.sources.duplicates import DuplicateFinder
+from selftrans.data.sources.npy import NpyFiles
+from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.data.standardise import standardise_option, standardised, without_statistics
 from selftrans.device import default_device
@@ -222,6 +224,8 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, given: PrepareOptions
         def decode(batch: range) -> Decoded:
             read = encoder.decode(batch)
             duplicates.add(read.good, read.arrays)
+            if not isinstance(encoder.source, NpzValues | NpyFiles):  # of which it may be a meaning
+                note_constant(encoder.source, read, channels_last=isinstance(encoder.source, Source))
             return read
 
         batches = (batch for shard in missing for batch in encoder.batches(shard))

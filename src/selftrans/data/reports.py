@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from selftrans.data.manifest import Manifest
+from selftrans.data.shard_plan import Decoded
 from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.duplicates import DuplicateFinder
 from selftrans.data.sources.file_kinds import describe_ignored
@@ -50,8 +51,17 @@ def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
     )
 
 
+def note_constant(samples: Samples, read: Decoded, *, channels_last: bool) -> None:
+    """Note the samples of a batch that have one value throughout, or one in each channel, for `warn_after_reading`."""
+    for i, array in zip(read.good, read.arrays, strict=True):
+        positions = array.reshape(-1, array.shape[-1]) if channels_last else array.reshape(array.shape[0], -1).T
+        if (positions[0] == positions[-1]).all() and (positions == positions[0]).all():
+            samples.read_warnings.add_constant(samples.name(i))
+
+
 def warn_after_reading(samples: Samples, manifest: Manifest, finder: DuplicateFinder, *, now: bool = True) -> None:
-    """Give the warnings that reading has led to: ignored metadata, animations, duplicates, classes without usable samples.
+    """Give the warnings that reading has led to: ignored metadata, animations, samples of one value, duplicates, classes
+    without usable samples.
 
     now: False keeps them in the source, until `read_warnings.emit` is called.
     """

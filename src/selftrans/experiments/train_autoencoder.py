@@ -31,7 +31,7 @@ from selftrans.experiments.autoencoder_report import (
     reconstruction_figures,
     sheet,
 )
-from selftrans.messages import escaped, plural, printable, shape_text
+from selftrans.messages import as_word, escaped, plural, printable, shape_text
 from selftrans.plain_json import to_plain
 from selftrans.progress import progress_bar
 from selftrans.storage import (
@@ -188,5 +188,5 @@ def summary(report: dict[str, Any], out: str | Path) -> str:
         f"{picture} => {latent}, {report['parameters'] / 1e6:.2f} M parameters, {report['steps']:,} steps in "
         f"{report['seconds']:.0f} s\n"
         f"{plural(figures['pictures'], 'held-out picture')}: PSNR {figures['psnr']:.2f} dB, L1 {figures['l1']:.4f}{distance}\n"
-        f"{escaped(out)} -> selftrans prepare SOURCE --out LATENTS --autoencoder {escaped(out)}"
+        f"{escaped(out)} -> selftrans prepare SOURCE --out LATENTS --autoencoder {as_word(out)}"
     )

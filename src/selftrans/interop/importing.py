@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from selftrans.config import RunConfig, settings_of, to_json
 from selftrans.encoders.autoencoder import autoencoder_name
 from selftrans.interop.exporting import check_out
 from selftrans.interop.published_file import MOST, read
-from selftrans.messages import escaped, first_line, listed, plural, printable, shape_text
+from selftrans.messages import as_word, escaped, first_line, listed, plural, printable, shape_text
 from selftrans.methods.registry import BASELINE, METHODS, meta_objective, stages
 from selftrans.methods.spec import PublishedHeads
 from selftrans.models.registry import REGISTRY as MODELS
@@ -297,4 +296,4 @@ def _command(config: RunConfig, out: Path) -> str:
     for name, value in bound.items():
         if usual.get(name) != value or name == "method":
             words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words)
+    return " ".join(map(as_word, words))

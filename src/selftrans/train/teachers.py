@@ -16,7 +16,7 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.encoders.identity import check_scale, identity_kind, same_latents
 from selftrans.encoders.vision import Encoder, load_encoder
-from selftrans.messages import printable
+from selftrans.messages import as_word, printable
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.spec import Stage, TeacherSpec
 from selftrans.precision import PRECISIONS
@@ -150,9 +150,8 @@ def external_encoder(
             f"{dataset.path} holds buckets of several sizes, and an external encoder's features are on one square grid; give "
             "data of one --resolution, or another --method"
         )
-    prepare = (
-        f"`selftrans prepare {manifest.source} --out {dataset.path} --features MODEL`, its other options as they were"
-    )
+    words = f"prepare {as_word(manifest.source)} --out {as_word(dataset.path)} --features MODEL"
+    prepare = f"`selftrans {words}`, its other options as they were"
     pixels = identity_kind(manifest.autoencoder) == "pixel"
     if name is not None and not pixels:
         raise ValueError(

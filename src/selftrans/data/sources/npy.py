@@ -15,7 +15,7 @@ import numpy as np
 
 from selftrans.data.sources.clips import open_files
 from selftrans.data.sources.decode import BadSample, Reading, none_readable, unreadable
-from selftrans.data.sources.npz import MAX_BYTES, array_header, channels_last, check_numbers
+from selftrans.data.sources.npz import MAX_BYTES, ONE_CHANNEL, array_header, check_numbers, without_channels_first
 from selftrans.data.sources.source import Samples, Source
 from selftrans.messages import page, printable
 
@@ -77,10 +77,11 @@ def npy_values(path: Path, split: str | None, reading: Reading) -> NpyFiles:
         except Exception as error:  # reported when the file is read
             first = first or unreadable(files.name(i), error, "sample")
             continue
-        if channels_last(shape):
+        if found := without_channels_first(shape):
+            remedy = "data[None]" if found == ONE_CHANNEL else "data.transpose(2, 0, 1)"
             warnings.warn(
-                f"{printable(files.name(i))} {shape} looks like a picture with its channels last, and is read as {shape[0]} "
-                "channels; if so, store data.transpose(2, 0, 1)",
+                f"{printable(files.name(i))} {shape} looks like a picture {found}, and is read as {shape[0]} channels; if so, "
+                f"store {remedy}",
                 stacklevel=3,
             )
         return NpyFiles(files, shape, **of_files)

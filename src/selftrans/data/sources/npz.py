@@ -26,6 +26,7 @@ from selftrans.data.sources.zip_archive import open_zip
 from selftrans.messages import first_line
 
 MAX_BYTES = 1 << 30  #: of labels or class names, and of one sample
+ONE_CHANNEL = "without channels"  #: an array (H, W)
 MAX_HEADER = 10_000  #: bytes of the header of an array, as numpy's limit
 EXPANSION = 1100  #: an entry holds at most this many bytes per byte of its zip (deflate reaches 1032)
 CHUNK = 1 << 24  #: bytes skipped at a time
@@ -164,18 +165,21 @@ def npz_values(path: Path) -> NpzValues:
             labels, classes = np.zeros(shape[0], np.int64), tuple[str, ...]()
         else:
             labels, classes = _labels(archive, path, shape[0], "classes.npy" in names)
-    if channels_last(shape[1:]):
+    if found := without_channels_first(shape[1:]):
+        remedy = "data[:, None]" if found == ONE_CHANNEL else "data.transpose(0, 3, 1, 2)"
         warnings.warn(
-            f"{path}: data {shape} look like pictures with their channels last, and are read as {shape[1]} channels; "
-            "if so, store data.transpose(0, 3, 1, 2)",
+            f"{path}: data {shape} look like pictures {found}, and are read as {shape[1]} channels; if so, store {remedy}",
             stacklevel=3,
         )
     return NpzValues(path, shape[1:], dtype, info.CRC, labels=labels, classes=classes, in_order=True)
 
 
-def channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether a sample of this shape looks like a square picture (H, W, C)."""
-    return len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] == shape[1] > 4
+def without_channels_first(shape: tuple[int, ...]) -> str:
+    """How a sample of this shape looks like a picture that is not (C, H, W): a square one (H, W, C), or one (H, W) of an
+    ordinary aspect ratio; empty where it does not."""
+    if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] == shape[1] > 4:
+        return "with channels last"
+    return ONE_CHANNEL if len(shape) == 2 and min(shape) > 4 and max(shape) <= 2 * min(shape) else ""
 
 
 def _values_header(file: IO[bytes], path: Path, size: int) -> tuple[tuple[int, ...], np.dtype]:

@@ -10,17 +10,20 @@ from selftrans.data.sources.duplicates import Duplicates, describe_duplicates
 from selftrans.data.sources.metadata import MAX_METADATA, Facts
 from selftrans.messages import are, plural, printable
 
-BROKEN, SEVERAL, ENLARGED = "broken", "several", "enlarged"
+BROKEN, SEVERAL, ENLARGED, CONSTANT = "broken", "several", "enlarged", "constant"
 SENTENCES = {
     BROKEN: "metadata that are damaged, or of more than {limit} MB, are ignored in {pictures} ({kinds}), such as {first}; the "
     "pixels are read",
     SEVERAL: "{pictures} {are} animated or of several pages, such as {first}; only the first frame is read",
     ENLARGED: "{pictures} {are} smaller than the size asked for and {are} enlarged, such as {first}",
+    CONSTANT: "{pictures} {are} of one value throughout (blank, or silent), such as {first}; leave them out if that is a "
+    "mistake",
 }
 
 
 class ReadWarnings:
-    """Counts a source's pictures with ignored metadata, with several frames, and those enlarged; keeps its duplicates.
+    """Counts a source's pictures with ignored metadata, with several frames, those enlarged, and samples of one value; keeps
+    its duplicates.
 
     Safe from any thread.
     """
@@ -40,6 +43,12 @@ class ReadWarnings:
                 self._first.setdefault(kind, f"{printable(name)} ({enlarged})" if kind == ENLARGED else printable(name))
             self._broken.update(facts.broken)
 
+    def add_constant(self, name: str) -> None:
+        """Count one sample whose values are all the same, in each channel."""
+        with self._lock:
+            self._pictures[CONSTANT] += 1
+            self._first.setdefault(CONSTANT, printable(name))
+
     def sentences(self, noun: str = "picture") -> list[str]:
         """One sentence for each kind, with how many samples and the name of the first."""
         given = {
@@ -47,7 +56,7 @@ class ReadWarnings:
             "limit": MAX_METADATA >> 20,
         }
         said = [
-            sentence.format(pictures=plural(count, "picture"), are=are(count), first=self._first[kind], **given)
+            sentence.format(pictures=plural(count, noun), are=are(count), first=self._first[kind], **given)
             for kind, sentence in SENTENCES.items()
             if (count := self._pictures[kind])
         ]

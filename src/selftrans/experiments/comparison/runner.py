@@ -175,7 +175,8 @@ def _in_workers(
 def _run_tasks(work: Work, workers: int, threads: int, bar: Any) -> None:
     """Run the remaining tasks in worker processes. Raises `Stopped` after a stop signal, when all workers have ended."""
     context, schedule = multiprocessing.get_context("spawn"), work.schedule
-    steps_done = context.SimpleQueue()
+    with interrupts_held():  # it starts the process that removes what workers share, which must outlive them
+        steps_done = context.SimpleQueue()
     shared = (work.comparison, threads, steps_done, warnings.showwarning)
     with StopRequest() as stop, ProcessPoolExecutor(workers, context, init_worker, shared) as pool:
         with interrupts_held():

@@ -95,9 +95,17 @@ def test_one_dimension_alone_has_no_channels(tmp_path: Path) -> None:
         prepare(tmp_path / "x", tmp_path / "data", autoencoder="values", progress=False)
 
 
-@pytest.mark.parametrize(("shape", "said"), [((8, 8, 3), True), ((3, 8, 8), False), ((8, 9, 3), False)])
-def test_channels_that_are_last_are_said(tmp_path: Path, shape: tuple[int, ...], said: bool) -> None:
+LAST = r"1.npy \(8, 8, 3\) looks like a picture with channels last, .* as 8 channels; if so, store data.transpose\(2, 0, 1\)"
+NONE = r"1.npy \(64, 96\) looks like a picture without channels, and is read as 64 channels; if so, store data\[None\]"
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [((8, 8, 3), LAST), ((3, 8, 8), ""), ((8, 9, 3), ""), ((64, 96), NONE), ((64, 1000), ""), ((4, 4), "")],
+)
+def test_arrays_that_look_like_pictures_without_channels_first_are_said(
+    tmp_path: Path, shape: tuple[int, ...], said: str
+) -> None:
     write(tmp_path / "x", {"0.npy": b"damaged", "1.npy": saved(np.zeros(shape, np.float32))})
-    message = r"1.npy \(8, 8, 3\) looks like a picture with its channels last, .* as 8 channels; .*transpose\(2, 0, 1\)"
-    with pytest.warns(UserWarning, match=message) if said else nullcontext():
+    with pytest.warns(UserWarning, match=said) if said else nullcontext():
         assert npy_values(tmp_path / "x", None, Reading()).shape == shape

@@ -238,13 +238,19 @@ def test_truth_values_are_the_labels_0_and_1(tmp_path: Path) -> None:
     assert source.labels.tolist() == [1, 0, 1, 1] and source.classes == ("0", "1")
 
 
-@pytest.mark.parametrize(("shape", "said"), [((2, 8, 8, 3), True), ((2, 3, 8, 8), False), ((2, 3, 8, 3), False)])
-def test_channels_that_are_last_are_said(tmp_path: Path, shape: tuple[int, ...], said: bool) -> None:
+LAST = r"look like pictures with channels last, .* as 8 channels; if so, store data.transpose\(0, 3, 1, 2\)"
+NONE = r"look like pictures without channels, and are read as 64 channels; if so, store data\[:, None\]"
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [((2, 8, 8, 3), LAST), ((2, 3, 8, 8), ""), ((2, 3, 8, 3), ""), ((2, 64, 64), NONE), ((2, 12, 1000), "")],
+)
+def test_arrays_that_look_like_pictures_without_channels_first_are_said(
+    tmp_path: Path, shape: tuple[int, ...], said: str
+) -> None:
     np.savez(tmp_path / "x.npz", data=np.zeros(shape, np.float32))
-    message = (
-        r"look like pictures with their channels last, .* as 8 channels; if so, store data.transpose\(0, 3, 1, 2\)"
-    )
-    with pytest.warns(UserWarning, match=message) if said else nullcontext():
+    with pytest.warns(UserWarning, match=said) if said else nullcontext():
         assert npz_values(tmp_path / "x.npz").shape == shape[1:]
 
 
