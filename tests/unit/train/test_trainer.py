@@ -94,7 +94,7 @@ def test_stages_differ_in_weights_noise_and_order_under_one_seed(tmp_path, monke
     assert not torch.equal(weight1, weight2) and not np.array_equal(rows1, rows2)
 
 
-def by_index(batch, null, *, path=LINEAR, times="", drop=0.0, t=None, noise=None):
+def by_index(batch, null, *, path=LINEAR, times="", time_shift=1.0, drop=0.0, t=None, noise=None):
     """A draw that is a function of each sample alone, so that it does not depend on the division into batches."""
     z0, cond, _ = batch
     rows = (1000 * z0.flatten(1).abs().sum(dim=1)).long()
