@@ -115,6 +115,11 @@ def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
+def three_digits(value: float) -> str:
+    """A positive number with three digits, above 1,000 with all of the whole number: `0.0123`, `45.6`, `1,234`."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
 def gigabytes(size: float) -> str:
     """A number of bytes with three digits: `74.4 kB`, `1.23 MB`, `9.8 TB`; from 0.1 GB on in GB, `0.123 GB`."""
     for unit, scale, least in (("TB", 1e12, 0.9995e12), ("GB", 1e9, 0.9995e8), ("MB", 1e6, 0.9995e6)):

@@ -29,6 +29,7 @@ from selftrans.messages import (
     plural,
     printable,
     shape_text,
+    three_digits,
 )
 
 
@@ -116,6 +117,11 @@ def test_bytes_have_three_digits_at_most_whatever_their_number():
         *("0 kB", "74.4 kB", "999 kB", "1 MB", "5 MB", "99.9 MB", "0.134 GB"),
         *("1.23 GB", "21 GB", "999 GB", "1 TB", "9.8 TB"),
     ]
+
+
+def test_numbers_have_no_exponent():
+    values = (0.01234, 45.64, 999.4, 999.6, 1019.7, 2_534_000.2)
+    assert [three_digits(value) for value in values] == ["0.0123", "45.6", "999", "1,000", "1,020", "2,534,000"]
 
 
 def test_durations():

@@ -33,6 +33,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("wd",), ("weight-decay",)),
     **dict.fromkeys(("gradient-accumulation-steps", "grad-accum", "accumulation-steps"), ("accumulate",)),
     **dict.fromkeys(("global-seed",), ("seed",)),
+    **dict.fromkeys(("log-every", "log-interval", "log-freq", "logging-steps", "print-freq"), ("log.every",)),
+    **dict.fromkeys(("save-every", "save-interval", "save-steps", "ckpt-every"), ("checkpoint-every",)),
+    **dict.fromkeys(("sample-every",), ("preview-every",)),
     **dict.fromkeys(("class", "class-labels", "class-label", "label"), ("labels",)),
 }
 

@@ -45,6 +45,8 @@ class VisionExtractor:
         config = getattr(model.config, "vision_config", model.config)
         self.model: Any = getattr(model, "vision_model", model).to(device).requires_grad_(False).eval()
         known = inspect.signature(self.model.forward).parameters
+        if "pixel_values" not in known:
+            raise ValueError(f"{name!r} is a {type(model).__name__}, which takes no pictures; give a vision model")
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}
         processor = picture_processor(name)
         mean, std = normalisation(processor)

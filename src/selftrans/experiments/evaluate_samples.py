@@ -201,6 +201,8 @@ def text(report: dict[str, Any]) -> str:
         made_with.append(f"{each} of each of {plural(balance['classes'], 'class')}")
     elif made.get("num_classes") not in (0, 1):  # without classes there is no balance
         made_with.append("label balance unknown")
+    if not texts and not balance and all(made[name] is None for name in SETTINGS):  # not written by `selftrans sample`
+        made_with = ["how the samples were made is not recorded: settings and labels are unknown"]
     computed = [parameters(report) for key, parameters in COMPUTED.items() if key in report]
     count = report["reference_images"]
     reference = f"{report['reference']} ({'unknown number of images' if count is None else plural(count, 'image')})"

@@ -266,8 +266,8 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = _flat(earlier), _flat(json.loads(json.dumps(now)))  # through json, so that a tuple equals its list
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) or (name in old) != (name in new)]
     names = [name for name in names if not re.fullmatch(r"(autoguidance\.)?source\.path", name)]
-    shown = {name: printable(name, 60) for name in names}  # the folder may be untrusted
-    return [f"{shown[k]}: {old.get(k, 'absent')!s:.60} there, {new.get(k, 'absent')!s:.60} now" for k in names[:5]]
+    shown = ([printable(text, 60) for text in (k, old.get(k, "absent"), new.get(k, "absent"))] for k in names[:5])
+    return [f"{name}: {was} there, {given} now" for name, was, given in shown]  # the folder may be untrusted
 
 
 def _npz_count(path: Path) -> int:

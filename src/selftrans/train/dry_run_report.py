@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from selftrans.messages import duration, gigabytes, plural
+from selftrans.messages import duration, gigabytes, plural, three_digits
 from selftrans.train.run_data import Transfer, transfer_text
 
 
@@ -51,7 +51,8 @@ def text(found: DryRun) -> str:
     """A dry run's findings, in lines."""
     lines = [f"dry run: {plural(found.samples, 'sample')}, batches of {found.batch_size}, on {found.device}"]
     for stage in found.stages:
-        size = f"{stage.parameters / 1e6:.3g} M parameters ({stage.trained / 1e6:.3g} M trained, with heads)"
+        own, trained = three_digits(stage.parameters / 1e6), three_digits(stage.trained / 1e6)
+        size = f"{own} M parameters ({trained} M trained, with heads)"
         fixed = ", ".join(f"{name} {gigabytes(part)}" for name, part in stage.memory.items())
         total = found.memory_total
         fits = "" if total is None else f" of {gigabytes(total)}: {'fits' if stage.peak < 0.95 * total else 'tight'}"
@@ -63,7 +64,7 @@ def text(found: DryRun) -> str:
             f"{stage.name}: {size}, {plural(stage.steps, 'step')}{at}",
             f"  memory      peak {gigabytes(stage.peak)}{fits}; without activations {fixed}",
             f"  operations  {stage.tflops_per_step:.3g} TFLOPs a step",
-            f"  rate        {rate:.3g} steps/s, {found.batch_size * rate:.3g} samples/s{about}",
+            f"  rate        {three_digits(rate)} steps/s, {three_digits(found.batch_size * rate)} samples/s{about}",
             *([f"  steps       {stage.capture}"] if stage.capture else []),
             f"  time left   {duration(stage.seconds_left)}, without previews and checkpoints",
             f"  disk        {plural(stage.kept, 'checkpoint')} of about {gigabytes(stage.checkpoint)}",

@@ -7,7 +7,7 @@ from typing import Any
 
 from selftrans.checkpoints.adapted import INIT
 from selftrans.config import RunConfig
-from selftrans.messages import escaped, plural
+from selftrans.messages import escaped, plural, three_digits
 from selftrans.methods.spec import Stage
 from selftrans.train.capture_rules import description
 from selftrans.train.initial_weights import InitialWeights
@@ -30,8 +30,8 @@ def opening_line(trainer: Trainer, number: int, of: int) -> str:
         sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (objective.student, objective)
     )
     heads = ", with heads" if trained > own else ""
-    size = f"{parameters / 1e6:.3g} M parameters"
-    size += f" ({trained / 1e6:.3g} M trained{heads})" if trained != parameters else ""
+    size = f"{three_digits(parameters / 1e6)} M parameters"
+    size += f" ({three_digits(trained / 1e6)} M trained{heads})" if trained != parameters else ""
     what = f"{start}, {size}, {guided or 'no guidance'}"
     memory = f"\n{memory_line(trainer.memory)}" if trainer.initial else ""
     return f"[{number}/{of}] {stage.name}: {what} -> {escaped(trainer.directory)}{memory}"

@@ -445,9 +445,11 @@ def test_folder_evaluated_against_itself_has_distance_zero(results, tmp_path, ca
     shown, (text, bars) = json.loads((tmp_path / "evaluate.json").read_text()), capsys.readouterr()
     assert shown[shown["metric"]] == pytest.approx(0, abs=1e-2)
     assert 0 <= bars.find("measuring the reference:") < bars.find("measuring the samples:")
-    assert "sampler unknown, steps unknown" in text and shown["made"]["sampler"] is None, (
-        "the folder has no record of its settings"
-    )
+    assert (
+        "how the samples were made is not recorded" in text
+        and "steps unknown" not in text
+        and shown["made"]["sampler"] is None
+    ), "the folder has no record of its settings"
 
 
 def test_evaluate_names_the_input_of_another_shape(results, tmp_path, capsys):

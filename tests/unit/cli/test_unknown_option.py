@@ -6,6 +6,7 @@ from selftrans.cli.unknown_option import unrecognised
 
 TRAIN = ["out", "data", "train.steps", "train.lr", "train.batch-size", "stage1.steps", "sample.steps", "sample.num"]
 TRAIN += ["data.on-device", "train.precision", "sample.precision", "repa.block", "init", "train.accumulate"]
+TRAIN += ["train.checkpoint-every", "train.keep-every", "train.preview-every", "log.every"]
 SAMPLE = ["out", "num", "steps", "size", "guidance-scale", "batch-size", "precision"]
 PREPARE = ["out", "resolution", "shard-size", "batch-size"]
 
@@ -25,6 +26,11 @@ PREPARE = ["out", "resolution", "shard-size", "batch-size"]
         ("--gradient-accumulation-steps", TRAIN, "; did you mean --train.accumulate?"),
         ("--epochs", TRAIN, ": training is counted in steps; did you mean --train.steps?"),
         ("--epochs", SAMPLE, ""),
+        ("--train.log-every", TRAIN, "; did you mean --log.every?"),
+        ("--log-every", TRAIN, "; did you mean --log.every?"),
+        ("--ckpt-every", TRAIN, "; did you mean --train.checkpoint-every?"),
+        ("--train.save-steps", TRAIN, "; did you mean --train.checkpoint-every?"),
+        ("--sample-every", TRAIN, "; did you mean --train.preview-every?"),
         ("--output-dir", TRAIN, "; did you mean --out?"),
         ("--cfg-scale", SAMPLE, "; did you mean --guidance-scale?"),
         ("--num-images", SAMPLE, "; did you mean --num?"),

@@ -83,6 +83,15 @@ def test_grey_pictures_become_rgb_and_other_channels_are_refused(tmp_path: Path)
         extractor(np.zeros((1, 28, 28, 4), dtype=np.uint8))
 
 
+def test_model_of_text_is_refused_by_name(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="text' is a BertModel, which takes no pictures; give a vision model"):
+        VisionExtractor(str(tmp_path / "text"))
+
+
 def test_distance_is_that_of_scipy(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "model")
     samples, reference = pictures(28, 40, seed=1), pictures(28, 50, seed=2)

@@ -141,6 +141,12 @@ def test_other_settings_in_the_same_folder_are_named(tmp_path):
     check_folder(tmp_path, 2)
 
 
+def test_long_setting_is_shown_with_an_ellipsis(tmp_path):
+    write(tmp_path, 2, settings={"autoencoder": "scale=" + 60 * "1"})
+    with pytest.raises(ValueError, match=rf"autoencoder: scale={51 * '1'}\.\.\. there, short now\)"):
+        write(tmp_path, 2, settings={"autoencoder": "short"})
+
+
 def test_moved_run_of_the_same_weights_continues(tmp_path):
     source = {"path": "/old/run", "sha256": "a"}
     write(tmp_path, 2, settings={"source": source, "autoguidance": {"source": source}})
