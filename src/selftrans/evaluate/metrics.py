@@ -199,12 +199,11 @@ def _accuracy(m: MetricInput) -> Outcome:
     if m.labels is None:
         return {}
     if m.inception:
-        reason = "inception has other classes than the samples"
-    elif not len(m.logits):
-        reason = "the extractor has no classification head"
-    else:  # the null label, or a classifier of other data: the distances still hold
-        reason = _outside(m.logits, np.asarray(m.labels))
-    if reason:
+        return "no accuracy: inception has other classes than the samples"
+    if not len(m.logits):
+        return "no accuracy: the extractor has no classification head"
+    # the null label, or a classifier of other data: not known beforehand, and the distances still hold
+    if reason := _outside(m.logits, np.asarray(m.labels)):
         warnings.warn(f"the labels are not used: {reason}", stacklevel=3)
         return f"no accuracy: {reason}"
     return {"accuracy": accuracy(m.logits, m.labels)}
@@ -239,8 +238,8 @@ def evaluate(
     `metric` is the name of the main distance: "fid" with the published Inception only, else "frechet_distance"; `label`
     is its full name. `labels` (n,) are the conditions of the samples in order, for the extractor's accuracy on them; they
     may be a list that fills while the samples stream. Metrics that could not be computed are absent, with the reason in
-    `note`. Raises ValueError for statistics of another extractor and for invalid images or labels; warns about unused
-    labels.
+    `note`. Raises ValueError for statistics of another extractor and for invalid images or labels; warns about
+    labels that the extractor's classes do not include.
     """
     chosen = tuple(metrics)
     unknown = [name for name in chosen if name not in METRICS]

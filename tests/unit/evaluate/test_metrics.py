@@ -201,15 +201,21 @@ def test_report_is_flat_json_with_exact_names() -> None:
 def test_fid_requires_the_published_inception() -> None:
     assert "fid" not in evaluate(pictures(0), pictures(1), Colours(name="inception"))
     inception = Colours(name="inception", sha256=INCEPTION_SHA256, spatial=True)
-    with pytest.warns(UserWarning, match="labels are not used: inception has other classes"):
-        report = evaluate(pictures(0), pictures(1), inception, labels=[0] * 90)
+    report = evaluate(pictures(0), pictures(1), inception, labels=[0] * 90)
     whole = Statistics.of(pictures(1), inception)
     bare = evaluate(pictures(0), dataclasses.replace(whole, spatial=None), inception, metrics=["frechet"])
     assert "sfid" not in bare and "no spatial distance: the reference holds no spatial statistics" in bare["note"]
     assert report["metric"] == "fid" and report["label"] == "FID"
     assert {"fid", "sfid", "kid", "kid_std", "inception_score", "precision", "recall"} < report.keys()
     assert not {"accuracy", "frechet_distance", "classifier_score"} & report.keys()
-    assert "no accuracy" in report["note"]
+    assert "no accuracy: inception has other classes than the samples" in report["note"]
+
+
+def test_labels_without_a_classification_head_cost_a_note_and_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = evaluate(pictures(0), pictures(1), Colours(head=False), labels=[0] * 90, metrics=["accuracy"])
+    assert report["note"] == "no accuracy: the extractor has no classification head"
 
 
 def test_unavailable_metrics_are_absent_and_explained() -> None:
@@ -222,8 +228,6 @@ def test_unavailable_metrics_are_absent_and_explained() -> None:
         assert reason in report["note"]
     few = evaluate(pictures(0, 3), complete, Colours(), metrics=["precision_recall"])
     assert "too few images for 3 neighbours" in few["note"] and "precision" not in few
-    with pytest.warns(UserWarning, match="the extractor has no classification head"):
-        evaluate(pictures(0), complete, Colours(head=False), labels=[0] * 90)
 
 
 def test_only_requested_metrics_are_computed(monkeypatch) -> None:
