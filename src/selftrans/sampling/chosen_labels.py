@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from selftrans.messages import listed, plural, printable
+from selftrans.messages import escaped, listed, plural, printable
 from selftrans.sample_config import Labels
 from selftrans.suggest import closest, did_you_mean
 from selftrans.types import Conditions
@@ -47,9 +47,10 @@ def chosen_labels(words: Sequence[str], classes: Sequence[str], conditions: Cond
 
 
 def _label(word: str, classes: Sequence[str], count: int) -> int | None:
-    """The number of a class; `count` itself is the null label."""
-    if word in classes:
-        return classes.index(word)
+    """The number of a class; `count` itself is the null label. A name may also be given as it is printed, `a\\nb`."""
+    for names in (classes, [escaped(name) for name in classes]):
+        if word in names:
+            return names.index(word)
     return int(word) if re.fullmatch(r"\d{1,9}", word) and int(word) <= count else None
 
 

@@ -86,3 +86,9 @@ def test_sample_of_chosen_classes(tmp_path: Path, capsys: pytest.CaptureFixture[
     argv[-1] = f"--out={tmp_path / 'c'}"
     assert main([*argv, "--labels=3:3", "--num=1"]) == 0
     assert "warning: 1 image of the 3 that the labels ask for" in capsys.readouterr().err
+
+
+def test_name_with_characters_that_are_not_printed_may_be_given_as_messages_show_it() -> None:
+    classes = ["two\nlines", "no\xa0break"]
+    for words in (classes, [r"two\nlines", r"no\xa0break"], [r"two\nlines:1", r"no\xa0break:1"]):
+        assert chosen_labels(words, classes, Conditions("labels", num_classes=2))[0] == (0, 1)
