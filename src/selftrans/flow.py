@@ -229,7 +229,7 @@ def times_of(name: str, shift: float = 1.0) -> Times:
     if name not in TIMES:
         raise ValueError(f"times {name!r} is unknown; choose one of {', '.join(TIMES)}")
     if not 0 < shift < math.inf:
-        raise ValueError(f"time_shift {shift} must be above zero; 1 leaves the times as they are drawn")
+        raise ValueError(f"time_shift {shift} must be a finite number above zero; 1 leaves the times as they are drawn")
     plain = TIMES[name]
     if shift == 1:
         return plain

@@ -169,15 +169,14 @@ def _precision_recall(m: MetricInput) -> Outcome:
     if min(len(m.samples.features), len(m.reference.features)) <= NEIGHBOURS:
         return f"no precision and recall: too few images for {NEIGHBOURS} neighbours"
     precision, recall = precision_recall(_drawn(m.samples.features), _drawn(m.reference.features))
-    cut = max(len(m.samples.features), len(m.reference.features)) > MANIFOLD
-    used = {"manifold_images": MANIFOLD} if cut else {}
-    return {"precision": precision, "recall": recall, "neighbours": NEIGHBOURS} | used
+    return {"precision": precision, "recall": recall, "neighbours": NEIGHBOURS} | _most_drawn(m)
 
 
 def _authenticity(m: MetricInput) -> Outcome:
     if m.samples.features is None or m.reference.features is None:
         return "no authenticity: the reference holds no features"
-    return {"authenticity": authenticity(_drawn(m.samples.features), _drawn(m.reference.features))}
+    found = authenticity(_drawn(m.samples.features), _drawn(m.reference.features))
+    return {"authenticity": found} | _most_drawn(m)
 
 
 def _drawn(features: np.ndarray) -> np.ndarray:
@@ -185,6 +184,12 @@ def _drawn(features: np.ndarray) -> np.ndarray:
     if len(features) <= MANIFOLD:
         return features
     return features[np.sort(np.random.RandomState(SEED).permutation(len(features))[:MANIFOLD])]
+
+
+def _most_drawn(m: MetricInput) -> dict[str, int]:
+    """The entry of the report where `_drawn` leaves out some of the features."""
+    several = [len(each.features) for each in (m.samples, m.reference) if each.features is not None]
+    return {"manifold_images": MANIFOLD} if max(several) > MANIFOLD else {}
 
 
 def _score(m: MetricInput) -> Outcome:
@@ -273,8 +278,8 @@ def _notes(samples: Statistics, reference: Statistics, extractor: Extractor) -> 
         notes.append(sizes)
     if reference.features is not None and len(reference.features) != reference.count:
         notes.append(
-            f"precision, recall and kernel distance use the {plural(len(reference.features), 'picture')} stored with its "
-            "statistics"
+            f"precision, recall, authenticity and kernel distance use the {plural(len(reference.features), 'picture')} "
+            "stored with its statistics"
         )
     if samples.spatial is not None and reference.spatial is None:
         notes.append("no spatial distance: the reference holds no spatial statistics (mu_s, sigma_s)")

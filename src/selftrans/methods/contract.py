@@ -18,7 +18,7 @@ from selftrans.methods.guidance import Guidance, Report
 from selftrans.types import Backbone, Output
 
 #: entries of a log line besides the terms of guidances
-LOGGED = ("stage", "step", "loss", "flow", "grad_norm", "lr", "seconds", "tflops", "skipped", "skips")
+LOGGED = ("stage", "step", "loss", "flow", "grad_norm", "lr", "seconds", "tflops", "skipped", "skips", "changed")
 
 
 def check_options(path: Path, drop: float, cosine: float, loss: Any) -> None:

@@ -50,9 +50,9 @@ def obstacle(trainer: Trainer) -> str | None:
     if len(trainer.shards.parts) > 1:
         return "the data hold several sizes, and a graph has one shape"
     if not trainer.objective.even and any(g.selects for g in trainer.objective.guidances):
-        return (
-            f"with train.times {trainer.objective.times} a range of t selects another number of samples in every step"
-        )
+        times, shift = trainer.objective.times, trainer.objective.time_shift
+        drawn = f"train.times {times}" + (f" and train.time_shift {shift:g}" if shift != 1 else "")
+        return f"with {drawn} a range of t selects another number of samples in every step"
     return None
 
 

@@ -288,6 +288,7 @@ def test_precision_and_recall_of_many_images_are_those_of_some(monkeypatch) -> N
     rows = [np.sort(np.random.RandomState(2020).permutation(len(each))[:60]) for each in (x, y)]
     assert (report["precision"], report["recall"]) == precision_recall(x[rows[0]], y[rows[1]])
     assert report["manifold_images"] == 60 and "manifold_images" not in whole
+    assert evaluate(samples, reference, colours, metrics=["authenticity"])["manifold_images"] == 60
     monkeypatch.setattr(metrics, "MANIFOLD", 90)
     assert evaluate(samples, reference, colours, metrics=["precision_recall"]) == whole
 

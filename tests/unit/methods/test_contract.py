@@ -27,6 +27,7 @@ def named(name):
         ({"guidances": [Guidance(1.0, ())]}, "Guidance has no name: set one in the class"),
         ({"guidances": [named("loss")]}, "Ridge.name 'loss' is that of another entry of the log"),
         ({"guidances": [named("flow")]}, "Ridge.name 'flow' is that of another entry of the log"),
+        ({"guidances": [named("changed")]}, "Ridge.name 'changed' is that of another entry of the log"),
         ({"path": "linear"}, "path 'linear' must be a Path: one of selftrans.PATHS, which are linear, cosine"),
         ({"times": "even"}, "times 'even' is unknown; choose one of systematic, uniform"),
         ({"drop": 1.5}, r"drop 1.5 must be in \[0, 1\]"),

@@ -43,6 +43,10 @@ OBSTACLES = [
         {"times": "uniform", "guidances": [SimpleNamespace(selects=False), SimpleNamespace(selects=True)]},
         "with train.times uniform a range of t selects another number of samples in every step",
     ),
+    (
+        {"time_shift": 3.0, "even": False, "guidances": [SimpleNamespace(selects=True)]},
+        "with train.times systematic and train.time_shift 3 a range of t selects another number of samples in every step",
+    ),
 ]
 
 
@@ -53,7 +57,7 @@ class OwnLayer(torch.nn.Module):
 def trainer_of(folder: Path, capture: str = "auto", **what: Any) -> Any:
     """What the rules see of a trainer: by default one whose steps can be captured."""
     given = GIVEN | {"times": "systematic", "guidances": [], "captured": None, "teacher": None}
-    given |= {"modules": [torch.nn.Linear(1, 1)]} | what
+    given |= {"time_shift": 1.0, "even": True, "modules": [torch.nn.Linear(1, 1)]} | what
     settings = SimpleNamespace(capture=capture, precision=given["precision"], optimizer=given["optimizer"])
     return SimpleNamespace(
         config=SimpleNamespace(train=settings),
@@ -63,7 +67,8 @@ def trainer_of(folder: Path, capture: str = "auto", **what: Any) -> Any:
         objective=SimpleNamespace(
             student=SimpleNamespace(recompute=given["recompute"], random_blocks=True),
             times=given["times"],
-            even=given["times"] == "systematic",
+            time_shift=given["time_shift"],
+            even=given["even"] and given["times"] == "systematic",
             guidances=given["guidances"],
             modules=lambda: iter(given["modules"]),
         ),
