@@ -18,7 +18,7 @@ from accelerate.utils import release_memory
 from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.adapted import INIT
 from selftrans.checkpoints.load import REPORT
-from selftrans.config import RunConfig
+from selftrans.config import RunConfig, Train
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
@@ -189,11 +189,7 @@ def _begin(
 def _check_stages(config: RunConfig, plan: Sequence[Stage], out: Path, manifest: Manifest) -> None:
     """ValueError for what would stop a later stage after days of training the first: each is built without weights."""
     for number, stage in enumerate(plan):
-        if config.train.lr_decay and config.train.lr_decay[1] < stage.steps:
-            raise ValueError(
-                f"{stage.name} has {plural(stage.steps, 'step')}, but train.lr_decay ends at step {config.train.lr_decay[1]}, "
-                "from which the rate is zero; give a later end, or None"
-            )
+        check_decay(config.train, stage)
         reached = max((step for step, _ in checkpoint.steps(out / stage.name / "checkpoints")), default=0)
         if reached > stage.steps:
             raise ValueError(
@@ -202,6 +198,15 @@ def _check_stages(config: RunConfig, plan: Sequence[Stage], out: Path, manifest:
             )
         if number and not stage.encoder:
             meta_objective(config, stage, manifest.shape, manifest.conditions)
+
+
+def check_decay(train: Train, stage: Stage) -> None:
+    """ValueError for a stage with steps at a learning rate of zero."""
+    if train.lr_decay and train.lr_decay[1] < stage.steps:
+        raise ValueError(
+            f"{stage.name} has {plural(stage.steps, 'step')}, but train.lr_decay ends at step {train.lr_decay[1]}, from which "
+            "the rate is zero; give a later end, or None"
+        )
 
 
 def stages_to_run(config: RunConfig) -> list[Stage]:

@@ -42,6 +42,7 @@ from selftrans.methods.registry import METHODS, find, meta_objective, stages
 from selftrans.sampling.images import NotFinite
 from selftrans.storage import lock_file, recorded, removed_if_refused, sha256_file, write_json, write_text
 from selftrans.train.given_weights import with_given_model
+from selftrans.train.run import check_decay, stages_to_run
 from selftrans.train.run_data import data_of
 from selftrans.train.teachers import teacher_of
 
@@ -136,6 +137,8 @@ def check_before(chosen: Comparison, finished: Mapping[Job, FinishedRun]) -> Non
 def rehearse(variants: Mapping[str, RunConfig]) -> None:
     """Build each method once, without memory for its weights. Raises ValueError for a setting that cannot be used."""
     for config in variants.values():
+        for stage in stages_to_run(config):
+            check_decay(config.train, stage)
         dataset = data_of(config.data)
         for stage in stages(config):
             given: Any = None

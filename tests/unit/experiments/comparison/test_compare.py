@@ -452,6 +452,7 @@ def test_wrong_arguments_are_refused_in_one_line(words, message, tmp_path, monke
         ("layersync", ["--layersync.target-block", "9"], "layersync reads block 9, but the student has blocks 1..3"),
         ("sra", ["--sra.target-block", "9"], "sra.target_block 9 is outside the student's 1..3"),
         ("self_transcendence", ["--stage2.teacher-block", "9"], "teacher block 9 is outside the teacher's 1..3"),
+        ("structure", ["--train.lr-decay", "2", "5"], "steps, but train.lr_decay ends at step 5"),
     ],
 )
 def test_unusable_methods_are_refused_before_training(method, words, message, tmp_path, capfd):
