@@ -120,7 +120,7 @@ def test_labels_in_an_npz_of_pictures_are_read(scorer: Path, tmp_path: Path) -> 
         assert scores.open_samples(moved, {}).labels is None
     np.savez(moved, images)
     unknown = scores.evaluate_samples(moved, "digits", str(scorer))
-    assert unknown["label_balance"] is None and "label balance unknown" in scores.text(unknown)
+    assert unknown["label_balance"] is None and "settings and labels are unknown" in scores.text(unknown)
     assert "balance" not in scores.text(unknown | {"made": unknown["made"] | {"num_classes": 1}})
 
 
