@@ -85,17 +85,19 @@ def terminal_width() -> int | None:
     return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
 
 
-def leave_lost_output() -> None:
-    """Send standard output and error to nowhere where nobody reads them any more: the terminal was closed, or the reader of
-    the pipe has ended. Otherwise the next line that is printed there would be an error, and end the work."""
+def redirect_closed_output() -> None:
+    """Redirect standard output and error to `os.devnull` if their terminal was closed, or the reader of their pipe has ended.
+
+    Otherwise the next line that is printed there would be an error, and end the work.
+    """
     for stream in (1, 2):
         with contextlib.suppress(OSError, AttributeError):  # a stream that is closed; no `poll` on Windows
             poll = select.poll()
             poll.register(stream, 0)
             if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream)
-                os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream)
+                os.close(null)
 
 
 def filled(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from selftrans.messages import leave_lost_output
+from selftrans.messages import redirect_closed_output
 
 
 class _Lines:
@@ -13,7 +13,7 @@ class _Lines:
 
     def write(self, text: str) -> None:
         if text.strip():
-            leave_lost_output()
+            redirect_closed_output()
             sys.stderr.write(text.strip() + "\n")
 
     def flush(self) -> None:

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -136,7 +136,9 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     with _new_parents_removed(path):
         try:
             temporary.mkdir(parents=True)
-            with _locked_directory(temporary):
+            with ExitStack() as held:
+                with suppress(OSError, ImportError):  # without locks no other process removes it
+                    held.enter_context(_directory_lock(temporary))
                 _remove_abandoned(path)
                 yield temporary
                 for written in (*temporary.rglob("*"), temporary):
@@ -164,17 +166,17 @@ def _put(temporary: Path, path: Path, *, replace: bool) -> None:
 
 
 @contextmanager
-def _locked_directory(path: Path) -> Iterator[None]:
-    """Hold a lock on a directory, by which other processes know that its writer lives; nothing on a system without locks."""
-    descriptor = None
-    with suppress(OSError, ImportError):
-        descriptor = os.open(path, os.O_RDONLY)
-        flock(descriptor)
+def _directory_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a directory, which shows that its writer runs.
+
+    OSError or ImportError where another process holds it, and on a system without locks.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
+        flock(descriptor)
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -182,13 +184,8 @@ def _remove_abandoned(path: Path) -> None:
     temporary = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{8}}\.tmp")
     for each in [each for each in path.parent.iterdir() if temporary.fullmatch(each.name)]:
         if each.is_dir() and not each.is_symlink():
-            with suppress(OSError, ImportError):  # in use, or no locks, so that it is not known
-                descriptor = os.open(each, os.O_RDONLY)
-                try:
-                    flock(descriptor)
-                    _remove(each)
-                finally:
-                    os.close(descriptor)
+            with suppress(OSError, ImportError), _directory_lock(each):  # in use, or no locks, so that it is not known
+                _remove(each)
 
 
 def _rename_in(error: BaseException, temporary: Path, path: Path) -> None:

@@ -154,9 +154,9 @@ def test_library_in_a_folder_named_selftrans_is_not_own_code():
 
 PRINTING = """
 import sys
-from selftrans.messages import leave_lost_output
+from selftrans.messages import redirect_closed_output
 sys.stdin.readline()
-leave_lost_output()
+redirect_closed_output()
 for stream in (sys.stdout, sys.stderr):
     print("a line", file=stream, flush=True)
 """
@@ -164,8 +164,8 @@ for stream in (sys.stdout, sys.stderr):
 
 @pytest.mark.parametrize("connect", [os.pipe, pty.openpty])
 @pytest.mark.parametrize("lost", [True, False])
-def test_output_is_left_where_nobody_reads_it(connect, lost):
-    """Otherwise a run of days would end with its terminal, or with the `tee` behind it."""
+def test_output_to_a_closed_terminal_or_pipe_is_discarded(connect, lost):
+    """Otherwise a run of days would end with its terminal, or with the `tee` that reads its output."""
     reader, writer = connect()
     process = subprocess.Popen([sys.executable, "-c", PRINTING], stdin=subprocess.PIPE, stdout=writer, stderr=writer)
     if connect is os.pipe or lost:

@@ -249,28 +249,22 @@ def test_directory_replaces_a_symlink_without_following_it(tmp_path):
     assert names(tmp_path / "mine") == ["x"] and names(tmp_path / "out") == ["y"]
 
 
-def test_full_disk_keeps_the_old_directory(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "message"),
+    [
+        pytest.param(storage, "sync", errno.ENOSPC, "No space left", id="full disk"),
+        pytest.param(Path, "replace", errno.EIO, "output error", id="it cannot be put in its place"),
+    ],
+)
+def test_failed_write_keeps_the_old_directory(tmp_path, monkeypatch, owner, name, number, message):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("old")
 
-    def full(path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(storage, "sync", full)
-    with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "out", replace=True) as directory:
-        (directory / "x").write_text("new")
-    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "x").read_text() == "old"
-
-
-def test_directory_that_cannot_be_put_in_its_place_leaves_the_old_one(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "x").write_text("old")
-
-    def fail(self, target):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="output error"), atomic_directory(tmp_path / "out", replace=True) as directory:
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(OSError, match=message), atomic_directory(tmp_path / "out", replace=True) as directory:
         (directory / "x").write_text("new")
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "x").read_text() == "old"
 

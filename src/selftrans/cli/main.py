@@ -23,7 +23,7 @@ from selftrans.cli.options import Command, RecipeCommand
 from selftrans.cli.overrides import parse_on_recipe
 from selftrans.cli.parse import MANUAL, UsageError, blank, parse, wrapped
 from selftrans.cli.unknown_option import unrecognised
-from selftrans.messages import escaped, first_line, is_own_code, leave_lost_output, on_one_line, printable
+from selftrans.messages import escaped, first_line, is_own_code, on_one_line, printable, redirect_closed_output
 from selftrans.plugins import trust
 from selftrans.suggest import closest, did_you_mean
 
@@ -168,7 +168,7 @@ def _terminate(number: int, frame: object) -> None:
 
 def _reported(message: str, status: int) -> int:
     """Print an error as one line; returns the exit status."""
-    leave_lost_output()
+    redirect_closed_output()
     print(f"selftrans: {escaped(on_one_line(message))}", file=sys.stderr)
     return status
 
@@ -176,7 +176,7 @@ def _reported(message: str, status: int) -> int:
 def _show_warning(message: Warning | str, category: Any, filename: str, lineno: int, *_: Any) -> None:
     """Warnings of selftrans are one line; those of libraries are not shown."""
     if issubclass(category, UserWarning) and is_own_code(filename):
-        leave_lost_output()
+        redirect_closed_output()
         print(f"selftrans: warning: {escaped(message)}", file=sys.stderr)
 
 

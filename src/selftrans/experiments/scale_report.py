@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from selftrans.messages import duration, gigabytes, plural
+from selftrans.messages import duration, gigabytes, plural, three_digits
 
 
 @dataclass
@@ -81,5 +81,5 @@ def text(plan: ScalePlan) -> str:
 
 def _range(values: tuple[float, float]) -> str:
     low, high = sorted(values)
-    shown = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (low, high)]
+    shown = [three_digits(value) for value in (low, high)]
     return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"

@@ -22,7 +22,7 @@ from selftrans.config import RunConfig, Train
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
-from selftrans.messages import leave_lost_output, plural
+from selftrans.messages import plural, redirect_closed_output
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
 from selftrans.plugins import trust_named
@@ -79,7 +79,7 @@ def _train(
     main = accelerator.is_main_process
 
     def say(line: str) -> None:
-        leave_lost_output()
+        redirect_closed_output()
         if not quiet:
             accelerator.print(line)
 
@@ -124,7 +124,7 @@ def _train(
         report = run_report(config, plan, spent, initial)
         if main:
             write_json(out / REPORT, report)
-    leave_lost_output()  # before the lines of the command
+    redirect_closed_output()  # before the lines of the command
     return report
 
 
