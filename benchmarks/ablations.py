@@ -105,6 +105,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "route": {"method": "vanilla", "model.route": 0.5},
     "route-quarter": {"method": "vanilla", "model.route": 0.25},
     "w5-route": {"stage2.scale": 5.0, "model.route": 0.5},
+    # Contrastive Flow Matching with its published factor
+    "contrastive": {"method": "vanilla", "train.contrastive": 0.05},
     # other methods with their published weights (REPA with --encoder, or with features that the data hold), and at a tenth
     "repa": {"method": "repa"},
     "sra": {"method": "sra"},

@@ -100,6 +100,9 @@ class Train(Section):
     """whose squared error the flow loss is: velocity, noise, or own, that of what the model predicts (DiT: noise)"""
     cosine: float = setting(0.0, resume="consent")
     """factor of 1 - cos between predicted and true velocity, which is added to the flow loss (LightningDiT: 1)"""
+    contrastive: float = setting(0.0, resume="consent")
+    """factor of the squared error to the velocity of another sample, which is subtracted from the flow loss (Contrastive Flow
+    Matching: 0.05)"""
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", resume="consent")
     fp8: Literal["none", "tensorwise", "rowwise"] = setting("none", resume="consent")
     """products of attention and MLP in eight bits, with one scale for each tensor or each row; needs bf16 and torchao"""
@@ -131,7 +134,8 @@ class Train(Section):
     max_skips: int = setting(25, resume="free")
     """updates skipped in a row, with gradients not finite, that end the training (fp16 needs a few to find its scale)"""
     allow_changes: bool = setting(False, resume="free")
-    """continue a run with another lr, warmup, lr_decay, clip, weight_decay, drop, loss, cosine, precision, accumulate or
+    """continue a run with another lr, warmup, lr_decay, clip, weight_decay, drop, loss, cosine, contrastive,
+    precision, accumulate or
     guidance weight, which is printed and written to changes.json"""
 
     def check(self) -> None:
@@ -151,6 +155,8 @@ class Train(Section):
             raise ValueError(f"train.optimizer {self.optimizer} does not go with {other}; use adamw")
         if self.fp8 != "none" and (self.precision != "bf16" or self.shard):
             raise ValueError(f"train.fp8 {self.fp8} goes with train.precision bf16 and without train.shard")
+        if not 0 <= self.contrastive < 1:
+            raise ValueError(f"train.contrastive must be in [0, 1), not {self.contrastive}")
         if not 0 <= self.ema < 1 or not 0 <= self.drop <= 1:
             raise ValueError(f"train.ema must be in [0, 1) and train.drop in [0, 1], not {self.ema}, {self.drop}")
 

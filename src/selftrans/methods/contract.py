@@ -21,14 +21,16 @@ from selftrans.types import Backbone, Output
 LOGGED = ("stage", "step", "loss", "flow", "grad_norm", "lr", "seconds", "tflops", "skipped", "skips", "changed")
 
 
-def check_options(path: Path, drop: float, cosine: float, loss: Any) -> None:
-    """ValueError for an option of `Objective` out of range, and for a cosine term with a loss of the caller."""
+def check_options(path: Path, drop: float, cosine: float, contrastive: float, loss: Any) -> None:
+    """ValueError for an option of `Objective` out of range, and for a term of the velocity with another loss."""
     if isinstance(path, str):
         raise ValueError(f"path {path!r} must be a Path: one of selftrans.PATHS, which are {', '.join(PATHS)}")
     if not 0 <= drop <= 1 or not 0 <= cosine < math.inf:
         raise ValueError(f"drop {drop} must be in [0, 1], and cosine {cosine} a number from 0")
-    if callable(loss) and cosine:
-        raise ValueError("cosine is a part of the flow loss, which loss= replaces; add it there")
+    if not 0 <= contrastive < 1:
+        raise ValueError(f"contrastive {contrastive} must be in [0, 1)")
+    if callable(loss) and (cosine or contrastive):
+        raise ValueError("cosine and contrastive are parts of the flow loss, which loss= replaces; add them there")
     if not callable(loss) and loss not in get_args(Loss):
         raise ValueError(f"loss {loss!r} is unknown; choose one of {', '.join(get_args(Loss))}, or give a function")
 

@@ -41,6 +41,8 @@ class Objective(nn.Module):
         drop: probability in [0, 1] that the student gets the null condition in place of a sample's own.
         cosine: factor of 1 - cos between predicted and true velocity, over the channels of each latent pixel, which is added
             to the squared error (LightningDiT, 2501.01423, section 4).
+        contrastive: factor in [0, 1) of the squared error to the velocity of another sample of the batch, which is subtracted
+            (Contrastive Flow Matching, 2506.05350; there 0.05). It needs batches of two or more.
         loss: whose squared error the flow loss is: "velocity"; "noise", the error of the noise that the velocity points to; or
             "own", that of what the student predicts (`Backbone.predicts`). A function takes the student's output and the `Draw`
             and returns your own loss (0-d) in place of the flow loss, also as `flow` in the report. The output may then have
@@ -62,17 +64,21 @@ class Objective(nn.Module):
         time_shift: float = 1.0,
         drop: float = 0.1,
         cosine: float = 0.0,
+        contrastive: float = 0.0,
         loss: Loss | Callable[[Tensor, Draw], Tensor] = "own",
     ) -> None:
         super().__init__()
         check_backbone(student, "the student")
-        check_options(path, drop, cosine, loss)
+        check_options(path, drop, cosine, contrastive, loss)
         law = times_of(times, time_shift)
         warn_of_second_dropping(student, drop)
         self.student = student
         self.guidances = nn.ModuleList(checked_guidances(guidances, student))
-        self.path, self.times, self.time_shift, self.drop, self.cosine = path, times, time_shift, drop, cosine
+        self.path, self.times, self.time_shift, self.drop = path, times, time_shift, drop
+        self.cosine, self.contrastive = cosine, contrastive
         self.loss = checked_prediction(student) if loss == "own" else loss
+        if contrastive and self.loss == "noise":
+            raise ValueError("contrastive is for a loss of the velocity, and this one is of the noise; give loss velocity")
         for guidance in self.guidances:
             guidance.use_times(law, path)
         #: whether a range of t holds a number of drawn times that is bounded, and known to the guidances that select by one
@@ -132,6 +138,10 @@ class Objective(nn.Module):
             direction = 1 - F.cosine_similarity(out.v.float(), d.v.float(), dim=1).mean()  # over C of (N, C, *S)
             loss = loss + self.cosine * direction
             report["flow/cosine"] = direction.detach()
+        if self.contrastive:
+            error = F.mse_loss(out.v.float(), another_velocity(d))
+            loss = loss - self.contrastive * error
+            report["flow/contrastive"] = error.detach()
         for g in active:
             term, details = checked_term(g.name, g(d, out.feats))
             loss = loss + g.weight * term
@@ -175,3 +185,13 @@ class Objective(nn.Module):
         if ended:
             self.guidances = nn.ModuleList(staying)
         return ended
+
+
+def another_velocity(d: Draw) -> Tensor:
+    """The velocity (N, C, *S) of another sample for each sample: of the next one, since the order of a batch is random.
+
+    ValueError for a batch of one sample.
+    """
+    if len(d.v) < 2:
+        raise ValueError("contrastive compares a sample with another one of its batch, which has one only; use larger batches")
+    return d.v.roll(1, dims=0).float()

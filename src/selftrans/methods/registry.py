@@ -104,6 +104,7 @@ def objective_of(config: RunConfig, student: Backbone, guidances: Iterable[Guida
         time_shift=train.time_shift,
         drop=train.drop,
         cosine=train.cosine,
+        contrastive=train.contrastive,
         loss=train.loss,
     )
 

@@ -33,6 +33,7 @@ def named(name):
         ({"drop": 1.5}, r"drop 1.5 must be in \[0, 1\]"),
         ({"drop": math.nan}, "drop nan must be"),
         ({"cosine": -1.0}, "cosine -1.0 a number from 0"),
+        ({"contrastive": 1.0}, r"contrastive 1.0 must be in \[0, 1\)"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

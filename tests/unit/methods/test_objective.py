@@ -52,6 +52,45 @@ def test_cosine_term_equals_a_hand_computed_value():
     assert loss.item() == pytest.approx(plain.item() + 0.5 * expected) and report["flow"].item() == plain.item()
 
 
+def test_contrastive_term_equals_a_hand_computed_value():
+    """Predicted (z_t) 3 and 1, true 4 and -1: errors 1 and 4, to the velocity of the other sample 16 and 9."""
+    d = handmade_draw([0.5, 0.25], (1, 1, 1), num_classes=2)
+    zt, v = torch.tensor([3.0, 1.0]).view(2, 1, 1, 1), torch.tensor([4.0, -1.0]).view(2, 1, 1, 1)
+    student = Stub((1, 1, 1), patch=1, num_classes=2, abc=(1.0, 0.0, 0.0))
+    loss, report = Objective(student, contrastive=0.1).losses(d._replace(zt=zt, v=v), 0)
+    assert report["flow"].item() == pytest.approx(2.5) and report["flow/contrastive"].item() == pytest.approx(12.5)
+    assert loss.item() == pytest.approx(2.5 - 0.1 * 12.5)
+
+
+def test_contrastive_training_is_regression_to_a_shifted_and_larger_velocity():
+    """Up to a constant the loss is (1 - c) mean |v' - (v - c u) / (1 - c)|², u the velocity of another sample: same gradient.
+
+    The mean of u does not depend on z_t, so the best prediction is that of flow matching less c times the mean velocity of all
+    data, over 1 - c.
+    """
+    c, n = 0.05, 6
+    d = handmade_draw([0.1, 0.3, 0.5, 0.6, 0.7, 0.9], (2, 4, 4), num_classes=2)
+    student = Stub((2, 4, 4), num_classes=2)
+    Objective(student, contrastive=c).losses(d, 0)[0].backward()
+    found = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+    student.zero_grad()
+    others = [d.v[(i - 1) % n] for i in range(n)]
+    target = torch.stack([(v - c * u) / (1 - c) for v, u in zip(d.v, others, strict=True)])
+    ((1 - c) * (student(d.zt, d.t, d.dropped).v - target).square().mean()).backward()
+    expected = [p.grad for p in student.parameters() if p.grad is not None]
+    assert found and len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_contrastive_needs_another_sample_and_a_loss_of_the_velocity():
+    one = handmade_draw([0.5], (1, 1, 1), num_classes=2)
+    with pytest.raises(ValueError, match="compares a sample with another one of its batch, which has one only"):
+        Objective(Stub((1, 1, 1), patch=1, num_classes=2), contrastive=0.1).losses(one, 0)
+    with pytest.raises(ValueError, match="contrastive is for a loss of the velocity, and this one is of the noise"):
+        Objective(Stub(), loss="noise", contrastive=0.1)
+
+
 def test_loss_of_the_noise_equals_a_hand_computed_value():
     """z_t = 2, t = 1/4, noise 3, v = 4: the stub predicts 1·2 + 1·¼ + 0.1·2 = 2.45, which points to the noise z_t + (1 - t) v =
     3.8375. On the linear path the true noise is then z_t + ¾·4 = 5, so the loss is 1.1625²."""
@@ -589,8 +628,9 @@ def test_a_loss_of_the_caller_is_one_number_and_has_no_cosine_term():
             ValueError, match=rf"loss= must return a tensor without dimensions .* not {found}|not a {found}"
         ):
             Objective(Stub(), loss=wrong)(data(4), 0)
-    with pytest.raises(ValueError, match="cosine is a part of the flow loss, which loss= replaces"):
-        Objective(Stub(), loss=lambda v, d: v.mean(), cosine=1.0)
+    for term in ("cosine", "contrastive"):
+        with pytest.raises(ValueError, match="cosine and contrastive are parts of the flow loss, which loss= replaces"):
+            Objective(Stub(), loss=lambda v, d: v.mean(), **{term: 0.5})
 
 
 def test_output_with_other_channels_needs_a_loss_of_the_caller():
