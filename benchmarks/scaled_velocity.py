@@ -3,8 +3,9 @@
     python benchmarks/scaled_velocity.py RUN --factor 1.0526 --out scaled.safetensors
     selftrans evaluate scaled.safetensors --reference digits --features digits --num 1000
 
-Contrastive Flow Matching with factor c trains towards a velocity that is 1 / (1 - c) times as large (docs/method.md). With this
-script its gain can be told from that of larger steps at sampling. For models with a linear last layer `final_layer.linear`.
+Contrastive Flow Matching with factor c trains towards a velocity that is 1 / (1 - c) times as large (docs/method.md). With
+this script its gain and that of larger steps at sampling can be measured one by one. For models whose last layer is
+`final_layer.linear`.
 """
 
 from __future__ import annotations

@@ -78,7 +78,9 @@ class Objective(nn.Module):
         self.cosine, self.contrastive = cosine, contrastive
         self.loss = checked_prediction(student) if loss == "own" else loss
         if contrastive and self.loss == "noise":
-            raise ValueError("contrastive is for a loss of the velocity, and this one is of the noise; give loss velocity")
+            raise ValueError(
+                "contrastive is for a loss of the velocity, and this one is of the noise; give loss velocity"
+            )
         for guidance in self.guidances:
             guidance.use_times(law, path)
         #: whether a range of t holds a number of drawn times that is bounded, and known to the guidances that select by one
@@ -193,5 +195,7 @@ def another_velocity(d: Draw) -> Tensor:
     ValueError for a batch of one sample.
     """
     if len(d.v) < 2:
-        raise ValueError("contrastive compares a sample with another one of its batch, which has one only; use larger batches")
+        raise ValueError(
+            "contrastive compares a sample with another one of its batch, which has one only; use larger batches"
+        )
     return d.v.roll(1, dims=0).float()

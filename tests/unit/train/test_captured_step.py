@@ -143,6 +143,7 @@ MORE = {
     "all times": SELF | {"stage2.timestep_range": None, "train.times": "uniform"},
     "layersync": {"method": "layersync", "layersync.block": 1, "layersync.target_block": 2},
     "dispersive": {"method": "dispersive"},
+    "terms of the flow loss": {"method": "vanilla", "train.cosine": 0.5, "train.contrastive": 0.1},
     "DiT": SELF | {"model.name": "DiT-S/2", "model.route": 0.5},
     "LightningDiT": SELF | {"model.name": "LightningDiT-S/1", "model.patch": 2},
 }

@@ -1,4 +1,4 @@
-"""benchmarks/encoder.py, evidence_gpu.py and ui_speed.py: losses and tables by hand, what is written, continuing after the time
+"""benchmarks/encoder.py, evidence_gpu.py, scaled_velocity.py and ui_speed.py: losses and tables by hand, what is written, continuing after the time
 is over, answers of the local page."""
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import uvicorn
 from torch import nn
 
+from selftrans.checkpoints.load import load_model
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from selftrans.encoders.vision import load_encoder
@@ -25,7 +26,18 @@ from selftrans.train.interrupted import EXIT_RESUME, Interrupted
 from selftrans.ui.serve import listening
 from selftrans.ui.server import Page, application
 from tests.support.scripts import script
-from tests.support.toy import pictures, prepared
+from tests.support.toy import pictures, prepared, vanilla
+
+
+def test_scaled_velocity_is_that_of_the_model_times_the_factor(tmp_path: Path) -> None:
+    script("scaled_velocity").scale(str(vanilla()), 1.25, tmp_path / "scaled.safetensors")
+    plain, scaled = load_model(vanilla()).model, load_model(tmp_path / "scaled.safetensors").model
+    x, t = torch.randn(2, *plain.shape), torch.tensor([0.2, 0.7])
+    with torch.no_grad():
+        v, larger = (model(x, t, torch.tensor([0, 3])).v for model in (plain, scaled))
+    assert v is not None and v.abs().max() > 0
+    torch.testing.assert_close(larger, 1.25 * v)
+
 
 # ---- encoders without labels
 
