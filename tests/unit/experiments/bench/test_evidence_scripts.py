@@ -1,5 +1,5 @@
-"""benchmarks/encoder.py, evidence_gpu.py, scaled_velocity.py and ui_speed.py: losses and tables by hand, what is written, continuing after the time
-is over, answers of the local page."""
+"""benchmarks/encoder.py, evidence_gpu.py, scaled_velocity.py and ui_speed.py: losses, velocities and tables by hand, what is
+written, continuing after the time is over, answers of the local page."""
 
 from __future__ import annotations
 
