@@ -12,16 +12,17 @@ def imagefolder() -> RunConfig:
     """Any data that `selftrans prepare` has written: latent shape and classes come from its manifest.
 
     Command: `selftrans train imagefolder --data DIR --out RUN`. Cost: 100k student steps and 50k of stage 1, batch 256,
-    SiT-B/2. Published settings otherwise, but for w: 5, because the published 30 harms on small data (docs/results.md).
-    Runs of few thousand steps on small data were better with a higher rate, the label table drawn at 0.5 and logit-normal
-    times: for such, try `--train.lr 1e-3 --model.label-std 0.5 --train.times systematic_logitnormal`. Choose another size with
-    `--model.name SiT-S/2`. No result is known beforehand: compare with `--method vanilla` at the same steps.
+    SiT-B/2. Published settings otherwise, but for w and times: w is 5, because the published 30 harms on small data; times are
+    logit-normal, which were better than uniform ones in all short runs (docs/results/times.md; `--train.times systematic` for
+    the published ones). Runs of few thousand steps on small data were better with a higher rate and the label table drawn at
+    0.5: for such, try `--train.lr 1e-3 --model.label-std 0.5`. Choose another size with `--model.name SiT-S/2`. No result is
+    known beforehand: compare with `--method vanilla` at the same steps.
     """
     return RunConfig(
         recipe="imagefolder",
         model=SiTConfig(name="SiT-B/2"),
         sections=sections(Stage2(scale=5.0, until_step=50_000)),
-        train=Train(steps=100_000, batch_size=256),
+        train=Train(times="systematic_logitnormal", steps=100_000, batch_size=256),
         sample=SampleConfig(sampler="heun", steps=50),
     )
 
