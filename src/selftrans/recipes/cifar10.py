@@ -14,8 +14,9 @@ def cifar10() -> RunConfig:
     `selftrans train cifar10 --data data/cifar10 --out runs/cifar10`. Cost: 50k student steps and 25k of stage 1 at batch
     256, a matter of hours on one GPU. No published figure exists for pixel space; compare with `--method vanilla`.
     w is 5, not the published 30, which harms on small data. Times are logit-normal, which were better than uniform ones in
-    short runs, in pixels and in latents (docs/results/times.md). Rate and label table were not tuned at this length. Runs of 300 to 2,000 steps were best for vanilla at rates of 1e-3 to 8e-3, with the label table drawn at 0.5
-    (docs/results.md, docs/evidence.md): for short ones try `--train.lr 1e-3 --model.label-std 0.5`.
+    short runs, in pixels and in latents (docs/results/times.md). Rate and label table were not tuned at this length. Runs of
+    300 to 2,000 steps were best for vanilla at rates of 1e-3 to 8e-3, with the label table drawn at 0.5 (docs/results.md,
+    docs/evidence.md): for short ones try `--train.lr 1e-3 --model.label-std 0.5`.
     """
     return RunConfig(
         recipe="cifar10",
