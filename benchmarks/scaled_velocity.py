@@ -1,44 +1,87 @@
-"""A copy of a trained model whose velocity is multiplied by a constant, as a weights file.
+"""Distances of finished runs when their velocity is changed at sampling, as Contrastive Flow Matching changes it in training.
 
-    python benchmarks/scaled_velocity.py RUN --factor 1.0526 --out scaled.safetensors
-    selftrans evaluate scaled.safetensors --reference digits --features digits --num 1000
+    python benchmarks/scaled_velocity.py results/times/vanilla-seed0 --features digits --factors 0 0.05 --out scaled.json
 
-Contrastive Flow Matching with factor c trains towards a velocity that is 1 / (1 - c) times as large (docs/method.md). With
-this script its gain and that of larger steps at sampling can be measured one by one. For models whose last layer is
-`final_layer.linear`.
+Training with `--train.contrastive c` tends to (v - c v_mean) / (1 - c), where v is what flow matching learns and v_mean the
+mean velocity of all data (docs/method.md). Here a model that was trained without it gets this velocity at sampling, with each
+factor c: "contrastive" is the whole of it, "scaled" is v / (1 - c) alone. So the gain of training can be compared with that of
+larger steps of the sampler. For a model that was trained with c, the factor -c / (1 - c) brings v back.
+
+RUN is a finished run, such as ablations.py makes; its data, sampler and seed are used. Velocities are those of the linear path.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+import torch
+from torch import Tensor
 
-from selftrans.checkpoints.format import write_tensors
-from selftrans.checkpoints.load import find
+from selftrans.checkpoints.load import load_model
+from selftrans.config import RunConfig
+from selftrans.data.decoded import data_latents
+from selftrans.experiments.comparison.compared_runs import checkpoints_of
+from selftrans.experiments.comparison.measurement import Measurement, measure_samples
+from selftrans.sampling.images import Sampler
+from selftrans.storage import write_json
+from selftrans.types import Output
 
-LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
-
-
-def scale(source: str, factor: float, out: Path) -> None:
-    """Write the averaged weights of a run, checkpoint or weights file with its last layer multiplied by `factor`."""
-    with safe_open(find(source), framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    for name in LAST:
-        if name not in tensors:
-            raise SystemExit(f"{source} has no {name}; this script is for SiT and LightningDiT")
-        tensors[name] = factor * tensors[name]
-    write_tensors(out, tensors, metadata)
+KINDS = ("contrastive", "scaled")
 
 
-def main() -> None:
+def changed(v: Tensor, factor: float, mean: Tensor | None) -> Tensor:
+    """(v - c mean) / (1 - c) for velocities v (N, C, *S) and the mean velocity (1, C, *S); None: of zero."""
+    return (v if mean is None else v - factor * mean) / (1 - factor)
+
+
+def measured(folder: Path, kind: str, factor: float, measurement: Measurement) -> dict[str, Any]:
+    """Distance and accuracy of a checkpoint's average under a changed velocity."""
+    loaded = load_model(folder)
+    mean = None
+    if kind == "contrastive":  # noise has mean zero: the mean of noise - data
+        mean = -data_latents(measurement.dataset, len(measurement.dataset))[0].mean(dim=0, keepdim=True)
+
+    def change(model: Any, inputs: Any, output: Output) -> Output:
+        return output if output.v is None else output._replace(v=changed(output.v, factor, mean))
+
+    loaded.model.register_forward_hook(change)
+    sampler = Sampler.of(loaded, measurement.sample, device="cpu", conditioning=measurement.conditioning)
+    return measure_samples(list(sampler.sample()), measurement)
+
+
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="run, checkpoint or weights file")
-    parser.add_argument("--factor", type=float, required=True)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--factors", nargs="+", type=float, default=[0.0, 0.05])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--steps", nargs="+", type=int, help="of the checkpoints; default: all")
+    parser.add_argument("--features", required=True, help="extractor, by name or file")
+    parser.add_argument("--reference", type=Path, help="folder that keeps the statistics of the training data")
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    scale(options.source, options.factor, options.out)
+    options = parser.parse_args(words)
+    torch.set_grad_enabled(False)
+    found: list[dict[str, Any]] = []
+    measurement, data = None, None
+    for run in options.runs:
+        for step, folder in checkpoints_of(run):
+            if options.steps and step not in options.steps:
+                continue
+            config: RunConfig = load_model(folder).config
+            if measurement is None or data != config.data:
+                data = config.data
+                measurement = Measurement.of(
+                    config, options.features, weights=None, images=options.images, block=1, kept=options.reference
+                )
+            for factor in options.factors:
+                for kind in options.kinds if factor else ("contrastive",):
+                    point = measured(folder, kind, factor, measurement)
+                    found.append({"run": str(run), "step": step, "kind": kind, "factor": factor} | point)
+                    print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in found[-1].items()), flush=True)
+                    write_json(options.out, {"images": options.images, "points": found})
 
 
 if __name__ == "__main__":

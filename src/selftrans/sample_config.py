@@ -16,6 +16,7 @@ LATER = {
     "autoguidance": "guided by a weaker model",
     "guidance_channels": "guided channels",
     "time_shift": "time shift",
+    "velocity_scale": "velocity times",
     "early_guidance": "early guidance",
     "early_interval": "early guidance for t in",
     "decode_with": "decoded with",
@@ -43,6 +44,9 @@ class SampleConfig(Section):
     """guide only the first channels of the latents; 3 as in the code of DiT, SiT and LightningDiT; None: all"""
     time_shift: float = 1.0
     """k moves the time steps t to k t / (1 + (k - 1) t): above 1 more of them are near the noise; 1: equal steps"""
+    velocity_scale: float = 1.0
+    """k multiplies the velocity, after any guidance: slightly above 1, such as 1.05, for a model of few steps, whose velocities
+    are too short; 1: as predicted"""
     autoguidance: str | None = None
     """guidance_scale extrapolates from this weaker model (a run, checkpoint or weights file) instead of the null condition"""
     early_guidance: float = 1.0
@@ -84,6 +88,7 @@ class SampleConfig(Section):
             ),
             (channels is None or self.autoguidance is None, "sample.guidance_channels does not apply to autoguidance"),
             (0 < self.time_shift < math.inf, f"sample.time_shift is {self.time_shift}; use 1 for equal steps"),
+            (0 < self.velocity_scale < math.inf, f"sample.velocity_scale is {self.velocity_scale}; use 1 for none"),
             (self.prompts is None or self.prompts, "sample.prompts is empty; give one prompt at least"),
             (self.seed >= 0, f"sample.seed is {self.seed}; use a whole number from 0"),
         ):

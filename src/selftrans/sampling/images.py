@@ -30,7 +30,7 @@ from selftrans.precision import PRECISIONS
 from selftrans.sampling.captured_passes import CapturedPasses
 from selftrans.sampling.conditioning import Conditioning, conditioning_of
 from selftrans.sampling.run_settings import overridden
-from selftrans.sampling.samplers import SAMPLERS, Early, autoguided, guided, launched
+from selftrans.sampling.samplers import SAMPLERS, Early, autoguided, guided, launched, scaled
 from selftrans.sampling.size_cost import check_cost
 from selftrans.sampling.streams import image_noise
 from selftrans.sampling.weak_model import weak_model
@@ -250,6 +250,7 @@ class Sampler:
         with eval_mode(self.model), amp:
             sampler = SAMPLERS[settings.sampler]
             shift = settings.time_shift
+            velocity = scaled(velocity, settings.velocity_scale)
             z0 = sampler(velocity, noise(), steps=settings.steps, path=self.path, noise=noise, shift=shift)
         _check_finite(z0, indices, settings)
         # outside autocast: an autoencoder can overflow in float16

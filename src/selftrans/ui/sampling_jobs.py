@@ -30,7 +30,7 @@ CHOSEN = ("num", "steps", "sampler", "guidance_scale", "guidance_interval", "tim
 #: settings of sampling that a preview depends on
 PREVIEWED = (
     *("seed", "labels", "prompts", "guidance_scale", "guidance_interval", "guidance_channels", "time_shift"),
-    *("early_guidance", "early_interval"),
+    *("velocity_scale", "early_guidance", "early_interval"),
 )
 Run = Callable[[str], RunState]  #: id -> the run; LookupError where there is none
 Work = Callable[[Job], None]  #: what a job does in its thread

@@ -417,11 +417,17 @@ def test_text_lists_all_that_the_numbers_depend_on() -> None:
         "guidance_interval": [0.0, 0.65],
         "labels": [3] * 5000,
     }
-    made |= {"time_shift": 2.0, "guidance_channels": 3, "autoguidance": {"stage": "s", "step": 2, "weights": "ema"}}
+    made |= {
+        "velocity_scale": 1.05,
+        "time_shift": 2.0,
+        "guidance_channels": 3,
+        "autoguidance": {"stage": "s", "step": 2, "weights": "ema"},
+    }
     report = {"frechet_distance": 1.0, "num_images": 5000, "samples": "a", "reference": "b", "reference_images": None,
               "extractor": "e", "extractor_sha256": "0" * 64, "made": made, "label_balance": None, "note": ""}  # fmt: skip
     text = scores.text(report)
     for said in ("precision fp16", "guidance interval [0, 0.65]", "labels 5,000 listed", "time shift 2.0", "steps unknown",
+                 "velocity times 1.05",
                  "guided channels 3", "guided by a weaker model (s, step 2, ema)"):  # fmt: skip
         assert said in text, said
     assert "labels [3, 4]" in scores.text(report | {"made": made | {"labels": [3, 4]}})

@@ -92,6 +92,20 @@ def test_image_k_is_the_same_for_every_batch_size_order_and_process_count(sample
     assert np.abs(images.astype(int) - other[2].astype(int)).max() > 1
 
 
+def test_scaled_velocity_is_that_of_a_model_with_a_larger_last_layer():
+    """Also with classifier-free guidance, which is linear in the velocity."""
+    options = {"num": 3, "steps": 4, "sampler": "heun", "guidance_scale": 1.5, "batch_size": 3}
+    model = small_model()
+    plain = gather(model, SampleConfig(**options))[2]
+    found = gather(model, SampleConfig(**options, velocity_scale=1.25))[2]
+    with torch.no_grad():
+        for parameter in model.final_layer.linear.parameters():
+            parameter.mul_(1.25)
+    expected = gather(model, SampleConfig(**options))[2]
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert np.abs(found.astype(int) - plain.astype(int)).max() > 1
+
+
 def test_only_the_last_batch_is_smaller():
     sampler = Sampler(small_model(), identity("pixel"), SampleConfig(num=7, steps=2, batch_size=3), device="cpu")
     assert [len(batch.indices) for batch in sampler.sample()] == [3, 3, 1]

@@ -47,8 +47,10 @@ def test_pictures_npz_and_samples_json(tmp_path):
     assert settings["source"]["path"] == str(file.resolve()) and settings["source"]["sha256"] == sha256_file(file)
     expected = {"steps": 2, "sampler": "heun", "guidance_scale": 1.0, "weights": "ema", "stage": "stage2", "step": 8}
     assert settings.items() >= expected.items() and settings["autoencoder"] == toy.PIXELS
-    assert not {"guidance_channels", "time_shift"} & settings.keys(), "as in folders of before these settings"
-    more = {"guidance_scale": 2.0, "guidance_channels": 1, "time_shift": 3.0}
+    assert not {"guidance_channels", "time_shift", "velocity_scale"} & settings.keys(), (
+        "as in folders of before these settings"
+    )
+    more = {"guidance_scale": 2.0, "guidance_channels": 1, "time_shift": 3.0, "velocity_scale": 1.05}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in more.items()]
     assert sample(toy.finished(), tmp_path / "other", *words, num=1) == 0
     assert json.loads((tmp_path / "other" / "samples.json").read_text())["settings"].items() >= more.items()
@@ -159,6 +161,8 @@ def test_other_settings_and_fewer_images_are_refused(tmp_path, capsys):
         (["--guidance-scale=2", "--guidance-channels=2"], "guidance_channels is 2, the latents have 1 channels"),
         (["--time-shift=0"], "time_shift is 0"),
         (["--time-shift=nan"], "time_shift is nan"),
+        (["--velocity-scale=0"], "velocity_scale is 0"),
+        (["--velocity-scale=inf"], "velocity_scale is inf"),
         (["--seed=-1"], "sample.seed is -1"),
         (["--batch-size=0"], "batch_size"),
         (["--stage=stage3"], "has no stage3: it holds stage1, stage2"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from selftrans.flow import COSINE, LINEAR, PATHS, shifted
-from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, ode, sde
+from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, ode, scaled, sde
 from selftrans.types import Output
 
 M, S = 0.7, 0.4
@@ -277,6 +277,14 @@ def times_of(sampler, shift, steps=4):
     velocity = lambda z, t: seen.append(t.item()) or torch.zeros_like(z)  # noqa: E731
     sampler(velocity, torch.zeros(1, 1, dtype=torch.float64), steps=steps, shift=shift)
     return seen
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.05])
+def test_scaled_velocity_has_the_closed_form_of_a_constant_one(factor):
+    """dz/dt = k v with constant v: from t = 1 to 0 the way is -k v, whatever the steps."""
+    z, v = torch.tensor([[2.0, -1.0]], dtype=torch.float64), torch.tensor([[0.5, 3.0]], dtype=torch.float64)
+    found = ode(scaled(lambda z, t: v, factor), z, steps=5)
+    torch.testing.assert_close(found, z - factor * v)
 
 
 def test_shifted_times_by_hand():

@@ -18,7 +18,6 @@ import torch
 import uvicorn
 from torch import nn
 
-from selftrans.checkpoints.load import load_model
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare import prepare
 from selftrans.encoders.vision import load_encoder
@@ -29,14 +28,23 @@ from tests.support.scripts import script
 from tests.support.toy import pictures, prepared, vanilla
 
 
-def test_scaled_velocity_is_that_of_the_model_times_the_factor(tmp_path: Path) -> None:
-    script("scaled_velocity").scale(str(vanilla()), 1.25, tmp_path / "scaled.safetensors")
-    plain, scaled = load_model(vanilla()).model, load_model(tmp_path / "scaled.safetensors").model
-    x, t = torch.randn(2, *plain.shape), torch.tensor([0.2, 0.7])
-    with torch.no_grad():
-        v, larger = (model(x, t, torch.tensor([0, 3])).v for model in (plain, scaled))
-    assert v is not None and v.abs().max() > 0
-    torch.testing.assert_close(larger, 1.25 * v)
+def test_velocity_of_contrastive_training_by_hand() -> None:
+    changed = script("scaled_velocity").changed
+    v, mean = torch.tensor([[3.0, 1.0]]), torch.tensor([[-1.0, 1.0]])
+    torch.testing.assert_close(changed(v, 0.2, mean), torch.tensor([[3.2 / 0.8, 0.8 / 0.8]]))
+    torch.testing.assert_close(changed(v, 0.2, None), v / 0.8)
+    torch.testing.assert_close(changed(changed(v, 0.2, mean), -0.2 / 0.8, mean), v)
+
+
+def test_distances_under_a_changed_velocity(tmp_path: Path) -> None:
+    out = tmp_path / "scaled.json"
+    words = [str(vanilla()), "--features", "digits", "--images", "20", "--factors", "0", "0.05"]
+    script("scaled_velocity").main([*words, "--out", str(out)])
+    points = json.loads(out.read_text())["points"]
+    last = max(p["step"] for p in points)
+    found = [(p["kind"], p["factor"]) for p in points if p["step"] == last]
+    assert found == [("contrastive", 0.0), ("contrastive", 0.05), ("scaled", 0.05)]
+    assert len({p["distance"] for p in points if p["step"] == last}) == 3
 
 
 # ---- encoders without labels
