@@ -86,17 +86,16 @@ class Statistics:
         extractor: Extractor,
         *,
         keep: bool = True,
-        chunk: int | None = None,
         source: str = "",
         observe: Callable[[dict[str, np.ndarray]], None] | None = None,
     ) -> Statistics:
         """Statistics of a stream of image batches (see `extract`), independent of the batch size.
 
-        `keep` stores the features in memory, as float32. The extractor processes `chunk` images at a time (None: see
-        `extract`); `observe` is called with each chunk's output. Raises ValueError for invalid images, or fewer than two.
+        `keep` stores the features in memory, as float32; `observe` is called with each output of the extractor. Raises
+        ValueError for invalid images, or fewer than two.
         """
         running, spatial, kept, sizes = RunningMoments(), RunningMoments(), [], set[str]()
-        for out in extract(_noted(batches, sizes), extractor, chunk=chunk):
+        for out in extract(_noted(batches, sizes), extractor):
             running.update(out["features"])
             if "spatial" in out:
                 spatial.update(out["spatial"])
@@ -152,7 +151,7 @@ class Statistics:
 def _noted(batches: np.ndarray | Iterable[np.ndarray], sizes: set[str]) -> Iterator[np.ndarray]:
     """Yield the batches; `sizes` gets those of their images."""
     for images in [batches] if isinstance(batches, np.ndarray) else batches:
-        if isinstance(images, np.ndarray) and len(images):  # `extract` refuses anything else
+        if len(images):
             sizes.add(shape_text(images.shape[1:]))
         yield images
 
