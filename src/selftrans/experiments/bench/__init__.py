@@ -40,6 +40,7 @@ from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, 
 from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
 from selftrans.models.sit import SiTConfig
+from selftrans.precision import PRECISIONS
 from selftrans.storage import write_json
 from selftrans.suggest import nearest
 from selftrans.train.captured_step import NotCaptured
@@ -98,7 +99,7 @@ def bench(
     Raises ValueError when tokens is not a square number, for an unavailable device, for unknown rows, and `NotCaptured`
     where a step cannot be captured: no later model can be measured in this process then.
     """
-    rows = tuple(dict.fromkeys(rows or ROWS))
+    rows, limit = tuple(dict.fromkeys(rows or ROWS)), math.inf if limit is None else limit
     where = torch.device(device or default_device().type)
     _check_arguments(models, where, tokens, batch_size, rows)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
@@ -107,14 +108,20 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models.items():
-            budget = Budget(seconds, limit, quick, steps_only=steps_only)
+            deadline = time.monotonic() + limit
             side = math.isqrt(tokens) * model.sizes()["patch"]
             dataset = random_dataset(Path(scratch) / f"{side}", (4, side, side), 2048 if quick else 8192)
             batch = batch_size or BATCH[where.type].get(name, OTHERWISE[where.type])
             config = settings(model, batch, precision).override(overrides or {})
             torch.compiler.reset()  # compilations of the previous model
             try:
-                result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), budget, rows)
+                folder = Path(scratch) / name.replace("/", "-")
+                result = _steps(
+                    accelerator, config, dataset, folder, rows, min(seconds, QUICK) if quick else seconds, deadline
+                )
+                if not steps_only and time.monotonic() + SAMPLING < deadline:
+                    result["sampling"] = sampled = _sampling(accelerator.clock, config, dataset, quick=quick)
+                    result["ratios"]["sampling_interval_over_full"] = sampled["interval_over_full"]
             except torch.OutOfMemoryError:
                 result = {
                     "failed": f"not enough memory for {len(rows)} candidates; give a smaller --batch-size, or fewer --rows"
@@ -122,7 +129,7 @@ def bench(
             report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
             release_memory()
-        if budget.allows(LOADING):
+        if not steps_only and time.monotonic() + LOADING < deadline:
             report["loading"] = loading(dataset, accelerator.clock, batches=8 if quick else 40)
     report["machine"]["load_after"] = load_average()
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
@@ -168,35 +175,22 @@ def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16
     return RunConfig("bench", model=model, sections=guided, train=train, log=Log(tensorboard=False))
 
 
-class Budget:
-    """The time for one model, from its data and construction on."""
-
-    def __init__(self, seconds: float, limit: float | None, quick: bool, *, steps_only: bool = False) -> None:
-        self.seconds, self.quick = min(seconds, QUICK) if quick else seconds, quick  #: for the rounds
-        self.deadline = None if limit is None else time.monotonic() + limit
-        self.steps_only = steps_only
-
-    def allows(self, seconds: float) -> bool:
-        """Whether there is time for a measurement, other than of steps, that takes so many seconds."""
-        return not self.steps_only and (self.deadline is None or time.monotonic() + seconds < self.deadline)
-
-
-def _model(
+def _steps(
     accelerator: TimedAccelerator,
     config: RunConfig,
     dataset: Dataset,
     folder: Path,
-    budget: Budget,
     rows: Sequence[str],
+    seconds: float,
+    deadline: float,
 ) -> dict[str, Any]:
-    """Measure one model: rows, ratios, sampling."""
+    """Measure the steps of one model: rows and ratios."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     candidates = build(accelerator, config, dataset, folder, memory, rows)
     before = memory.allocated()
-    peaks = Peak(clock, dtype)
+    peaks = Peak(clock, PRECISIONS[config.train.precision])
     memory.own["matmul"] = memory.allocated() - before
-    rounds, first = interleaved(candidates, clock, peaks, memory, seconds=budget.seconds, deadline=budget.deadline)
+    rounds, first = interleaved(candidates, clock, peaks, memory, seconds=seconds, deadline=deadline)
     flops = {name: one.flops for name, one in candidates.items()}
     captured = {
         name: {"replayed": one.replayed, "loss": one.means["flow"], "grad_norm": one.means["grad_norm"]}
@@ -212,22 +206,22 @@ def _model(
         row |= {"utilisation": flops[name] / (row["ms"] / 1e3) / peak, "first_step_s": first[name]}
         row |= captured.get(name, {})
     ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items() if rounds.keys() >= set(pair)}
-    found: dict[str, Any] = {
+    return {
         "rounds": len(rounds["matmul"]),
         "matmul_peak_tflops": peak / 1e12,
         "rows": shown,
         "ratios": {name: statistics.median(each) for name, each in ratios.items()},
         "ratios_range": {name: [min(each), max(each)] for name, each in ratios.items()},
     }
-    if not budget.allows(SAMPLING):
-        return found
-    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
+
+
+def _sampling(clock: Clock, config: RunConfig, dataset: Dataset, *, quick: bool) -> dict[str, Any]:
+    """Measure sampling with one model."""
+    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(clock.device)
     randomise(model)
-    images = (1 if budget.quick else 2) if clock.device.type == "cpu" else 64
-    prepare_sampling(model, clock.device, dtype)
-    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if budget.quick else 3)
-    found["ratios"] |= {"sampling_interval_over_full": sampled["interval_over_full"]}
-    return found | {"sampling": sampled}
+    prepare_sampling(model, clock.device, PRECISIONS[config.train.precision])
+    images = (1 if quick else 2) if clock.device.type == "cpu" else 64
+    return sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if quick else 3)
 
 
 def build(
@@ -275,8 +269,7 @@ def teacher(stage: Stage, config: RunConfig, dataset: Dataset) -> Frozen | None:
         return None
     model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions)
     randomise(model)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-    return Frozen(model, stage.teacher.block(model.depth), dtype=dtype)
+    return Frozen(model, stage.teacher.block(model.depth), dtype=PRECISIONS[config.train.precision])
 
 
 def _median(rounds: list[dict[str, float]], part: str) -> float:
