@@ -145,7 +145,6 @@ COVERED_BY = {
     "experiments/autoencoder_report": "unit/experiments/test_train_autoencoder.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
-    "experiments/bench/read_report": "unit/experiments/test_scale_plan.py",
     "experiments/bench/plain_step": "unit/experiments/bench/test_bench.py",
     "experiments/bench/rounds": "unit/experiments/bench/test_bench.py",
     "experiments/bench/text_table": "unit/experiments/bench/test_bench.py",

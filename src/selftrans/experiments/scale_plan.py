@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 
 from selftrans.config import RunConfig, Train
 from selftrans.data.shard_file import row_bytes
-from selftrans.experiments.bench.read_report import BenchedModel, read_measured
 from selftrans.experiments.scale_report import ScalePlan, StageScale
 from selftrans.experiments.step_cost import (
     ACTIVATIONS,
+    BenchedModel,
     StepCost,
     activations,
     flops_again,
     gathered,
     measured_cost,
+    read_measured,
     replayed,
     wire_bytes,
 )

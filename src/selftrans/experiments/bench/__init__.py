@@ -22,7 +22,6 @@ from selftrans.data.dataset import Dataset
 from selftrans.device import default_device, load_average
 from selftrans.experiments.bench.loading_sampling import loading, prepare_sampling, random_dataset, sampling
 from selftrans.experiments.bench.machine import Clock, Peak, describe
-from selftrans.experiments.bench.read_report import CAPTURED, PLAIN
 from selftrans.experiments.bench.rounds import (
     PARTS,
     Candidate,
@@ -33,6 +32,7 @@ from selftrans.experiments.bench.rounds import (
     interleaved,
     randomise,
 )
+from selftrans.experiments.step_cost import CAPTURED, PLAIN
 from selftrans.messages import first_line
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import meta_objective

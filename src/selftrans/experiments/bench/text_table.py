@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from selftrans.experiments.bench.read_report import CAPTURED, PLAIN
 from selftrans.experiments.html_report import aligned
+from selftrans.experiments.step_cost import CAPTURED, PLAIN
 from selftrans.messages import plural
 
 COLUMNS = ("images/s", "ms/step", "data", "forward", "backward", "optimiser", "peak GB", "utilisation")
