@@ -200,11 +200,8 @@ def load_extractor(
     if text == "inception":
         return InceptionExtractor(weights, device)
     if text == "values":
-        if weights is not None or shape is None:
-            raise ValueError("the features `values` have no weights, and need the shape of an image")
+        assert shape is not None
         return ValuesExtractor(shape)
-    if weights is not None:
-        raise ValueError(f"weights {weights} belong to a named extractor ({known}), but {text} is a file")
     if suffix == ".safetensors":
         stem = Path(name).stem
         called = stem if stem.endswith("classifier") else f"{stem} classifier"

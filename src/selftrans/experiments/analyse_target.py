@@ -20,8 +20,7 @@ from selftrans.checkpoints.load import Weights
 from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
 from selftrans.evaluate.probes import spread_blocks
-from selftrans.evaluate.target_measures import Parts, Plan, sum_target
-from selftrans.evaluate.target_probes import chance
+from selftrans.evaluate.target_measures import Parts, Plan, chance, sum_target
 from selftrans.evaluate.target_share import Design
 from selftrans.experiments.evaluate_samples import finished
 from selftrans.experiments.target_report import draw_maps, draw_measures

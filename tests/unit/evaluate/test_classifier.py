@@ -253,11 +253,6 @@ def test_unknown_features_suggest_a_remedy(name: str, message: str) -> None:
         load_extractor(name)
 
 
-def test_weights_with_a_file_as_name_are_refused(trained: Path) -> None:
-    with pytest.raises(ValueError, match="belong to a named extractor"):
-        load_extractor(trained, weights=trained)
-
-
 class FakeInception(torch.nn.Module):
     """The interface of torch-fidelity, with mean colours as features."""
 

@@ -122,8 +122,3 @@ def test_text_is_regressed_as_by_scikit_learn() -> None:
     )  # nearly noiseless: least ridge
     assert share(errors["condition"], errors["mean"], 0.0)[0] > 0.99
     assert abs(share(errors["condition"], errors["mean"], None)[0]) < 0.03  # f_c - f_u is noise: shrunk to its mean
-
-
-def test_fit_without_pictures_is_refused() -> None:
-    with pytest.raises(ValueError, match="no pictures to fit a table on"):
-        Fits(2, None).solve()
