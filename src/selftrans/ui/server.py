@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +119,12 @@ class Page:
         """Start a job. ValueError or LookupError for a wrong request, Busy while another runs."""
         if not isinstance(raw, dict):
             raise ValueError("a job is a json object")
+        kinds = {"sample": playground, "side": side_by_side, "maps": partial(features, roots=self.folders.roots)}
         kind = str(raw.get("kind"))
+        if kind not in kinds:
+            raise ValueError("the kind of a job is sample, side or maps")
         with self._lock:
-            if kind == "sample":
-                about, work = playground(raw, self.run, self.models)
-            elif kind == "side":
-                about, work = side_by_side(raw, self.run, self.models)
-            elif kind == "maps":
-                about, work = features(raw, self.run, self.models, self.folders.roots)
-            else:
-                raise ValueError("the kind of a job is sample, side or maps")
+            about, work = kinds[kind](raw, self.run, self.models)
         return self.jobs.start(kind, about, work).shown()
 
 
