@@ -193,9 +193,7 @@ COVERED_BY = {
     "train/autoencoder_settings": "unit/experiments/test_train_autoencoder.py",
     "train/training_step": "unit/train/test_trainer.py",
     "ui/feature_job": "unit/ui/test_server.py",
-    "ui/available_models": "unit/ui/test_server.py",
-    "ui/model_cache": "unit/ui/test_server.py",
-    "ui/picture_data": "unit/ui/test_server.py",
+    "ui/models_of_runs": "unit/ui/test_server.py",
     "ui/sampling_jobs": "unit/ui/test_server.py",
 }
 #: unit tests that are not named after a module -> why

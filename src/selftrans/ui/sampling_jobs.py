@@ -20,7 +20,7 @@ from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.train.preview import captions
 from selftrans.ui.contained import part
 from selftrans.ui.jobs import Job
-from selftrans.ui.model_cache import ModelCache, Source, counted_passes, source_of, take
+from selftrans.ui.models_of_runs import ModelCache, Source, counted_passes, source_of, take
 from selftrans.ui.run_state import RunState
 
 MOST, MOST_STEPS = 64, 1000  #: pictures and time steps of one request

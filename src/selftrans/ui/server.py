@@ -23,14 +23,12 @@ from starlette.staticfiles import StaticFiles
 
 from selftrans.device import default_device
 from selftrans.messages import first_line
-from selftrans.ui.available_models import available_models
 from selftrans.ui.contained import JsonFiles
-from selftrans.ui.feature_job import features
+from selftrans.ui.feature_job import UPLOAD_BYTES, features
 from selftrans.ui.found_runs import Folders
 from selftrans.ui.guard import Guard
 from selftrans.ui.jobs import Busy, Jobs
-from selftrans.ui.model_cache import ModelCache
-from selftrans.ui.picture_data import UPLOAD_BYTES
+from selftrans.ui.models_of_runs import ModelCache, available_models
 from selftrans.ui.run_state import PICTURE_BYTES, RunState
 from selftrans.ui.sampling_jobs import playground, preview_differences, side_by_side
 from selftrans.ui.tables import distances, measured_tables, stored_table
