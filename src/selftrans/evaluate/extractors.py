@@ -139,10 +139,10 @@ class ValuesExtractor:
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if images.shape[1:] != self.shape:
-            sizes = (
-                f"images of {shape_text(images.shape[1:])} cannot be compared with images of {shape_text(self.shape)}"
+            raise OtherShape(
+                f"images of {shape_text(images.shape[1:])} cannot be compared with images of {shape_text(self.shape)}; give "
+                "samples and reference of one shape"
             )
-            raise OtherShape(f"{sizes}; give samples and reference of one shape")
         return {"features": images.reshape(len(images), -1).astype(np.float64)}
 
 

@@ -96,17 +96,14 @@ def face_for(text: str) -> tuple[str, Face]:
 
 def fit(figure: Figure) -> None:
     """Give each text of a figure fonts for all of its characters; those that no font has become escapes."""
-    from matplotlib.font_manager import FontProperties, findfont
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         string = text.get_text()
-        if not (string.isascii() and string.isprintable()):
-            own = [Face(name, str(findfont(FontProperties(family=[name])))) for name in text.get_fontfamily()]
-            if unknown := lacking(string, *own):
-                others = fallbacks(unknown)
-                text.set_fontfamily([*(face.family for face in own), *(face.family for face in others)])
-                text.set_text(drawable(string, lacking(string, *own, *others)))
+        if unknown := lacking(string):
+            faces = default(), *fallbacks(unknown)
+            text.set_fontfamily([face.family for face in faces])
+            text.set_text(drawable(string, lacking(string, *faces)))
 
 
 def _has(file: str, character: str) -> bool:
@@ -145,9 +142,8 @@ def _faces() -> list[Face]:
         and not entry.name.startswith(NO_TEXT)
         and Path(entry.fname).exists()
     }
-    return sorted(upright, key=_suitable)
 
+    def suitable(face: Face) -> tuple[int, str, str]:
+        return next(rank for rank, word in enumerate(PREFERRED) if word in face.family.lower()), *face
 
-def _suitable(face: Face) -> tuple[int, str, str]:
-    name = face.family.lower()
-    return next(rank for rank, word in enumerate(PREFERRED) if word in name), *face
+    return sorted(upright, key=suitable)

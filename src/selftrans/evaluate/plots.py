@@ -214,7 +214,8 @@ def pca_grid(
     grid = figure.subplots(len(rows), n, squeeze=False, height_ratios=heights)
     for row, (name, maps) in zip(grid, rows.items(), strict=True):
         for axes, picture in zip(row, maps, strict=True):
-            _draw_map(axes, picture)
+            shape = "auto" if picture.ndim == 2 else "equal"
+            axes.imshow(flat_map(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect=shape)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK)
@@ -223,13 +224,6 @@ def pca_grid(
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
     return figure
-
-
-def _draw_map(axes: Axes, picture: np.ndarray) -> None:
-    """Draw a picture (H, W, 1 or 3) or a map (*grid, 3) of one to three dimensions."""
-    shown = flat_map(picture)
-    shown = shown.repeat(3, axis=-1) if shown.shape[-1] == 1 else shown
-    axes.imshow(shown, interpolation="nearest", aspect="auto" if picture.ndim == 2 else "equal")
 
 
 def _height(picture: np.ndarray) -> float:

@@ -134,8 +134,7 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
 
     A report of this step whose files are unchanged is returned as it is.
     """
-    before = _read_report(out)
-    if before and before.get("steps") == training.step and before.get("settings") == to_plain(training.settings):
+    if before := _finished(training, out):
         return before
     vae, device, manifest = training.vae, training.device, training.data.manifest
     with training.bar(total=count_measured(training.data, held_out), desc="measuring", unit=" pictures") as bar:
@@ -169,11 +168,12 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
     return report
 
 
-def _read_report(out: Path) -> dict[str, Any] | None:
-    """OUT/autoencoder.json of an earlier call, if the files that it describes are as they were."""
+def _finished(training: AutoencoderTraining, out: Path) -> dict[str, Any] | None:
+    """OUT/autoencoder.json of an earlier call, if it is of this step and the files that it describes are as they were."""
 
     def unchanged(report: dict[str, Any]) -> dict[str, Any] | None:
-        same = all(sha256_file(out / name) == report["sha256"][name] for name in (CONFIG, WEIGHTS))
+        same = (report["steps"], report["settings"]) == (training.step, to_plain(training.settings))
+        same = same and all(sha256_file(out / name) == report["sha256"][name] for name in (CONFIG, WEIGHTS))
         return report if same and (out / PICTURE).is_file() and (out / PAGE).is_file() else None
 
     return recorded(out / REPORT, unchanged, None)

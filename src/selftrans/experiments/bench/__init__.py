@@ -50,6 +50,7 @@ from selftrans.train.processes import keep_memory
 #: default batch size: SiT-S takes as long for ten images as the larger models for six
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
+NO_MEMORY = "not enough memory for {} candidates; give a smaller --batch-size, or fewer --rows"
 QUICK = 90  #: seconds for the steps of a quick run
 SAMPLING, LOADING = 25.0, 10.0  #: seconds of the limit that must remain to measure them; sampling compiles two passes
 #: name -> (numerator, denominator), both rows of the table
@@ -89,8 +90,7 @@ def bench(
         models: name -> sizes. tokens: T, a square number.
         batch_size: images per step; None: by model and device (BATCH).
         device: None: a GPU if there is one. A GPU is measured in bfloat16 and compiled, a CPU in float32 and eager.
-        seconds: time for the training steps of each model (at least three rounds).
-        quick: less time, and fewer latents and images.
+        seconds: for the training steps of each model (at least three rounds). quick: fewer, also latents and images.
         rows: names of `KNOWN`; None: those of `ROWS`. A ratio needs both of its rows.
         limit: seconds for each model in all, building and compilation included; at least one round is measured; sampling
             and loading are left out where fewer than `SAMPLING` and `LOADING` seconds remain. None: no limit.
@@ -99,33 +99,28 @@ def bench(
     Raises ValueError when tokens is not a square number, for an unavailable device, for unknown rows, and `NotCaptured`
     where a step cannot be captured: no later model can be measured in this process then.
     """
-    rows, limit = tuple(dict.fromkeys(rows or ROWS)), math.inf if limit is None else limit
+    rows, seconds = tuple(dict.fromkeys(rows or ROWS)), min(seconds, QUICK) if quick else seconds
     where = torch.device(device or default_device().type)
     _check_arguments(models, where, tokens, batch_size, rows)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = _accelerator(where, precision)
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models.items():
-            deadline = time.monotonic() + limit
+            deadline = math.inf if limit is None else time.monotonic() + limit
             side = math.isqrt(tokens) * model.sizes()["patch"]
             dataset = random_dataset(Path(scratch) / f"{side}", (4, side, side), 2048 if quick else 8192)
             batch = batch_size or BATCH[where.type].get(name, OTHERWISE[where.type])
             config = settings(model, batch, precision).override(overrides or {})
+            folder = Path(scratch, name.replace("/", "-"))
             torch.compiler.reset()  # compilations of the previous model
             try:
-                folder = Path(scratch) / name.replace("/", "-")
-                result = _steps(
-                    accelerator, config, dataset, folder, rows, min(seconds, QUICK) if quick else seconds, deadline
-                )
+                result = _steps(accelerator, config, dataset, folder, rows, seconds, deadline)
                 if not steps_only and time.monotonic() + SAMPLING < deadline:
-                    result["sampling"] = sampled = _sampling(accelerator.clock, config, dataset, quick=quick)
-                    result["ratios"]["sampling_interval_over_full"] = sampled["interval_over_full"]
+                    result |= {"sampling": _sampling(accelerator.clock, config, dataset, quick=quick)}
+                    result["ratios"]["sampling_interval_over_full"] = result["sampling"]["interval_over_full"]
             except torch.OutOfMemoryError:
-                result = {
-                    "failed": f"not enough memory for {len(rows)} candidates; give a smaller --batch-size, or fewer --rows"
-                }
+                result = {"failed": NO_MEMORY.format(len(rows))}
             report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
             release_memory()
