@@ -91,7 +91,9 @@ def as_pictures(samples: np.ndarray) -> np.ndarray:
     if samples.ndim == 3:
         return _line_plots(samples)
     if samples.ndim == 5:
-        samples = _strips(samples)
+        n, channels, frames, height, _ = samples.shape
+        chosen = np.linspace(0, frames - 1, min(frames, FRAMES)).round().astype(int)
+        samples = samples[:, :, chosen].transpose(0, 1, 3, 2, 4).reshape(n, channels, height, -1)
     shown = (samples if samples.shape[1] == 3 else samples[:, :1]).transpose(0, 2, 3, 1).astype(np.float64)
     low, span = shown.min(), np.ptp(shown) or 1.0
     return np.round((shown - low) * (255 / span)).astype(np.uint8)
@@ -100,13 +102,6 @@ def as_pictures(samples: np.ndarray) -> np.ndarray:
 def middle_slices(samples: np.ndarray) -> np.ndarray:
     """The middle slice (n, C, H, W) of arrays (n, C, F, H, W), as `flat_map` takes it of their maps; others unchanged."""
     return samples[:, :, samples.shape[2] // 2] if samples.ndim == 5 else samples
-
-
-def _strips(samples: np.ndarray) -> np.ndarray:
-    """Slices of arrays (n, C, F, H, W) next to each other, (n, C, H, slices W): all, or FRAMES of them, evenly spaced."""
-    n, channels, frames, height, width = samples.shape
-    chosen = np.linspace(0, frames - 1, min(frames, FRAMES)).round().astype(int)
-    return samples[:, :, chosen].transpose(0, 1, 3, 2, 4).reshape(n, channels, height, len(chosen) * width)
 
 
 def _line_plots(samples: np.ndarray) -> np.ndarray:

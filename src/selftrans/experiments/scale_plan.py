@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from selftrans.config import RunConfig, Train
 from selftrans.data.shard_file import row_bytes
@@ -112,10 +112,18 @@ def scale_plan(
             raise
         raise ValueError(f"{error}. Without --data, latents as ImageNet's are assumed: give --data DIR") from error
     figures = read_measured(measured, str(config.model.name)) if measured else None
-    costs = [_cost(config, world, each, built[-1], figures, rate) for each in built]
+    if figures:
+        graphs = replayed(config, world)
+        costs = [
+            measured_cost(figures, b.stage.name, b.objective.student, b.flops, b.again, graphs=graphs) for b in built
+        ]
+    else:
+        assert rate is not None
+        last = built[-1].flops + built[-1].again  # a step of another stage, in proportion to operations
+        costs = [StepCost((each.flops + each.again) / last / rate, 0.0, None, None) for each in built]
     found = [_stage(config, cluster, each, cost) for each, cost in zip(built, costs, strict=True)]
     assumed += _assumptions(config, cluster, figures, rate, costs)
-    hours = _pair(sum(each.hours[k] for each in found) for k in (0, 1))
+    hours = sum(each.hours[0] for each in found), sum(each.hours[1] for each in found)
     fastest = max(each.images_per_s[0] for each in found)
     return ScalePlan(
         recipe=config.recipe,
@@ -175,17 +183,6 @@ def _built(config: RunConfig, stage: Stage, shape: tuple[int, ...], conditions: 
     return Built(stage, objective, memory, flops, flops_again(config.override(stage.settings), objective.student))
 
 
-def _cost(
-    config: RunConfig, world: int, built: Built, last: Built, figures: BenchedModel | None, rate: float | None
-) -> StepCost:
-    """The cost of a step by the measured figures, or by the rate of the last stage, in proportion to operations."""
-    if figures is None:
-        assert rate is not None
-        return StepCost((built.flops + built.again) / (last.flops + last.again) / rate, 0.0, None, None)
-    student, graphs = built.objective.student, replayed(config, world)
-    return measured_cost(figures, built.stage.name, student, built.flops, built.again, graphs=graphs)
-
-
 def _stage(config: RunConfig, cluster: Cluster, built: Built, cost: StepCost) -> StageScale:
     stage, objective, memory = built.stage, built.objective, built.memory
     train, world, student = config.train, cluster.gpus, objective.student
@@ -198,7 +195,7 @@ def _stage(config: RunConfig, cluster: Cluster, built: Built, cost: StepCost) ->
         memory["weights"], memory["gradients"], world, sharded=sharded, accumulate=train.accumulate, average=live
     )
     wire = cluster.seconds(sent)
-    step = (max(compute, wire), compute + wire)
+    fast, slow = max(compute, wire), compute + wire
     parts = {name: size // world if sharded and name != "teacher" else size for name, size in memory.items()}
     if world > 1 and not sharded and train.accumulate > 1:  # sums of gradients, apart from those that are sent
         parts["buckets"] = memory["gradients"]
@@ -214,9 +211,9 @@ def _stage(config: RunConfig, cluster: Cluster, built: Built, cost: StepCost) ->
         wire_bytes=sent,
         compute_seconds=compute,
         wire_seconds=wire,
-        step_seconds=step,
-        images_per_s=_pair(train.batch_size / each for each in step),
-        hours=_pair(stage.steps * each / 3600 for each in step),
+        step_seconds=(fast, slow),
+        images_per_s=(train.batch_size / fast, train.batch_size / slow),
+        hours=(stage.steps * fast / 3600, stage.steps * slow / 3600),
         memory=parts,
         checkpoint=bytes_of(memory),
         kept=kept_checkpoints(train, stage.steps),
@@ -265,8 +262,3 @@ def _assumptions(
             "hides communication behind computation, the second does not"
         )
     return [*found, "previews, checkpoints and the guidance's end, which makes later steps cheaper, are not counted"]
-
-
-def _pair(values: Any) -> tuple[float, float]:
-    first, second = values
-    return float(first), float(second)

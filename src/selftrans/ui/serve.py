@@ -88,6 +88,7 @@ def listening(host: str, port: int) -> socket.socket:
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # `::` takes addresses of IPv4, too
         return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
     except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # create_server adds the address once more
         raise ValueError(
-            f"{printable(host)}:{port} cannot be used ({error.strerror}); give another --port (0: a free one) or --host"
+            f"{printable(host)}:{port} cannot be used ({reason}); give another --port (0: a free one) or --host"
         ) from error
