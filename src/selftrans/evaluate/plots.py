@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from selftrans.evaluate import fonts
-from selftrans.evaluate.captioned import with_captions
 from selftrans.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def sample_sheet(
     if captions is None:
         return image_grid(pictures, columns, upscale, gap=gap)
     large = pictures.repeat(upscale, axis=1).repeat(upscale, axis=2)
-    return image_grid(with_captions(large, captions), columns, gap=max(gap, 6))
+    return image_grid(fonts.with_captions(large, captions), columns, gap=max(gap, 6))
 
 
 def as_pictures(samples: np.ndarray) -> np.ndarray:
