@@ -199,23 +199,13 @@ def _moments(mean: np.ndarray, cov: np.ndarray, path: Path) -> Moments:
         raise ValueError(f"{path} holds statistics that are not finite; compute it again")
     if not np.allclose(cov, cov.T, rtol=1e-5, atol=1e-8 * max(1.0, np.abs(cov).max(initial=0.0))):
         raise ValueError(f"{path} holds a covariance that is not symmetric; compute it again")
-    if _is_negative(cov):
-        raise ValueError(f"{path} holds a covariance with negative eigenvalues, which is impossible; compute it again")
-    return Moments(mean, (cov + cov.T) / 2)
-
-
-def _is_negative(cov: np.ndarray) -> bool:
-    """Whether a symmetric matrix has eigenvalues below -`NEGATIVE` of its norm, by Cholesky, which is faster than eigh.
-
-    A covariance of fewer images than features has zero eigenvalues, which become as low as -1e-6 of the norm in float32.
-    """
-    peak = np.abs(cov).max(initial=0.0)
-    if peak == 0:
-        return False  # all images are the same
-    scaled = cov / peak  # its norm cannot overflow
-    scaled[np.diag_indices_from(scaled)] += NEGATIVE * np.linalg.norm(scaled)
+    shifted = cov.copy()
+    # zero eigenvalues, of fewer images than features, become as low as -1e-6 of the norm in float32; all are zero where all
+    # images are the same
+    shifted[np.diag_indices_from(cov)] += NEGATIVE * np.linalg.norm(cov) + np.finfo(np.float64).tiny
     try:
-        np.linalg.cholesky(scaled)
+        np.linalg.cholesky(shifted)  # faster than eigenvalues
     except np.linalg.LinAlgError:
-        return True
-    return False
+        wrong = "a covariance with negative eigenvalues, which is impossible"
+        raise ValueError(f"{path} holds {wrong}; compute it again") from None
+    return Moments(mean, (cov + cov.T) / 2)

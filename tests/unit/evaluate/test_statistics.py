@@ -145,7 +145,7 @@ def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
         Statistics.load(tmp_path / "absent.npz")
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 1e200])
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 1e70])
 def test_singular_covariances_with_rounding_are_read(tmp_path: Path, scale: float) -> None:
     rows = np.random.default_rng(2).normal(size=(20, 300)) * np.linspace(30, 0, 300)
     cov = np.cov(rows, rowvar=False).astype(np.float32)
