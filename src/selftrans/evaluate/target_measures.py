@@ -47,14 +47,12 @@ class Plan:
 class BlockSums:
     """Sums over the pictures for one block; `report` turns them into numbers, and fits the probes, which takes time."""
 
-    def __init__(self, plan: Plan, width: int) -> None:
-        self.plan, self.fits, self.solved = plan, Fits(plan.times, plan.design), False
-        held, n = int((~plan.fitted).sum()), len(plan.fitted)
-        self.errors = {name: torch.zeros(held, 3, dtype=torch.float64) for name in PREDICTORS}
+    def __init__(self, plan: Plan, tokens: int, width: int) -> None:
+        self.plan, self.fits, n = plan, Fits(plan.times, plan.design, tokens * width), len(plan.fitted)
+        self.errors = {name: torch.zeros(n, 3, dtype=torch.float64) for name in PREDICTORS}  # of held-out pictures
         self.squares = torch.zeros(2, dtype=torch.float64)  # of f_u and of f_c - f_u, summed
         self.norms = torch.zeros(1 + len(plan.scales), dtype=torch.float64)  # of tokens of f_u and f_g, summed
         self.tokens = 0
-        self.place = torch.cumsum(~plan.fitted, dim=0) - 1  # index of a held-out picture among the held-out ones
         self.pooled = {name: torch.zeros(n, width) for name in ("u", "own", "drawn")}
 
     def take(self, rows: Tensor, time: int, u: Tensor, own: Tensor | None, drawn: Tensor | None) -> None:
@@ -68,11 +66,10 @@ class BlockSums:
         if self.plan.fitted[rows[0]]:
             self.fits.add(rows, time, both)
             return
-        if not self.solved:
+        if not self.fits.weights:
             self.fits.solve()
-            self.solved = True
         for name, errors in self.fits.errors(rows, time, both).items():
-            self.errors[name][self.place[rows]] += errors
+            self.errors[name][rows] += errors
         self.squares += both.square().sum(dim=2).sum(dim=1, dtype=torch.float64)
         self.norms += torch.stack([(u + w * d).norm(dim=-1).sum() for w in (0.0, *self.plan.scales)])
         self.tokens += u.shape[0] * u.shape[1]
@@ -86,11 +83,11 @@ class BlockSums:
         error / that of the mean, its standard error], None where the target does not vary; "difference" is f_c - f_u alone,
         the limit of large w. probes: see `probe_all`.
         """
-        scales = self.plan.scales
-        base = self.errors["mean"]
+        scales, held = self.plan.scales, ~self.plan.fitted
+        base = self.errors["mean"][held]
         strengths = {"0": 0.0} | {f"{w:g}": w for w in scales} | ({DIFFERENCE: None} if scales else {})
         shares = {
-            name: {key: share(self.errors[name], base, w) for key, w in strengths.items()}
+            name: {key: share(self.errors[name][held], base, w) for key, w in strengths.items()}
             for name in PREDICTORS[1:]
             if name in self.fits.weights
         }
@@ -121,7 +118,7 @@ def sum_target(parts: Iterable[Parts], plan: Plan) -> dict[int, BlockSums]:
     for batch in parts:
         for k, u in batch.u.items():
             if k not in blocks:
-                blocks[k] = BlockSums(plan, u.shape[-1])
+                blocks[k] = BlockSums(plan, *u.shape[1:])
             own, drawn = (None if part is None else part[k] for part in (batch.own, batch.drawn))
             blocks[k].take(batch.rows, batch.time, u, own, drawn)
     return dict(sorted(blocks.items()))

@@ -145,10 +145,5 @@ def part(content: Any, name: str, kind: type[Kind]) -> Kind:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if abs(found) < float("inf") else None
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308  # false for NaN
+    return float(value) if known else None

@@ -102,10 +102,8 @@ def _opened(
     models: ModelCache, source: Source, chosen: Mapping[str, Any], job: Job
 ) -> tuple[LoadedModel, SampleConfig]:
     """The model, and its run's settings with the chosen ones in their place."""
-    on_cpu = models.device.type == "cpu"
     config = source.state.read().plan.config
-    own = config.sample.precision if config else "fp32"
-    precision = "fp32" if on_cpu else own
+    precision = config.sample.precision if config and models.device.type != "cpu" else "fp32"
     loaded = models.load(source, job, cast=precision)
     settings = overridden(loaded, dict(chosen))
     # the weaker model of autoguidance would be another file, which the run names and the page was not given

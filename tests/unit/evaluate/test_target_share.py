@@ -13,7 +13,7 @@ from selftrans.evaluate.target_share import RIDGES, Design, Fits, share
 
 def fitted(design: Design, features: Tensor, fit: Tensor) -> dict[str, Tensor]:
     """Errors of each predictor on the pictures outside `fit`, summed over times; features (times, 2, N, F)."""
-    fits, rows = Fits(len(features), design), torch.arange(len(fit))
+    fits, rows = Fits(len(features), design, features.shape[-1]), torch.arange(len(fit))
     for time, each in enumerate(features):
         for part in rows[fit].split(37):
             fits.add(part, time, each[:, part])
