@@ -233,40 +233,28 @@ def flat_map(picture: np.ndarray) -> np.ndarray:
     return picture[None] if picture.ndim == 2 else picture
 
 
-def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
-    """Write a figure atomically, in the format of the path's suffix (png, svg, pdf)."""
-    path = Path(path)
-    content = _rendered(figure, path.suffix.lstrip(".") or "png", dpi)
-    with atomic_write(path) as file:
+def save(shown: Figure | np.ndarray, path: str | Path, *, dpi: int = 150) -> None:
+    """Write a figure, or a picture uint8 (height, width, 1 or 3), atomically, in the format of the path's suffix."""
+    content = rendered(shown, Path(path).suffix.lstrip(".") or "png", dpi)
+    with atomic_write(Path(path)) as file:
         file.write(content)
 
 
-def _rendered(figure: Figure, kind: str, dpi: int) -> bytes:
-    """A figure as the content of a file of this kind."""
-    fonts.fit(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=dpi)
-    return buffer.getvalue()
-
-
-def save_png(image: np.ndarray, path: str | Path) -> None:
-    """Write a picture, uint8 (height, width, 1 or 3), as png, atomically."""
-    with atomic_write(Path(path)) as file:
-        file.write(png_bytes(image))
-
-
-def figure_to_data_uri(figure: Figure | np.ndarray) -> str:
+def figure_to_data_uri(shown: Figure | np.ndarray) -> str:
     """A figure, or a picture uint8 (height, width, 1 or 3), as a png in a `data:` URI."""
-    content = png_bytes(figure) if isinstance(figure, np.ndarray) else _rendered(figure, "png", 110)
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(rendered(shown, dpi=110)).decode("ascii")
 
 
-def png_bytes(image: np.ndarray) -> bytes:
-    """A picture, uint8 (height, width, 1 or 3), as the content of a png."""
+def rendered(shown: Figure | np.ndarray, kind: str = "png", dpi: int = 150) -> bytes:
+    """A figure, or a picture uint8 (height, width, 1 or 3), as the content of a file: png, and of figures also svg or pdf."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="png")
+    if isinstance(shown, np.ndarray):
+        Image.fromarray(shown[..., 0] if shown.shape[-1] == 1 else shown).save(buffer, format=kind)
+    else:
+        fonts.fit(shown)
+        shown.savefig(buffer, format=kind, dpi=dpi)
     return buffer.getvalue()
 
 

@@ -22,8 +22,8 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.views import split
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
+from selftrans.evaluate import plots
 from selftrans.evaluate.classifier import SmallClassifier, weights_sha256
-from selftrans.evaluate.plots import save_png
 from selftrans.experiments.autoencoder_report import (
     count_measured,
     latent_statistics,
@@ -162,7 +162,7 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
         "sha256": {name: sha256_file(out / name) for name in (CONFIG, WEIGHTS)},
     }
     picture = sheet(vae, held_out, device, SHOWN)
-    save_png(picture, out / PICTURE)
+    plots.save(picture, out / PICTURE)
     write_text(out / PAGE, page(report, read_log(training.folder / "log.jsonl"), picture))
     write_json(out / REPORT, report)
     return report

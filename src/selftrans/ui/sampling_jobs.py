@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from selftrans.checkpoints.load import LoadedModel
-from selftrans.evaluate.plots import as_pictures, image_grid, png_bytes
+from selftrans.evaluate.plots import as_pictures, image_grid, rendered
 from selftrans.messages import one_line, printable
 from selftrans.plain_json import from_plain, to_plain
 from selftrans.sample_config import SampleConfig
@@ -129,7 +129,7 @@ def _sample(loaded: LoadedModel, settings: SampleConfig, models: ModelCache, sou
 def add_sheet(job: Job, pictures: np.ndarray, *, columns: int | None = None, **about: Any) -> None:
     """Add uint8 pictures (n, H, W, C) as one png of tiles next to each other, which the page cuts."""
     columns = columns or min(len(pictures), 8)
-    png = png_bytes(image_grid(pictures, columns, gap=0))
+    png = rendered(image_grid(pictures, columns, gap=0))
     job.add(png, count=len(pictures), columns=columns, tile=list(pictures.shape[1:3]), **about)
 
 

@@ -139,12 +139,12 @@ def test_figures_as_data_uris(tmp_path: Path) -> None:
         assert head == "data:image/png;base64"
         decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
         np.testing.assert_array_equal(decoded, image.squeeze())
-    plots.save_png(picture, tmp_path / "a.png")
+    plots.save(picture, tmp_path / "a.png")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
     assert plots.figure_to_data_uri(figures()["curves"]).startswith("data:image/png;base64,iVBOR")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        plots.save_png(picture, tmp_path / "file" / "c.png")
+        plots.save(picture, tmp_path / "file" / "c.png")
 
 
 def test_names_with_dollar_signs_are_not_parsed_as_math(tmp_path: Path) -> None:
