@@ -148,7 +148,6 @@ COVERED_BY = {
     "experiments/bench/plain_step": "unit/experiments/bench/test_bench.py",
     "experiments/bench/rounds": "unit/experiments/bench/test_bench.py",
     "experiments/bench/text_table": "unit/experiments/bench/test_bench.py",
-    "experiments/scale_report": "unit/experiments/test_scale_plan.py",
     "experiments/step_cost": "unit/experiments/test_scale_plan.py",
     "experiments/comparison/compared_runs": "unit/experiments/comparison/test_finished_runs.py",
     "experiments/comparison/comparison_settings": "unit/experiments/comparison/test_compare.py",

@@ -1,6 +1,6 @@
 """What a step of a stage takes: seconds and activations by rows of `selftrans bench` or a given rate, and the bytes sent.
 
-bench.json of an earlier run ⇒ `BenchedModel` ⇒ `StepCost` of each stage.
+bench.json of an earlier run ⇒ `BenchedModel` ⇒ `StepCost` of each stage. `Cluster`: N GPUs in machines of M.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from selftrans.config import RunConfig
-from selftrans.messages import first_line, printable
+from selftrans.config import RunConfig, Train
+from selftrans.messages import first_line, plural, printable
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.models.registry import find
@@ -32,6 +32,51 @@ PLAIN, CAPTURED = "plain_", "captured_"
 #: bytes of activations for each token, channel and block in 16 bits, attention matrices not kept (2205.05198, section 4.1)
 ACTIVATIONS = 34
 SAME = 0.05  #: relative difference up to which operations are those measured: small batches round the selected samples
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines; speeds in gigabits per second and direction."""
+
+    gpus: int
+    per_machine: int = 8
+    link: float = 400.0  #: of one machine to the others
+    local: float = 3600.0  #: of one GPU to the others of its machine
+
+    def check(self, train: Train) -> None:
+        """ValueError for numbers that describe no cluster, and for batches that do not divide among its GPUs."""
+        given = {
+            "gpus": self.gpus,
+            "gpus-per-machine": self.per_machine,
+            "link-gbps": self.link,
+            "local-gbps": self.local,
+        }
+        for option, value in given.items():
+            above_zero(option, value)
+        if self.gpus > self.per_machine and self.gpus % self.per_machine:
+            raise ValueError(
+                f"{plural(self.gpus, 'GPU')} do not divide into machines of {self.per_machine}; give --gpus-per-machine"
+            )
+        if train.batch_size % (self.gpus * train.accumulate):
+            raise ValueError(
+                f"train.batch_size {train.batch_size} does not divide among {plural(self.gpus, 'GPU')} x "
+                f"{plural(train.accumulate, 'micro-batch')}; choose a multiple of {self.gpus * train.accumulate}"
+            )
+
+    @property
+    def machines(self) -> int:
+        return -(-self.gpus // self.per_machine)
+
+    def seconds(self, sent: float) -> float:
+        """Time of a ring in which each GPU sends `sent` bytes; between machines one GPU of each passes them on."""
+        slowest = min(self.link, self.local) if self.machines > 1 else self.local
+        return 8 * sent / (slowest * 1e9)
+
+
+def above_zero(option: str, value: float) -> None:
+    """ValueError for a number that is not."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"--{option} is {value:g}; it must be a number above zero")
 
 
 @dataclass(frozen=True)
