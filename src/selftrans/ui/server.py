@@ -117,7 +117,11 @@ class Page:
         """Start a job. ValueError or LookupError for a wrong request, Busy while another runs."""
         if not isinstance(raw, dict):
             raise ValueError("a job is a json object")
-        kinds = {"sample": playground, "side": side_by_side, "maps": partial(features, roots=self.folders.roots)}
+        kinds: dict[str, Callable[..., Any]] = {
+            "sample": playground,
+            "side": side_by_side,
+            "maps": partial(features, roots=self.folders.roots),
+        }
         kind = str(raw.get("kind"))
         if kind not in kinds:
             raise ValueError("the kind of a job is sample, side or maps")

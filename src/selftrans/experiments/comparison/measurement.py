@@ -175,7 +175,7 @@ def measured_before(path: Path, identity: dict[str, Any]) -> dict[str, Point]:
 
 def _is_complete(point: Point) -> bool:
     """Whether a point has all that tables and curves are made of, in these types of json."""
-    kinds = {"step": {int}, "seconds": {int, float}, "metric": {str}, "distance": {int, float}}
+    kinds: dict[str, set[type]] = {"step": {int}, "seconds": {int, float}, "metric": {str}, "distance": {int, float}}
     kinds |= {key: {int, float, type(None)} for key in ("tflops", "accuracy", "probe")}
     return all(key in point and type(point[key]) in allowed for key, allowed in kinds.items())
 
