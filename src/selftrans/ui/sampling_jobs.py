@@ -58,13 +58,8 @@ def playground(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[di
     """(the request as the page shows it, the work) for sampling one model."""
     source = source_of(raw.get("model"), run, "model")
     chosen = settings_of(take(raw, "settings", dict, {}))
-
-    def work(job: Job) -> None:
-        loaded, settings = _opened(models, source, chosen, job)
-        job.total = passes(settings)
-        _sample(loaded, settings, models, source, job)
-
-    return {"model": dataclasses.asdict(source.wanted), "name": source.text, "settings": chosen}, work
+    about = {"model": dataclasses.asdict(source.wanted), "name": source.text, "settings": chosen}
+    return about, _sampling([source], chosen, models)
 
 
 def side_by_side(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[dict[str, Any], Work]:
@@ -79,6 +74,12 @@ def side_by_side(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[
         for step in sorted(set(steps), reverse=True)
         for each in wanted
     ]
+    about = {"models": [dataclasses.asdict(each.wanted) for each in sources], "settings": chosen}
+    return about, _sampling(sources, chosen, models)
+
+
+def _sampling(sources: Sequence[Source], chosen: Mapping[str, Any], models: ModelCache) -> Work:
+    """The work that samples each of the models."""
 
     def work(job: Job) -> None:
         shapes: set[tuple[int, ...]] = set()
@@ -90,7 +91,7 @@ def side_by_side(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[
         if len(shapes) > 1:
             job.notes.append("the runs have latents of different shapes, so their noise differs")
 
-    return {"models": [dataclasses.asdict(each.wanted) for each in sources], "settings": chosen}, work
+    return work
 
 
 def passes(settings: SampleConfig) -> int:
