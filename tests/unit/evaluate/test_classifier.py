@@ -361,7 +361,3 @@ def test_values_extractor_refuses_unsupported_shapes() -> None:
         load_extractor("values", shape=(1, 4097))
     with pytest.raises(ValueError, match="images of 2x3 cannot be compared with images of 3x2"):
         load_extractor("values", shape=(3, 2))(np.zeros((1, 2, 3), np.float32))
-    with pytest.raises(ValueError, match="no weights"):
-        load_extractor("values", weights="x.pth", shape=(1, 2))
-    with pytest.raises(ValueError, match="need the shape of an image"):
-        load_extractor("values")
