@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from selftrans.config import to_json
-from selftrans.evaluate.plots import save_png
+from selftrans.evaluate.plots import save
 from selftrans.experiments.bench.machine import describe
 from selftrans.experiments.html_report import aligned
 from selftrans.methods.registry import stages
@@ -86,7 +86,7 @@ def make_runs(folder: Path, count: int, lines: int) -> None:
             for step in steps[:PREVIEWS]:
                 (run / name / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
                 picture = np.random.default_rng(step).integers(0, 256, (64, 256, 3), dtype=np.uint8)
-                save_png(picture, run / name / "previews" / f"step-{step:08d}.png")
+                save(picture, run / name / "previews" / f"step-{step:08d}.png")
 
 
 def log_line(stage: str, step: int) -> str:

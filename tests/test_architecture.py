@@ -145,11 +145,9 @@ COVERED_BY = {
     "experiments/autoencoder_report": "unit/experiments/test_train_autoencoder.py",
     "experiments/bench/loading_sampling": "unit/experiments/bench/test_bench.py",
     "experiments/bench/machine": "unit/experiments/bench/test_bench.py",
-    "experiments/bench/read_report": "unit/experiments/test_scale_plan.py",
     "experiments/bench/plain_step": "unit/experiments/bench/test_bench.py",
     "experiments/bench/rounds": "unit/experiments/bench/test_bench.py",
     "experiments/bench/text_table": "unit/experiments/bench/test_bench.py",
-    "experiments/scale_report": "unit/experiments/test_scale_plan.py",
     "experiments/step_cost": "unit/experiments/test_scale_plan.py",
     "experiments/comparison/compared_runs": "unit/experiments/comparison/test_finished_runs.py",
     "experiments/comparison/comparison_settings": "unit/experiments/comparison/test_compare.py",
@@ -194,9 +192,7 @@ COVERED_BY = {
     "train/autoencoder_settings": "unit/experiments/test_train_autoencoder.py",
     "train/training_step": "unit/train/test_trainer.py",
     "ui/feature_job": "unit/ui/test_server.py",
-    "ui/available_models": "unit/ui/test_server.py",
-    "ui/model_cache": "unit/ui/test_server.py",
-    "ui/picture_data": "unit/ui/test_server.py",
+    "ui/models_of_runs": "unit/ui/test_server.py",
     "ui/sampling_jobs": "unit/ui/test_server.py",
 }
 #: unit tests that are not named after a module -> why

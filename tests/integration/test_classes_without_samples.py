@@ -58,8 +58,8 @@ def test_run_on_data_with_a_gap_samples_what_they_hold(tmp_path: Path, monkeypat
     assert dataset.manifest.classes == ("cat", "dog", "owl") and dataset.present == (0, 2)
     assert stored_conditions(dataset, SampleConfig()).of(np.arange(4))[1].tolist() == [0, 2, 0, 2]
     shown = list[list[str]]()
-    monkeypatch.setattr(preview, "sample_sheet", lambda images, captions: shown.append(captions) or images)
-    monkeypatch.setattr(preview, "save_png", lambda *_: None)
+    monkeypatch.setattr(preview.plots, "sample_sheet", lambda images, captions: shown.append(captions) or images)
+    monkeypatch.setattr(preview.plots, "save", lambda *_: None)
     settings = {"method": "vanilla", "train.steps": 2, "train.preview_every": 2, "data.path": str(tmp_path / "data")}
     train(toy.toy(settings, name="imagefolder"), tmp_path / "run", quiet=True)
     assert shown == [["cat", "owl", "cat", "owl"]]

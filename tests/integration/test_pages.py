@@ -201,7 +201,7 @@ def test_quickstart_writes_a_self_contained_page(
             "with train.lr 0.001, now 0.008; remove that folder",
         ),
         ("vanilla", {"train.steps": 2200}, "with train.steps 2200, now 1287; remove that folder"),
-        ("vanilla", "{", r"config.json cannot be read \(.*\); remove "),
+        ("vanilla", "{", r"config.json cannot be used \(.*\); restore it, or choose another --out"),
     ],
 )
 def test_quickstart_of_other_settings_is_kept(name: str, text: Any, message: str, tmp_path: Path) -> None:

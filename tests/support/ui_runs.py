@@ -11,7 +11,7 @@ import numpy as np
 from starlette.testclient import TestClient
 
 from selftrans.config import to_json
-from selftrans.evaluate.plots import save_png
+from selftrans.evaluate.plots import save
 from selftrans.ui.contained import Contained, JsonFiles
 from selftrans.ui.found_runs import Found, search
 from selftrans.ui.run_state import RunState
@@ -44,7 +44,7 @@ def preview(run: Path, step: int, stage: str = "stage2", side: int = 40) -> None
     """A preview: a grey picture, darker for later steps."""
     file = run / stage / "previews" / f"step-{step:08d}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_png(np.full((side, side, 1), max(0, 200 - 10 * step), dtype=np.uint8), file)
+    save(np.full((side, side, 1), max(0, 200 - 10 * step), dtype=np.uint8), file)
 
 
 def state(run: Path) -> RunState:

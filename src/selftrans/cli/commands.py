@@ -164,8 +164,8 @@ class Plan(RecipeCommand[Config]):
     typed: Typed = ()
 
     def run(self) -> None:
-        from selftrans.experiments.scale_plan import Cluster, scale_plan
-        from selftrans.experiments.scale_report import text
+        from selftrans.experiments.scale_plan import scale_plan, text
+        from selftrans.experiments.step_cost import Cluster
         from selftrans.storage import check_writable, write_json
 
         config: Any = self.config

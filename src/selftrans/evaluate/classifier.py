@@ -234,13 +234,15 @@ def train_classifier(
     AdamW with a one-cycle schedule. A fifth of the images, drawn by `seed`, is held out and gives the accuracy in the
     result's `training_record`. `threads`: number of CPU threads (None: torch's setting). `steps` gives the numbers of the
     steps, and may bring model and schedule to the first of them (None: all). The same arguments give the same weights on the
-    same machine. Raises ValueError for invalid data.
+    same machine. Raises ValueError for less than two images.
     """
-    labels, arrays = _checked_labels(images, labels, num_classes), images.dtype != np.uint8
+    arrays = images.dtype != np.uint8
+    if len(images) < 2:
+        raise ValueError(f"{plural(len(images), 'image')} of {plural(num_classes, 'class')}; give at least two of each")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     held_out = min(max(1, round(HELD_OUT * len(images))), len(images) - 1)
-    pixels, targets = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
+    pixels, targets = torch.from_numpy(np.ascontiguousarray(images)), torch.as_tensor(labels).long()
     test, train = order[:held_out], order[held_out:]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
@@ -283,24 +285,6 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _checked_labels(images: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Labels as int64, after checking that images and labels match."""
-    pictures = images.dtype == np.uint8 and images.ndim == 4
-    if not pictures and not (images.dtype == np.float32 and 3 <= images.ndim <= 5):
-        expected = "uint8 (N, H, W, C) or float32 (N, C, *S)"
-        raise ValueError(f"images are {images.dtype} {images.shape}; a classifier trains on {expected}")
-    labels = np.asarray(labels).astype(np.int64)
-    if labels.shape != (len(images),):
-        raise ValueError(f"{plural(len(images), 'image')} but labels of shape {labels.shape}; give one label per image")
-    if len(images) < 2 or num_classes < 2:
-        raise ValueError(f"{plural(len(images), 'image')} of {plural(num_classes, 'class')}; give at least two of each")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"labels range from {labels.min()} to {labels.max()}; {num_classes} classes are 0 .. {num_classes - 1}"
-        )
-    return labels
 
 
 @torch.inference_mode()

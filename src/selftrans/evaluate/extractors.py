@@ -139,10 +139,10 @@ class ValuesExtractor:
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if images.shape[1:] != self.shape:
-            sizes = (
-                f"images of {shape_text(images.shape[1:])} cannot be compared with images of {shape_text(self.shape)}"
+            raise OtherShape(
+                f"images of {shape_text(images.shape[1:])} cannot be compared with images of {shape_text(self.shape)}; give "
+                "samples and reference of one shape"
             )
-            raise OtherShape(f"{sizes}; give samples and reference of one shape")
         return {"features": images.reshape(len(images), -1).astype(np.float64)}
 
 
@@ -200,11 +200,8 @@ def load_extractor(
     if text == "inception":
         return InceptionExtractor(weights, device)
     if text == "values":
-        if weights is not None or shape is None:
-            raise ValueError("the features `values` have no weights, and need the shape of an image")
+        assert shape is not None
         return ValuesExtractor(shape)
-    if weights is not None:
-        raise ValueError(f"weights {weights} belong to a named extractor ({known}), but {text} is a file")
     if suffix == ".safetensors":
         stem = Path(name).stem
         called = stem if stem.endswith("classifier") else f"{stem} classifier"
@@ -239,27 +236,21 @@ def extractor_sha256(
     return load_extractor(name, weights=weights, shape=shape).sha256
 
 
-def extract(
-    batches: np.ndarray | Iterable[np.ndarray], extractor: Extractor, *, chunk: int | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Features of a stream of image batches, computed for `chunk` images at a time whatever the batch sizes (None: CHUNK, on a
-    GPU CHUNK_ON_GPU, which would otherwise wait for the host).
+def extract(batches: np.ndarray | Iterable[np.ndarray], extractor: Extractor) -> Iterator[dict[str, np.ndarray]]:
+    """Features of a stream of image batches, computed for CHUNK images at a time whatever the batch sizes (on a GPU
+    CHUNK_ON_GPU, which would otherwise wait for the host).
 
-    With equal chunks the features are bit-identical for any batch size of the sampler. Raises ValueError for batches
-    that the extractor does not support, and for features that are not finite or have the wrong length.
+    So the features are bit-identical for any batch size of the sampler. Raises ValueError for batches
+    that the extractor does not support, and for features that are not finite.
     """
     done = 0
-    for images in rebatch(batches, chunk or (CHUNK_ON_GPU if torch.cuda.is_available() else CHUNK)):
+    for images in rebatch(batches, CHUNK_ON_GPU if torch.cuda.is_available() else CHUNK):
         if extractor.pictures and images.dtype != np.uint8:
             raise ValueError(
                 f"{extractor.name} takes pictures, uint8 (n, H, W, C), but these are arrays of {shape_text(images.shape[1:])} "
                 "values; use --features values"
             )
         out = extractor(images)
-        if out["features"].shape != (len(images), extractor.dim):
-            raise ValueError(
-                f"{extractor.name} returned {out['features'].shape} for {len(images)} images of {extractor.dim} features"
-            )
         bad = ~np.isfinite(out["features"]).all(axis=-1)
         if bad.any():
             raise FeaturesNotFinite(
@@ -270,11 +261,15 @@ def extract(
 
 
 def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[np.ndarray]:
-    """Check the batches of a stream and regroup them into chunks of `chunk` images of one shape (the last may be smaller)."""
+    """Regroup the batches of a stream into chunks of `chunk` images of one shape (the last may be smaller)."""
     waiting: list[np.ndarray] = []
     for images in [batches] if isinstance(batches, np.ndarray) else batches:
-        _check_batch(images, waiting)
         if waiting and images.shape[1:] != waiting[-1].shape[1:]:
+            # height and width of pictures may change, as between buckets: an extractor of one size refuses other ones itself
+            fixed, before = 3 if images.dtype == np.uint8 else 1, waiting[-1].shape
+            if images.shape[fixed:] != before[fixed:]:
+                sizes = f"{shape_text(before[1:])} and {shape_text(images.shape[1:])}"
+                raise OtherShape(f"the images have two sizes, {sizes}; resize them to one")
             if len(rest := np.concatenate(waiting)):
                 yield rest
             waiting = []
@@ -288,21 +283,3 @@ def rebatch(batches: np.ndarray | Iterable[np.ndarray], chunk: int) -> Iterator[
     rest = np.concatenate(waiting) if waiting else np.empty(0)
     if len(rest):
         yield rest
-
-
-def _check_batch(images: Any, before: list[np.ndarray]) -> None:
-    """ValueError unless a batch is uint8 (n, H, W, C) or float32 (n, C, *S), of the same type as the batches `before`.
-
-    Only the height and width of pictures may change, as between buckets: an extractor of one size refuses other ones itself.
-    """
-    array = isinstance(images, np.ndarray)
-    pictures = array and images.dtype == np.uint8 and images.ndim == 4
-    if not pictures and not (array and images.dtype == np.float32 and 3 <= images.ndim <= 5):
-        actual = f"{images.dtype} {images.shape}" if array else type(images).__name__
-        raise ValueError(f"a batch of images is {actual}; give uint8 arrays (n, H, W, C), or float32 (n, C, *S)")
-    same = not before or (images.shape[3:] if pictures else images.shape[1:]) == (
-        before[-1].shape[3:] if pictures else before[-1].shape[1:]
-    )
-    if before and (not same or images.dtype != before[-1].dtype):
-        sizes = f"{shape_text(before[-1].shape[1:])} and {shape_text(images.shape[1:])}"
-        raise OtherShape(f"the images have two sizes, {sizes}; resize them to one")

@@ -1,21 +1,25 @@
-"""Fonts for text in pictures: those of this machine where matplotlib's DejaVu Sans lacks a character, such as a Chinese one.
+"""Text in pictures: captions below them, in fonts of this machine where matplotlib's DejaVu Sans lacks a character.
 
 A character that no font has would be drawn as an empty box. It is written as its escape instead (`\\u732b`), and a class
-with such a name as its number (`class 7`).
+with such a name as its number (`class 7`). Shape legend: n pictures, (H, W, C) picture with C of 1 or 3.
 """
 
 from __future__ import annotations
 
 import functools
+import textwrap
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from selftrans.messages import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.ImageFont import FreeTypeFont
 
 DEFAULT = "DejaVu Sans"  #: brought by matplotlib: it has most alphabets
 #: beginnings of the names of fonts without letters: they draw boxes that name a script, or mathematical symbols
@@ -23,6 +27,9 @@ NO_TEXT = ("Last", "STIX", "cm")
 #: words in the names of fonts for text, the most suitable first; others are decorative more often
 PREFERRED = ("noto sans", "sans", "gothic", "hei", "")
 SHOWN = 12  #: most characters that a warning lists
+SIZE = 11  #: of the font of captions, in pixels
+WIDEST = 132  #: pixels that a caption may take where its picture is narrower
+LINES = 3  #: most lines of a caption; what is longer ends with an ellipsis
 
 
 class Face(NamedTuple):
@@ -96,17 +103,59 @@ def face_for(text: str) -> tuple[str, Face]:
 
 def fit(figure: Figure) -> None:
     """Give each text of a figure fonts for all of its characters; those that no font has become escapes."""
-    from matplotlib.font_manager import FontProperties, findfont
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         string = text.get_text()
-        if not (string.isascii() and string.isprintable()):
-            own = [Face(name, str(findfont(FontProperties(family=[name])))) for name in text.get_fontfamily()]
-            if unknown := lacking(string, *own):
-                others = fallbacks(unknown)
-                text.set_fontfamily([*(face.family for face in own), *(face.family for face in others)])
-                text.set_text(drawable(string, lacking(string, *own, *others)))
+        if unknown := lacking(string):
+            faces = default(), *fallbacks(unknown)
+            text.set_fontfamily([face.family for face in faces])
+            text.set_text(drawable(string, lacking(string, *faces)))
+
+
+def with_captions(pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Pictures uint8 (n, H, W, 1 or 3) on white, each with its caption below: uint8 (n, H', W', 3), of one size.
+
+    A caption is wrapped to the width of its picture, or of WIDEST pixels, and shortened to LINES lines.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = pictures.shape[1:3]
+    texts = [face_for(" ".join(caption.split())) for caption in captions]
+    typed = [(text, _font(face.file)) for text, face in texts]
+    longest = max(int(font.getlength(text)) + 1 for text, font in typed)
+    wide = max(width, min(longest, WIDEST))
+    wrapped = [(wrap(text, wide, font), font) for text, font in typed]
+    step = max(sum(font.getmetrics()) for _, font in typed)
+    sheet = np.full(
+        (len(pictures), height + 2 + step * max(len(lines) for lines, _ in wrapped), wide, 3), 255, dtype=np.uint8
+    )
+    left = (wide - width) // 2
+    sheet[:, :height, left : left + width] = pictures  # one channel becomes three
+    for picture, (lines, font) in zip(sheet, wrapped, strict=True):
+        image = Image.fromarray(picture)
+        draw = ImageDraw.Draw(image)
+        for i, line in enumerate(lines):
+            draw.text((wide // 2, height + 2 + i * step), line, fill=(34, 34, 34), font=font, anchor="ma")
+        picture[:] = np.asarray(image)
+    return sheet
+
+
+def wrap(text: str, width: int, font: FreeTypeFont) -> list[str]:
+    """The lines of `text` at `width` pixels, at most LINES; a word that is wider than a line is cut."""
+    usual = width * len(text) / max(1.0, font.getlength(text))  # characters of a line
+    for length in range(int(1.5 * usual) + 1, 0, -1):
+        lines = textwrap.wrap(text, length, max_lines=LINES, placeholder="…") or [""]
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return lines
+
+
+@functools.cache
+def _font(file: str) -> FreeTypeFont:
+    from PIL import ImageFont
+
+    return ImageFont.truetype(file, SIZE)
 
 
 def _has(file: str, character: str) -> bool:
@@ -145,9 +194,8 @@ def _faces() -> list[Face]:
         and not entry.name.startswith(NO_TEXT)
         and Path(entry.fname).exists()
     }
-    return sorted(upright, key=_suitable)
 
+    def suitable(face: Face) -> tuple[int, str, str]:
+        return next(rank for rank, word in enumerate(PREFERRED) if word in face.family.lower()), *face
 
-def _suitable(face: Face) -> tuple[int, str, str]:
-    name = face.family.lower()
-    return next(rank for rank, word in enumerate(PREFERRED) if word in name), *face
+    return sorted(upright, key=suitable)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from selftrans.evaluate import fonts
-from selftrans.evaluate.captioned import with_captions
 from selftrans.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -40,10 +39,7 @@ def image_grid(images: np.ndarray, columns: int | None = None, upscale: int = 1,
 
     Each pixel becomes `upscale` x `upscale` pixels without smoothing. `columns` defaults to the square root of n, or for images
     more than twice as wide as high (or the reverse) to the number that makes the grid about square.
-    Raises ValueError for anything but uint8 images with one or three channels.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
-        raise ValueError(f"images are {images.dtype} {images.shape}; a grid shows uint8 (n, H, W, 1 or 3)")
     n, channels = len(images), images.shape[-1]
     ratio = images.shape[1] / images.shape[2]
     columns = min(columns or math.ceil(math.sqrt(n if 0.5 <= ratio <= 2 else n * ratio)), n)
@@ -79,7 +75,7 @@ def sample_sheet(
     if captions is None:
         return image_grid(pictures, columns, upscale, gap=gap)
     large = pictures.repeat(upscale, axis=1).repeat(upscale, axis=2)
-    return image_grid(with_captions(large, captions), columns, gap=max(gap, 6))
+    return image_grid(fonts.with_captions(large, captions), columns, gap=max(gap, 6))
 
 
 def as_pictures(samples: np.ndarray) -> np.ndarray:
@@ -87,19 +83,16 @@ def as_pictures(samples: np.ndarray) -> np.ndarray:
 
     Pictures uint8 (n, H, W, C) are returned unchanged. Float arrays (n, C, L) become line plots with one line per
     channel. For (n, C, H, W), three channels become red, green and blue; otherwise the first one is shown in grey. For
-    (n, C, F, H, W) the same is done for at most FRAMES slices of F, evenly spaced and next to each other. Raises ValueError
-    for anything else.
+    (n, C, F, H, W) the same is done for at most FRAMES slices of F, evenly spaced and next to each other.
     """
     if samples.dtype == np.uint8:
         return samples
-    if samples.dtype.kind != "f" or not 3 <= samples.ndim <= 5 or not len(samples):
-        raise ValueError(
-            f"samples are {samples.dtype} {samples.shape}; a sheet shows uint8 (n, H, W, C) or float (n, C, *S)"
-        )
     if samples.ndim == 3:
         return _line_plots(samples)
     if samples.ndim == 5:
-        samples = _strips(samples)
+        n, channels, frames, height, _ = samples.shape
+        chosen = np.linspace(0, frames - 1, min(frames, FRAMES)).round().astype(int)
+        samples = samples[:, :, chosen].transpose(0, 1, 3, 2, 4).reshape(n, channels, height, -1)
     shown = (samples if samples.shape[1] == 3 else samples[:, :1]).transpose(0, 2, 3, 1).astype(np.float64)
     low, span = shown.min(), np.ptp(shown) or 1.0
     return np.round((shown - low) * (255 / span)).astype(np.uint8)
@@ -108,13 +101,6 @@ def as_pictures(samples: np.ndarray) -> np.ndarray:
 def middle_slices(samples: np.ndarray) -> np.ndarray:
     """The middle slice (n, C, H, W) of arrays (n, C, F, H, W), as `flat_map` takes it of their maps; others unchanged."""
     return samples[:, :, samples.shape[2] // 2] if samples.ndim == 5 else samples
-
-
-def _strips(samples: np.ndarray) -> np.ndarray:
-    """Slices of arrays (n, C, F, H, W) next to each other, (n, C, H, slices W): all, or FRAMES of them, evenly spaced."""
-    n, channels, frames, height, width = samples.shape
-    chosen = np.linspace(0, frames - 1, min(frames, FRAMES)).round().astype(int)
-    return samples[:, :, chosen].transpose(0, 1, 3, 2, 4).reshape(n, channels, height, len(chosen) * width)
 
 
 def _line_plots(samples: np.ndarray) -> np.ndarray:
@@ -214,18 +200,16 @@ def pca_grid(
     """One row of pictures per name: colour maps float (n, *grid, 3) in [0, 1], or images uint8 (n, H, W, 1 or 3).
 
     A map of a 1-D grid is drawn as a strip, a map of a 3-D grid by its middle slice. `columns` are headings; `cell` is
-    the width of a picture in inches. Raises ValueError when rows differ in n.
+    the width of a picture in inches. All rows have the same n.
     """
-    counts = {name: len(maps) for name, maps in rows.items()}
-    if len(set(counts.values())) != 1:
-        raise ValueError(f"rows of a grid have different numbers of pictures, {counts}; give the same number to each")
-    heights = [_height(maps[0]) for maps in rows.values()]
-    size = 1.4 + cell * max(counts.values()), cell * sum(heights) + 0.1 + 0.3 * bool(title) + 0.2 * bool(columns)
+    n, heights = len(next(iter(rows.values()))), [_height(maps[0]) for maps in rows.values()]
+    size = 1.4 + cell * n, cell * sum(heights) + 0.1 + 0.3 * bool(title) + 0.2 * bool(columns)
     figure = blank_figure(size, pad=0.02)
-    grid = figure.subplots(len(rows), max(counts.values()), squeeze=False, height_ratios=heights)
+    grid = figure.subplots(len(rows), n, squeeze=False, height_ratios=heights)
     for row, (name, maps) in zip(grid, rows.items(), strict=True):
         for axes, picture in zip(row, maps, strict=True):
-            _draw_map(axes, picture)
+            shape = "auto" if picture.ndim == 2 else "equal"
+            axes.imshow(flat_map(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect=shape)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK)
@@ -234,13 +218,6 @@ def pca_grid(
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
     return figure
-
-
-def _draw_map(axes: Axes, picture: np.ndarray) -> None:
-    """Draw a picture (H, W, 1 or 3) or a map (*grid, 3) of one to three dimensions."""
-    shown = flat_map(picture)
-    shown = shown.repeat(3, axis=-1) if shown.shape[-1] == 1 else shown
-    axes.imshow(shown, interpolation="nearest", aspect="auto" if picture.ndim == 2 else "equal")
 
 
 def _height(picture: np.ndarray) -> float:
@@ -256,42 +233,28 @@ def flat_map(picture: np.ndarray) -> np.ndarray:
     return picture[None] if picture.ndim == 2 else picture
 
 
-def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
-    """Write a figure atomically, in the format of the path's suffix (png, svg, pdf)."""
-    path = Path(path)
-    content = _rendered(figure, path.suffix.lstrip(".") or "png", dpi)
-    with atomic_write(path) as file:
+def save(shown: Figure | np.ndarray, path: str | Path, *, dpi: int = 150) -> None:
+    """Write a figure, or a picture uint8 (height, width, 1 or 3), atomically, in the format of the path's suffix."""
+    content = rendered(shown, Path(path).suffix.lstrip(".") or "png", dpi)
+    with atomic_write(Path(path)) as file:
         file.write(content)
 
 
-def _rendered(figure: Figure, kind: str, dpi: int) -> bytes:
-    """A figure as the content of a file of this kind."""
-    fonts.fit(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=dpi)
-    return buffer.getvalue()
-
-
-def save_png(image: np.ndarray, path: str | Path) -> None:
-    """Write a picture, uint8 (height, width, 1 or 3), as png, atomically."""
-    with atomic_write(Path(path)) as file:
-        file.write(png_bytes(image))
-
-
-def figure_to_data_uri(figure: Figure | np.ndarray) -> str:
+def figure_to_data_uri(shown: Figure | np.ndarray) -> str:
     """A figure, or a picture uint8 (height, width, 1 or 3), as a png in a `data:` URI."""
-    content = png_bytes(figure) if isinstance(figure, np.ndarray) else _rendered(figure, "png", 110)
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(rendered(shown, dpi=110)).decode("ascii")
 
 
-def png_bytes(image: np.ndarray) -> bytes:
-    """A picture, uint8 (height, width, 1 or 3), as the content of a png. ValueError for anything else."""
+def rendered(shown: Figure | np.ndarray, kind: str = "png", dpi: int = 150) -> bytes:
+    """A figure, or a picture uint8 (height, width, 1 or 3), as the content of a file: png, and of figures also svg or pdf."""
     from PIL import Image
 
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
-        raise ValueError(f"a picture is {image.dtype} {image.shape}; a png takes uint8 (height, width, 1 or 3)")
     buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="png")
+    if isinstance(shown, np.ndarray):
+        Image.fromarray(shown[..., 0] if shown.shape[-1] == 1 else shown).save(buffer, format=kind)
+    else:
+        fonts.fit(shown)
+        shown.savefig(buffer, format=kind, dpi=dpi)
     return buffer.getvalue()
 
 

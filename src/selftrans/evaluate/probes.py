@@ -5,7 +5,6 @@ Shape legend: N images, T tokens on a grid of one to three dimensions, D width, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selftrans.flow import LINEAR, Path, interpolate
-from selftrans.messages import are, plural, shape_text
+from selftrans.messages import are, plural
 from selftrans.types import Backbone, Cond, eval_mode, map_cond
 
 MOST_BLOCKS = 12  #: of deeper models, some of the blocks are shown
@@ -47,25 +46,21 @@ def collect(
     `pooled`: their means over tokens (N, D), taken on the device of the backbone: T times less to copy and to keep.
 
     The noise depends only on `seed` and the shape of z0, so it is the same for every model, block and batch size. Keeps
-    torch's global RNG state. The backbone runs in eval mode, then returns to its previous mode. ValueError for taps or t
-    out of range.
+    torch's global RNG state. The backbone runs in eval mode, then returns to its previous mode. ValueError for t out of range.
     """
-    wanted = tuple(sorted(set(taps)))
-    if not wanted or wanted[0] < 1 or wanted[-1] > backbone.depth:
-        raise ValueError(f"blocks {list(taps)} are not in a backbone of {backbone.depth} blocks; choose 1 .. depth")
     if not 0.0 <= t <= 1.0:
         raise ValueError(f"noise level t = {t} is outside [0, 1]; 0 is data and 1 is noise")
     noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed))
     device = next(backbone.parameters()).device if isinstance(backbone, nn.Module) else z0.device
-    feats: dict[int, list[Tensor]] = {k: [] for k in wanted}
+    feats: dict[int, list[Tensor]] = {k: [] for k in taps}
     with eval_mode(backbone):
         for rows in torch.arange(len(z0)).split(batch_size):
             data = z0[rows.to(z0.device)].to(device, torch.float32)
             times = torch.full((len(rows),), t, device=device)
             zt, _ = interpolate(path, data, noise[rows].to(device), times)
             part = map_cond(lambda x, rows=rows: x[rows.to(x.device)].to(device), cond)
-            out = backbone(zt, times, part, taps=wanted, stop=True)
-            for k in wanted:
+            out = backbone(zt, times, part, taps=tuple(taps), stop=True)
+            for k in taps:
                 found = out.feats[k].float()
                 feats[k].append((pool(found) if pooled else found).cpu())
     return {k: torch.cat(parts) for k, parts in feats.items()}
@@ -79,12 +74,10 @@ def pool(features: Tensor) -> Tensor:
 def linear_probe(features: Tensor, labels: Tensor) -> float:
     """Accuracy, in [0, 1], of ridge regression on features (N, F), or (N, T, D), which are averaged over tokens.
 
-    It is fitted on three quarters of them and tested on the others, always the same rows. ValueError for invalid arguments.
+    It is fitted on three quarters of them and tested on the others, always the same rows. ValueError as `class_guesses`.
     """
     x = pool(features)
     y = labels.long().to(x.device)
-    if len(x) != len(y) or x.dim() != 2:
-        raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not match")
     fit, held = _split(len(x))
     return (class_guesses(x[fit], y[fit], x[held], kind="ridge") == y[held]).double().mean().item()
 
@@ -109,14 +102,12 @@ def class_guesses(features: Tensor, labels: Tensor, others: Tensor, *, kind: str
     """Classes (M,) of `others` (M, F) or (M, T, D) by a linear classifier fitted on features (N, F) or (N, T, D).
 
     Both are standardised by the mean and deviation of `features`. kind: "ridge" (one-hot targets, closed form) or "logistic"
-    (multinomial, scikit-learn, slower). Raises ValueError for invalid arguments.
+    (multinomial, scikit-learn, slower). Raises ValueError for labels of one class.
     """
     x = pool(features).double()
     y = labels.long().to(x.device)
     if len(torch.unique(y)) < 2:
         raise ValueError("a probe needs at least two classes among the images that it is fitted on")
-    if kind not in PROBES:
-        raise ValueError(f"unknown probe {kind!r}; choose from {', '.join(PROBES)}")
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
     deviation = torch.where(deviation > 1e-12, deviation, 1.0)  # a constant feature stays zero
     return PROBES[kind]((x - mean) / deviation, y, (pool(others).to(x) - mean) / deviation)
@@ -154,11 +145,9 @@ class Basis(NamedTuple):
 def pca_basis(feats: Tensor) -> Basis:
     """First three principal components of all tokens of feats (N, T, D), with the 1st and 99th percentile along each.
 
-    The sign of a component is arbitrary: its largest entry is made positive. ValueError when D < 3.
+    The sign of a component is arbitrary: its largest entry is made positive. D is at least 3.
     """
     tokens = feats.reshape(-1, feats.shape[-1]).double()  # (N T, D)
-    if tokens.shape[1] < 3:
-        raise ValueError(f"features of width {tokens.shape[1]} do not have three components; at least 3 are needed")
     mean = tokens.mean(dim=0)
     _, vectors = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))  # ascending eigenvalues
     components = vectors.T[-3:].flip(dims=(0,))
@@ -172,21 +161,14 @@ def pca_maps(feats: Tensor, grid: tuple[int, ...], *, basis: Basis | None = None
     """Colour maps (N, *grid, 3), float32 in [0, 1], of the tokens of feats (N, T, D) in a basis.
 
     `grid` is the backbone's: tokens along each spatial dimension. `basis` None: that of these features; to compare maps,
-    give all of them the same basis. Raises ValueError when T does not match the grid, or the basis has another width.
+    give all of them the same basis.
     """
-    n, t, d = feats.shape
-    if math.prod(grid) != t:
-        raise ValueError(f"{t} tokens do not form a grid of {shape_text(grid)}; give the grid of their backbone")
     basis = basis if basis is not None else pca_basis(feats)
-    if len(basis.mean) != d:
-        raise ValueError(
-            f"a basis of width {len(basis.mean)} does not fit features of width {d}; compute it from these"
-        )
     along = (feats.double() - basis.mean) @ basis.components.T  # (N, T, 3)
     span = basis.high - basis.low
     flat = span <= 1e-12 * (1 + basis.mean.norm())  # constant features: grey instead of amplified rounding
     maps = torch.where(flat, 0.5, (along - basis.low) / torch.where(flat, 1.0, span)).clamp(0, 1)
-    return maps.view(n, *grid, 3).float().numpy()
+    return maps.view(len(feats), *grid, 3).float().numpy()
 
 
 def tsne(features: Tensor) -> np.ndarray:

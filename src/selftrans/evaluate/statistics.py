@@ -86,17 +86,16 @@ class Statistics:
         extractor: Extractor,
         *,
         keep: bool = True,
-        chunk: int | None = None,
         source: str = "",
         observe: Callable[[dict[str, np.ndarray]], None] | None = None,
     ) -> Statistics:
         """Statistics of a stream of image batches (see `extract`), independent of the batch size.
 
-        `keep` stores the features in memory, as float32. The extractor processes `chunk` images at a time (None: see
-        `extract`); `observe` is called with each chunk's output. Raises ValueError for invalid images, or fewer than two.
+        `keep` stores the features in memory, as float32; `observe` is called with each output of the extractor. Raises
+        ValueError for invalid images, or fewer than two.
         """
         running, spatial, kept, sizes = RunningMoments(), RunningMoments(), [], set[str]()
-        for out in extract(_noted(batches, sizes), extractor, chunk=chunk):
+        for out in extract(_noted(batches, sizes), extractor):
             running.update(out["features"])
             if "spatial" in out:
                 spatial.update(out["spatial"])
@@ -152,7 +151,7 @@ class Statistics:
 def _noted(batches: np.ndarray | Iterable[np.ndarray], sizes: set[str]) -> Iterator[np.ndarray]:
     """Yield the batches; `sizes` gets those of their images."""
     for images in [batches] if isinstance(batches, np.ndarray) else batches:
-        if isinstance(images, np.ndarray) and len(images):  # `extract` refuses anything else
+        if len(images):
             sizes.add(shape_text(images.shape[1:]))
         yield images
 
@@ -200,23 +199,13 @@ def _moments(mean: np.ndarray, cov: np.ndarray, path: Path) -> Moments:
         raise ValueError(f"{path} holds statistics that are not finite; compute it again")
     if not np.allclose(cov, cov.T, rtol=1e-5, atol=1e-8 * max(1.0, np.abs(cov).max(initial=0.0))):
         raise ValueError(f"{path} holds a covariance that is not symmetric; compute it again")
-    if _is_negative(cov):
-        raise ValueError(f"{path} holds a covariance with negative eigenvalues, which is impossible; compute it again")
-    return Moments(mean, (cov + cov.T) / 2)
-
-
-def _is_negative(cov: np.ndarray) -> bool:
-    """Whether a symmetric matrix has eigenvalues below -`NEGATIVE` of its norm, by Cholesky, which is faster than eigh.
-
-    A covariance of fewer images than features has zero eigenvalues, which become as low as -1e-6 of the norm in float32.
-    """
-    peak = np.abs(cov).max(initial=0.0)
-    if peak == 0:
-        return False  # all images are the same
-    scaled = cov / peak  # its norm cannot overflow
-    scaled[np.diag_indices_from(scaled)] += NEGATIVE * np.linalg.norm(scaled)
+    shifted = cov.copy()
+    # zero eigenvalues, of fewer images than features, become as low as -1e-6 of the norm in float32; all are zero where all
+    # images are the same
+    shifted[np.diag_indices_from(cov)] += NEGATIVE * np.linalg.norm(cov) + np.finfo(np.float64).tiny
     try:
-        np.linalg.cholesky(scaled)
+        np.linalg.cholesky(shifted)  # faster than eigenvalues
     except np.linalg.LinAlgError:
-        return True
-    return False
+        wrong = "a covariance with negative eigenvalues, which is impossible"
+        raise ValueError(f"{path} holds {wrong}; compute it again") from None
+    return Moments(mean, (cov + cov.T) / 2)

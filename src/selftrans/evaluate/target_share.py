@@ -51,20 +51,18 @@ class Fits:
     Call `add` for every picture of the fitted part at every timestep, then `solve`, then `errors` for the others.
     """
 
-    def __init__(self, times: int, design: Design | None) -> None:
-        self.times, self.design = times, design
-        self.columns = 0 if design is None else design.rows.shape[1]
+    def __init__(self, times: int, design: Design | None, numbers: int) -> None:
+        """numbers: F."""
+        self.design, columns = design, 0 if design is None else design.rows.shape[1]
         self.count = torch.zeros(times, dtype=torch.float64)
-        self.gram = torch.zeros(times, self.columns, self.columns, dtype=torch.float64)
+        self.gram = torch.zeros(times, columns, columns, dtype=torch.float64)
         self.square = torch.zeros(times, 2, dtype=torch.float64)  # of f_u and of d
-        self.total = self.cross = torch.zeros(0)  # (times, 2, F) and (times, 2, P, F), once F is known
+        self.total = torch.zeros(times, 2, numbers, dtype=torch.float64)
+        self.cross = torch.zeros(times, 2, columns, numbers)
         self.weights: dict[str, Tensor] = {}
 
     def add(self, rows: Tensor, time: int, features: Tensor) -> None:
         """Features (2, n, F) of f_u and d of the pictures `rows` (n,), at the timestep with this index."""
-        if not len(self.total):
-            self.total = torch.zeros(self.times, 2, features.shape[-1], dtype=torch.float64)
-            self.cross = torch.zeros(self.times, 2, self.columns, features.shape[-1])
         self.count[time] += len(rows)
         self.total[time] += features.sum(dim=1)
         if self.design is not None:
@@ -74,9 +72,7 @@ class Fits:
             self.square[time] += features.square().sum(dim=2).sum(dim=1, dtype=torch.float64)
 
     def solve(self) -> None:
-        """Fit every predictor; the sums are then no longer needed. ValueError where a timestep has no pictures."""
-        if not len(self.total) or not self.count.all():
-            raise ValueError("no pictures to fit a table on at one of the timesteps; give more of them")
+        """Fit every predictor; the sums are then no longer needed."""
         self.weights["mean"] = (self.total.sum(dim=0) / self.count.sum()).float()  # (2, F)
         self.weights["time"] = (self.total / self.count[:, None, None]).float()  # (times, 2, F)
         if self.design is not None:

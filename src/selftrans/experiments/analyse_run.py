@@ -8,9 +8,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor
 
 from selftrans.checkpoints.load import Weights, find_asked, load_model
@@ -60,14 +59,24 @@ def analyse(
     check_writable(out / "analyse.json", size=1 << 20)
     decoder = load_autoencoder(loaded.autoencoder, device=device)
     z0, labels = data_latents(dataset, samples)
-    probed = labels if _can_be_fitted(dataset, labels) else None
-    found = _examined(model, z0, probed, timesteps, loaded.config.train.path)
-    chance = float(labels.bincount().max()) / len(labels)  # of always naming the most frequent class
-    pictures = as_pictures(middle_slices(decode_images(decoder, z0[:MAPPED].to(device))))
+    probed, probes = _can_be_fitted(dataset, labels), dict[float, list[float]]()
     names = class_names(dataset.manifest.classes) or None
+    blocks = list(range(1, model.depth + 1))
+    middle = blocks[len(blocks) // 2]
+    rows = {"data": as_pictures(middle_slices(decode_images(decoder, z0[:MAPPED].to(device))))}
+    null, path = null_of(model, len(z0)), PATHS[loaded.config.train.path]
+    for t in progress_bar(iterable=timesteps, desc="timesteps", unit="t"):
+        feats = collect(model, z0, null, t=t, taps=blocks, path=path)
+        if probed:
+            probes[t] = [linear_probe(feats[k].to(device), labels) for k in blocks]
+        rows |= {f"block {k}, t = {t:g}": pca_maps(feats[k][:MAPPED], model.grid) for k in _mapped_blocks(blocks)}
+        title = f"t-SNE of block {middle} at t = {t:g}"
+        save(scatter(tsne(feats[middle]), labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
     title = "principal components of the features" + ", middle frame" * (len(model.grid) == 3)
-    save(pca_grid({"data": pictures} | found.maps, title=title), out / "pca.png")
-    _draw(found, labels, names, chance, out)
+    save(pca_grid(rows, title=title), out / "pca.png")
+    chance = float(labels.bincount().max()) / len(labels)  # of always naming the most frequent class
+    if probes:
+        save(_accuracies(probes, chance, held_out(len(labels))), out / "probes.png")
     report = {
         "source": loaded.source,
         "stage": loaded.stage,
@@ -75,49 +84,12 @@ def analyse(
         "images": len(labels),
         "data": str(dataset.path),
         "condition": "null",
-        "blocks": list(found.taps),
-        "chance": chance if found.probes else None,
-        "probe_accuracy": {f"{t:g}": accuracy for t, accuracy in found.probes.items()},
+        "blocks": blocks,
+        "chance": chance if probes else None,
+        "probe_accuracy": {f"{t:g}": accuracy for t, accuracy in probes.items()},
     }
     write_json(out / "analyse.json", report)
     return report
-
-
-class Findings(NamedTuple):
-    """What the features of a model show at each timestep."""
-
-    taps: tuple[int, ...]  #: all blocks of the model
-    probes: dict[float, list[float]]  #: timestep -> accuracy of a linear probe of each block; empty without probes
-    maps: dict[str, np.ndarray]  #: title -> PCA maps of the first images, of some blocks
-    clouds: dict[float, np.ndarray]  #: timestep -> t-SNE (N, 2) of the middle block
-
-    @property
-    def middle(self) -> int:
-        """The middle block."""
-        return self.taps[len(self.taps) // 2]
-
-
-def _examined(model: Backbone, z0: Tensor, labels: Tensor | None, timesteps: Sequence[float], path: str) -> Findings:
-    """Features of latents z0 (N, C, *S) under the null condition; probes only with `labels` (N,). `path`: its name."""
-    found = Findings(tuple(range(1, model.depth + 1)), {}, {}, {})
-    null, device = null_of(model, len(z0)), next(model.parameters()).device
-    for t in progress_bar(iterable=timesteps, desc="timesteps", unit="t"):
-        feats = collect(model, z0, null, t=t, taps=found.taps, path=PATHS[path])
-        if labels is not None:
-            found.probes[t] = [linear_probe(feats[k].to(device), labels) for k in found.taps]
-        for k in _mapped_blocks(found.taps):
-            found.maps[f"block {k}, t = {t:g}"] = pca_maps(feats[k][:MAPPED], model.grid)
-        found.clouds[t] = tsne(feats[found.middle])
-    return found
-
-
-def _draw(found: Findings, labels: Tensor, names: Sequence[str] | None, chance: float, out: Path) -> None:
-    """A t-SNE per timestep, and probes.png where there are probes."""
-    for t, cloud in found.clouds.items():
-        title = f"t-SNE of block {found.middle} at t = {t:g}"
-        save(scatter(cloud, labels.numpy(), title=title, names=names), out / f"tsne-t{t:g}.png")
-    if found.probes:
-        save(_accuracies(found.probes, chance, held_out(len(labels))), out / "probes.png")
 
 
 def _accuracies(probes: Mapping[float, Sequence[float]], chance: float, tested: int) -> Figure:

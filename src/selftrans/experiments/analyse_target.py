@@ -20,8 +20,7 @@ from selftrans.checkpoints.load import Weights
 from selftrans.data.dataset import Dataset
 from selftrans.device import default_device
 from selftrans.evaluate.probes import spread_blocks
-from selftrans.evaluate.target_measures import Parts, Plan, sum_target
-from selftrans.evaluate.target_probes import chance
+from selftrans.evaluate.target_measures import Parts, Plan, chance, sum_target
 from selftrans.evaluate.target_share import Design
 from selftrans.experiments.evaluate_samples import finished
 from selftrans.experiments.target_report import draw_maps, draw_measures
@@ -129,22 +128,18 @@ def choose_pictures(dataset: Dataset, samples: int, seed: int) -> Pictures:
         present = np.sort(rng.choice(present, most, replace=False))
     rows = order[np.isin(labels[order], present)][:samples]
     of_class = [rows[labels[rows] == label] for label in present]
-    few = [len(each) for each in of_class if len(each) < HELD]
-    if few:
-        have = "has" if len(few) == 1 else "have"
-        said = (
-            f"{plural(len(few), 'class')} {have} fewer than {HELD} pictures among these, and {are(len(few))} left out"
-        )
+    enough = [each for each in of_class if len(each) >= HELD]
+    if few := len(of_class) - len(enough):
+        have = "has" if few == 1 else "have"
+        said = f"{plural(few, 'class')} {have} fewer than {HELD} pictures among these, and {are(few)} left out"
         warnings.warn(said, stacklevel=3)
-    of_class = [each for each in of_class if len(each) >= HELD]
-    held = np.concatenate([np.zeros(0, dtype=np.int64), *(each[HELD - 1 :: HELD] for each in of_class)])
-    kept = np.concatenate([np.zeros(0, dtype=np.int64), *of_class])
-    first = kept[~np.isin(kept, held)]
-    if not len(held):
+    if not enough:
         raise ValueError(f"{dataset.path} has too few {dataset.manifest.unit} of each class; give more")
-    both = np.concatenate([first, held])
+    every = slice(HELD - 1, None, HELD)
+    held = np.concatenate([each[every] for each in enough])
+    both = np.concatenate([*(np.delete(each, every) for each in enough), held])
     others = rng.choice(np.unique(labels[both]), len(both))
-    fitted = torch.arange(len(both)) < len(first)
+    fitted = torch.arange(len(both)) < len(both) - len(held)
     return Pictures(both, torch.from_numpy(labels[both]), torch.from_numpy(others), fitted)
 
 

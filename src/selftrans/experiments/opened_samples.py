@@ -63,9 +63,7 @@ def open_samples(
     ignored = [*settings, *(["text_encoder"] if text_encoder else [])]
     for name in ignored:
         warnings.warn(f"--{name.replace('_', '-')} is ignored: {path} holds images, not a run", stacklevel=3)
-    recorded, stored_labels, texts, stream = _stored(path)
-    target = path / "evaluate.json" if path.is_dir() else path.with_suffix(".evaluate.json")
-    return Samples(stream, recorded, stored_labels, None, target, None, texts)
+    return _stored(path)
 
 
 def _sampled(
@@ -124,13 +122,13 @@ def is_model(path: Path) -> bool:
     return described or (path / "checkpoints").is_dir()
 
 
-def _stored(
-    samples: Path,
-) -> tuple[dict[str, Any] | None, np.ndarray | None, list[str] | None, Iterator[np.ndarray]]:
-    """What samples.json records: settings, labels and prompts; and the images. None for what is not known."""
+def _stored(samples: Path) -> Samples:
+    """Images, with the settings, labels and prompts that samples.json records."""
     record, archive = samples / "samples.json", samples / "samples.npz"
+    report = samples / "evaluate.json" if samples.is_dir() else samples.with_suffix(".evaluate.json")
     if not record.exists():
-        return None, npz_labels(samples) if samples.suffix.lower() == ".npz" else None, None, open_images(samples)
+        labels = npz_labels(samples) if samples.suffix.lower() == ".npz" else None
+        return Samples(open_images(samples), None, labels, None, report, None)
     try:
         content = json.loads(record.read_text())
         complete, settings = content["complete"] and archive.exists(), content["settings"] | {"num": content["num"]}
@@ -147,4 +145,4 @@ def _stored(
     if not complete:
         raise ValueError(f"{samples} is not complete; repeat the `selftrans sample` command that began it")
     several = settings.get("num_classes", 2) > 1  # with one class, every accuracy would be 1
-    return settings, labels if several else None, texts, open_images(archive)
+    return Samples(open_images(archive), settings, labels if several else None, None, report, None, texts)

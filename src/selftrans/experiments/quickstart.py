@@ -32,7 +32,7 @@ from selftrans.experiments.comparison.runner import Results, check_counts, train
 from selftrans.experiments.comparison.summary import as_csv, mean_curve, rows
 from selftrans.experiments.quickstart_report import compared, cut, duration, overview, page, sentence, text
 from selftrans.flow import PATHS
-from selftrans.messages import escaped, first_line, printable
+from selftrans.messages import escaped, printable
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
@@ -96,14 +96,7 @@ def check_earlier(chosen: Comparison) -> None:
     """ValueError if the folder holds runs with other settings: of an earlier version, or with other steps."""
     out = chosen.out
     for name, seed in chosen.jobs:
-        run, config = chosen.run((name, seed)), chosen.variants[name].override({"train.seed": seed})
-        try:
-            before = settings_before(run)
-        except ValueError as error:
-            file = run / "config.json"
-            raise ValueError(
-                f"{file} cannot be read ({first_line(error)}); remove {out}, or give another --out"
-            ) from None
+        config, before = chosen.variants[name].override({"train.seed": seed}), settings_before(chosen.run((name, seed)))
         if before is None:
             continue
         changed = [("train.steps", before.train.steps, config.train.steps, "free")]  # may grow elsewhere, not here

@@ -150,9 +150,7 @@ def overview(both: Mapping[str, Mapping[str, Series]], grids: Mapping[str, np.nd
     mosaic["step"].legend(frameon=False)
     for i, (name, images) in enumerate(grids.items()):
         picture = sample_sheet(images, columns=-(-len(images) // 3), upscale=6, gap=6)
-        mosaic[str(i)].imshow(
-            picture.repeat(3, axis=-1) if picture.shape[-1] == 1 else picture, interpolation="nearest"
-        )
+        mosaic[str(i)].imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         mosaic[str(i)].set_title(name, fontsize=10, color=INK, loc="left")
         mosaic[str(i)].axis("off")
     return figure

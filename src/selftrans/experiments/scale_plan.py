@@ -1,33 +1,34 @@
 """`selftrans plan`: what a run takes on many GPUs, from figures of one: arithmetic alone, nothing is trained or written.
 
-N GPUs in machines of M; bytes are those that one GPU sends per step. Shape legend: (C, *S) latent, T tokens, D width.
+Bytes are those that one GPU sends per step. Shape legend: (C, *S) latent, T tokens, D width.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selftrans.config import RunConfig, Train
+from selftrans.config import RunConfig
 from selftrans.data.shard_file import row_bytes
-from selftrans.experiments.bench.read_report import BenchedModel, read_measured
-from selftrans.experiments.scale_report import ScalePlan, StageScale
 from selftrans.experiments.step_cost import (
     ACTIVATIONS,
+    BenchedModel,
+    Cluster,
     StepCost,
+    above_zero,
     activations,
     flops_again,
     gathered,
     measured_cost,
+    read_measured,
     replayed,
     wire_bytes,
 )
-from selftrans.messages import plural, printable, shape_text
+from selftrans.messages import duration, gigabytes, plural, printable, shape_text, three_digits
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.spec import Stage
@@ -41,48 +42,44 @@ from selftrans.types import Conditions
 SAMPLES, SHAPE, CLASSES = 1_281_167, (4, 32, 32), 1000  #: ImageNet-256, assumed where no data are given
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """The machines; speeds in gigabits per second and direction."""
+@dataclass
+class StageScale:
+    """One stage on the cluster. Two figures are those with communication hidden behind computation, and not hidden."""
 
-    gpus: int
-    per_machine: int = 8
-    link: float = 400.0  #: of one machine to the others
-    local: float = 3600.0  #: of one GPU to the others of its machine
-
-    def check(self, train: Train) -> None:
-        """ValueError for numbers that describe no cluster, and for batches that do not divide among its GPUs."""
-        given = {
-            "gpus": self.gpus,
-            "gpus-per-machine": self.per_machine,
-            "link-gbps": self.link,
-            "local-gbps": self.local,
-        }
-        for option, value in given.items():
-            _above_zero(option, value)
-        if self.gpus > self.per_machine and self.gpus % self.per_machine:
-            raise ValueError(
-                f"{plural(self.gpus, 'GPU')} do not divide into machines of {self.per_machine}; give --gpus-per-machine"
-            )
-        if train.batch_size % (self.gpus * train.accumulate):
-            raise ValueError(
-                f"train.batch_size {train.batch_size} does not divide among {plural(self.gpus, 'GPU')} x "
-                f"{plural(train.accumulate, 'micro-batch')}; choose a multiple of {self.gpus * train.accumulate}"
-            )
-
-    @property
-    def machines(self) -> int:
-        return -(-self.gpus // self.per_machine)
-
-    def seconds(self, sent: float) -> float:
-        """Time of a ring in which each GPU sends `sent` bytes; between machines one GPU of each passes them on."""
-        slowest = min(self.link, self.local) if self.machines > 1 else self.local
-        return 8 * sent / (slowest * 1e9)
+    name: str
+    steps: int
+    parameters: int
+    trained: int  #: parameters with gradients, heads included
+    tflops_per_step: float
+    batch_per_gpu: int
+    wire_bytes: int  #: sent by each GPU per step
+    compute_seconds: float
+    wire_seconds: float
+    step_seconds: tuple[float, float]
+    images_per_s: tuple[float, float]
+    hours: tuple[float, float]
+    memory: dict[str, int]  #: bytes per GPU, by what they are for; activations included
+    checkpoint: int  #: bytes
+    kept: int  #: checkpoints at the end
 
 
-def _above_zero(option: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"--{option} is {value:g}; it must be a number above zero")
+@dataclass
+class ScalePlan:
+    """What a run takes, and what was assumed."""
+
+    recipe: str
+    model: str
+    cluster: dict[str, Any]
+    batch_size: int
+    sharded: bool
+    samples: int
+    latents_bytes: int
+    read_bytes_per_s: float  #: of latents, by one machine
+    checkpoints_bytes: int
+    hours: tuple[float, float]
+    gpu_hours: tuple[float, float]
+    stages: list[StageScale] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
 
 
 def scale_plan(
@@ -99,7 +96,7 @@ def scale_plan(
             "give --measured bench.json, made by `selftrans bench` on one such GPU, or --rate IMAGES_PER_S"
         )
     if rate is not None:
-        _above_zero("rate", rate)
+        above_zero("rate", rate)
     config = config.restricted().check()
     cluster.check(config.train)
     train, world, assumed = config.train, cluster.gpus, list[str]()
@@ -111,10 +108,18 @@ def scale_plan(
             raise
         raise ValueError(f"{error}. Without --data, latents as ImageNet's are assumed: give --data DIR") from error
     figures = read_measured(measured, str(config.model.name)) if measured else None
-    costs = [_cost(config, world, each, built[-1], figures, rate) for each in built]
+    if figures:
+        graphs = replayed(config, world)
+        costs = [
+            measured_cost(figures, b.stage.name, b.objective.student, b.flops, b.again, graphs=graphs) for b in built
+        ]
+    else:
+        assert rate is not None
+        last = built[-1].flops + built[-1].again  # a step of another stage, in proportion to operations
+        costs = [StepCost((each.flops + each.again) / last / rate, 0.0, None, None) for each in built]
     found = [_stage(config, cluster, each, cost) for each, cost in zip(built, costs, strict=True)]
     assumed += _assumptions(config, cluster, figures, rate, costs)
-    hours = _pair(sum(each.hours[k] for each in found) for k in (0, 1))
+    hours = sum(each.hours[0] for each in found), sum(each.hours[1] for each in found)
     fastest = max(each.images_per_s[0] for each in found)
     return ScalePlan(
         recipe=config.recipe,
@@ -174,17 +179,6 @@ def _built(config: RunConfig, stage: Stage, shape: tuple[int, ...], conditions: 
     return Built(stage, objective, memory, flops, flops_again(config.override(stage.settings), objective.student))
 
 
-def _cost(
-    config: RunConfig, world: int, built: Built, last: Built, figures: BenchedModel | None, rate: float | None
-) -> StepCost:
-    """The cost of a step by the measured figures, or by the rate of the last stage, in proportion to operations."""
-    if figures is None:
-        assert rate is not None
-        return StepCost((built.flops + built.again) / (last.flops + last.again) / rate, 0.0, None, None)
-    student, graphs = built.objective.student, replayed(config, world)
-    return measured_cost(figures, built.stage.name, student, built.flops, built.again, graphs=graphs)
-
-
 def _stage(config: RunConfig, cluster: Cluster, built: Built, cost: StepCost) -> StageScale:
     stage, objective, memory = built.stage, built.objective, built.memory
     train, world, student = config.train, cluster.gpus, objective.student
@@ -197,7 +191,7 @@ def _stage(config: RunConfig, cluster: Cluster, built: Built, cost: StepCost) ->
         memory["weights"], memory["gradients"], world, sharded=sharded, accumulate=train.accumulate, average=live
     )
     wire = cluster.seconds(sent)
-    step = (max(compute, wire), compute + wire)
+    fast, slow = max(compute, wire), compute + wire
     parts = {name: size // world if sharded and name != "teacher" else size for name, size in memory.items()}
     if world > 1 and not sharded and train.accumulate > 1:  # sums of gradients, apart from those that are sent
         parts["buckets"] = memory["gradients"]
@@ -213,9 +207,9 @@ def _stage(config: RunConfig, cluster: Cluster, built: Built, cost: StepCost) ->
         wire_bytes=sent,
         compute_seconds=compute,
         wire_seconds=wire,
-        step_seconds=step,
-        images_per_s=_pair(train.batch_size / each for each in step),
-        hours=_pair(stage.steps * each / 3600 for each in step),
+        step_seconds=(fast, slow),
+        images_per_s=(train.batch_size / fast, train.batch_size / slow),
+        hours=(stage.steps * fast / 3600, stage.steps * slow / 3600),
         memory=parts,
         checkpoint=bytes_of(memory),
         kept=kept_checkpoints(train, stage.steps),
@@ -266,6 +260,38 @@ def _assumptions(
     return [*found, "previews, checkpoints and the guidance's end, which makes later steps cheaper, are not counted"]
 
 
-def _pair(values: Any) -> tuple[float, float]:
-    first, second = values
-    return float(first), float(second)
+def text(plan: ScalePlan) -> str:
+    """The plan for a reader."""
+    world, machines = plan.cluster["gpus"], plan.cluster["machines"]
+    lines = [
+        f"{plan.recipe}, {plan.model}: {plural(world, 'GPU')} in {plural(machines, 'machine')}, "
+        f"batches of {plan.batch_size}{', sharded' if plan.sharded else ''}"
+    ]
+    for stage in plan.stages:
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in stage.memory.items())
+        lines += [
+            f"{stage.name}: {stage.parameters / 1e6:.3g} M parameters, {plural(stage.steps, 'step')}, "
+            f"{stage.tflops_per_step:.3g} TFLOPs each",
+            f"  batch       {plural(stage.batch_per_gpu, 'image')} per GPU",
+            f"  wire        {gigabytes(stage.wire_bytes)} sent by each GPU per step, {1e3 * stage.wire_seconds:.3g} ms; "
+            f"computation {1e3 * stage.compute_seconds:.3g} ms",
+            f"  rate        {_range(stage.images_per_s)} images/s",
+            f"  time        {_range(stage.hours)} h",
+            f"  memory      {gigabytes(sum(stage.memory.values()))} per GPU: {parts}",
+            f"  disk        {plural(stage.kept, 'checkpoint')} of about {gigabytes(stage.checkpoint)}",
+        ]
+    first, last = (duration(3600 * hours) for hours in plan.hours)
+    lines += [
+        f"total: {first if first == last else f'{first} to {last}'}, {_range(plan.gpu_hours)} GPU hours",
+        f"data: {plan.samples:,} latents, {gigabytes(plan.latents_bytes)}; each machine reads "
+        f"{gigabytes(plan.read_bytes_per_s)} per second of them, from its cache or the network",
+        f"disk: {gigabytes(plan.checkpoints_bytes)} of checkpoints",
+        "assumed:",
+    ]
+    return "\n".join([*lines, *(f"  {line}" for line in plan.assumed)])
+
+
+def _range(values: tuple[float, float]) -> str:
+    low, high = sorted(values)
+    shown = [three_digits(value) for value in (low, high)]
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,10 +217,9 @@ def _draw_sizes(report: Mapping[str, Any], axes: Axes) -> None:
 
 
 def _draw_blocks(report: Mapping[str, Any], axes: Axes, lines: Mapping[str, Sequence[float | None]]) -> None:
-    """Lines over the blocks; a value that is not known is left out."""
+    """Lines over the blocks; a value that is not known, None, is left out."""
     blocks = [int(k) for k in report["blocks"]]
-    known = {name: [math.nan if value is None else value for value in each] for name, each in lines.items()}
-    plots.draw_lines(axes, {name: (blocks, each) for name, each in known.items()})
+    plots.draw_lines(axes, {name: (blocks, np.array(each, dtype=float).tolist()) for name, each in lines.items()})
     axes.set(xlabel="block")
     if len(blocks) <= TICKS:  # else chosen by matplotlib
         axes.set_xticks(blocks)

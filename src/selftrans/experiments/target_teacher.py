@@ -116,37 +116,26 @@ def _features(
     """f_u and f_c - f_u of a model, in fp32; with labels also of the labels drawn, at the first time."""
     z0, labels = latents_of(dataset, pictures.rows)
     device, kind = next(model.parameters()).device, model.conditions.kind
+
+    def moved(cond: Cond) -> Cond:
+        return map_cond(lambda x: x.to(device), cond)
+
     for rows in _batches(pictures):
-        true: Cond = dataset.text(pictures.rows[rows.numpy()]) if kind == "text" else labels[rows]
+        true = moved(dataset.text(pictures.rows[rows.numpy()]) if kind == "text" else labels[rows])
         for time, t in enumerate(times):
             # drawn for all pictures, so that the noise of one does not depend on the batch
             noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed((seed << 16) + time))
             zt, _ = interpolate(path, z0[rows].float(), noise[rows], torch.tensor(float(t)))
-            conds = [] if kind == "none" else [true]
+            conds = [model.null(true)] if kind == "none" else [model.null(true), true]
             if kind == "labels" and time == 0:
-                conds.append(pictures.others[rows])
-            null, *given = _features_under(model, zt.to(device), float(t), true, conds, taps)
-            differences = [{k: each[k] - null[k] for k in taps} for each in given]
+                conds.append(moved(pictures.others[rows]))
+            zt = torch.cat([zt.to(device)] * len(conds))
+            out = model(zt, torch.full((len(zt),), float(t), device=device), cat_cond(*conds), taps=taps, stop=True)
+            chunks = {k: out.feats[k].float().cpu().chunk(len(conds)) for k in taps}  # (n, T, D) under each condition
+            null = {k: chunks[k][0] for k in taps}
+            differences = [{k: chunks[k][i] - null[k] for k in taps} for i in range(1, len(conds))]
             own, drawn, *_ = (*differences, None, None)
             yield Parts(rows, time, null, own, drawn)
-
-
-def _features_under(
-    model: Backbone, zt: Tensor, t: float, example: Cond, conds: Sequence[Cond], taps: tuple[int, ...]
-) -> list[dict[int, Tensor]]:
-    """Features of zt (n, C, *S) under the null condition, then under each of `conds`: block -> (n, T, D) on the CPU."""
-    n, device, many = len(zt), zt.device, 1 + len(conds)
-    moved = [map_cond(lambda x: x.to(device), cond) for cond in (example, *conds)]
-    moved[0] = model.null(moved[0])
-    out = model(
-        zt.repeat(many, *[1] * (zt.dim() - 1)),
-        torch.full((many * n,), t, device=device),
-        cat_cond(*moved),
-        taps=taps,
-        stop=True,
-    )
-    chunks = {k: out.feats[k].float().cpu().chunk(many) for k in taps}
-    return [{k: chunks[k][i] for k in taps} for i in range(many)]
 
 
 def _batches(pictures: Pictures) -> Iterator[Tensor]:

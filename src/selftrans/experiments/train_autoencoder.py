@@ -22,8 +22,8 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.views import split
 from selftrans.device import default_device
 from selftrans.encoders.identity import identity_kind
+from selftrans.evaluate import plots
 from selftrans.evaluate.classifier import SmallClassifier, weights_sha256
-from selftrans.evaluate.plots import save_png
 from selftrans.experiments.autoencoder_report import (
     count_measured,
     latent_statistics,
@@ -134,8 +134,7 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
 
     A report of this step whose files are unchanged is returned as it is.
     """
-    before = _read_report(out)
-    if before and before.get("steps") == training.step and before.get("settings") == to_plain(training.settings):
+    if before := _finished(training, out):
         return before
     vae, device, manifest = training.vae, training.device, training.data.manifest
     with training.bar(total=count_measured(training.data, held_out), desc="measuring", unit=" pictures") as bar:
@@ -163,17 +162,18 @@ def _finish(training: AutoencoderTraining, out: Path, held_out: Dataset) -> dict
         "sha256": {name: sha256_file(out / name) for name in (CONFIG, WEIGHTS)},
     }
     picture = sheet(vae, held_out, device, SHOWN)
-    save_png(picture, out / PICTURE)
+    plots.save(picture, out / PICTURE)
     write_text(out / PAGE, page(report, read_log(training.folder / "log.jsonl"), picture))
     write_json(out / REPORT, report)
     return report
 
 
-def _read_report(out: Path) -> dict[str, Any] | None:
-    """OUT/autoencoder.json of an earlier call, if the files that it describes are as they were."""
+def _finished(training: AutoencoderTraining, out: Path) -> dict[str, Any] | None:
+    """OUT/autoencoder.json of an earlier call, if it is of this step and the files that it describes are as they were."""
 
     def unchanged(report: dict[str, Any]) -> dict[str, Any] | None:
-        same = all(sha256_file(out / name) == report["sha256"][name] for name in (CONFIG, WEIGHTS))
+        same = (report["steps"], report["settings"]) == (training.step, to_plain(training.settings))
+        same = same and all(sha256_file(out / name) == report["sha256"][name] for name in (CONFIG, WEIGHTS))
         return report if same and (out / PICTURE).is_file() and (out / PAGE).is_file() else None
 
     return recorded(out / REPORT, unchanged, None)

@@ -101,11 +101,9 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         raise ValueError(
             f"{out} and {about.name} are damaged, or something else; choose another --out, or remove what is there of both"
         )
-    changed = [
-        f"--{name} {held.get(name)}" for name, now in settings.items() if held.get(name) != now and name != SHARDS
-    ]
-    changed += ["other data"] if held.get(SHARDS) != settings[SHARDS] else []
-    if changed:
+    different = [name for name, now in settings.items() if held.get(name) != now]
+    if different:
+        changed = ["other data" if name == SHARDS else f"--{name} {held.get(name)}" for name in different]
         raise ValueError(f"{out} is a finished classifier of {' and '.join(changed)}; give those, or another --out")
     return held
 

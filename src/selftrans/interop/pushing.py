@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from selftrans.checkpoints import hub
 from selftrans.checkpoints.hub import CARD, RECORD, SAMPLES
 from selftrans.checkpoints.load import Weights, find_asked, load_model
-from selftrans.evaluate.plots import save_png
+from selftrans.evaluate import plots
 from selftrans.interop.model_card import card
 from selftrans.interop.pipeline_parts import last_parts
 from selftrans.interop.run_facts import compute_of, evaluations_of, run_of, sheet_of
@@ -83,7 +83,7 @@ def write_folder(
     with atomic_directory(out, replace=True) as folder:
         pipeline.save_pretrained(folder)
         if sheet is not None:
-            save_png(sheet.picture, folder / SAMPLES)
+            plots.save(sheet.picture, folder / SAMPLES)
         write_text(folder / CARD, text)
         files = sorted([*(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), RECORD])
         write_json(folder / RECORD, last_parts(record) | {"files": files})

@@ -18,8 +18,8 @@ from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.encoders.autoencoder import Autoencoder, load_autoencoder
+from selftrans.evaluate import plots
 from selftrans.evaluate.fonts import class_names
-from selftrans.evaluate.plots import sample_sheet, save_png
 from selftrans.flow import PATHS
 from selftrans.messages import first_line, printable
 from selftrans.sampling.conditioning import CaptionConditioning, Conditioning, conditioning_of, read_prompts
@@ -100,7 +100,8 @@ class Preview:
         )
         batches = list(sampler.sample())
         images = np.concatenate([batch.images for batch in batches], axis=0)
-        save_png(sample_sheet(images, captions=captions(batches, self._conditioning, self.manifest.classes)), path)
+        texts = captions(batches, self._conditioning, self.manifest.classes)
+        plots.save(plots.sample_sheet(images, captions=texts), path)
         if self.settings.prompts:
             text = "".join(f"{printable(' '.join(prompt.split()), None)}\n" for prompt in self.settings.prompts)
             write_text(path.with_name("prompts.txt"), text)

@@ -13,8 +13,7 @@ from selftrans.messages import first_line, printable
 
 Kind = TypeVar("Kind", dict, list)
 JSON_BYTES = 16 << 20  #: of the largest json that is read
-_PLAIN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-_BY_FOLDER = os.open in os.supports_dir_fd
+_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Contained(NamedTuple):
@@ -32,7 +31,7 @@ class Contained(NamedTuple):
 
     def open(self) -> BinaryIO:
         """The file, for reading. OSError where it is missing, no regular file, or reached through a symbolic link."""
-        descriptor = self._descriptor(_PLAIN | getattr(os, "O_NONBLOCK", 0))  # opening a fifo must not block the page
+        descriptor = self._descriptor()
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(f"{printable(self.path)} is no regular file")
@@ -74,26 +73,22 @@ class Contained(NamedTuple):
         """Whether no part of its path is a symbolic link."""
         return os.path.realpath(self.path) == str(self.path)
 
-    def _descriptor(self, flags: int) -> int:
+    def _descriptor(self) -> int:
         if not self.parts or any(_unsafe(part) for part in self.parts):
             raise OSError(f"{printable(self.path)} is not a path of a file")
-        if not _BY_FOLDER:
-            if not self.inside():
-                raise OSError(f"{printable(self.path)} is reached through a symbolic link")
-            return os.open(self.path, flags)
         at = os.open(self.root, _PLAIN | os.O_DIRECTORY)
         try:
             for name in self.parts[:-1]:
                 below = os.open(name, _PLAIN | os.O_DIRECTORY, dir_fd=at)
                 os.close(at)
                 at = below
-            return os.open(self.parts[-1], flags, dir_fd=at)
+            return os.open(self.parts[-1], _PLAIN | os.O_NONBLOCK, dir_fd=at)  # a fifo must not block the page
         finally:
             os.close(at)
 
 
 def _unsafe(name: str) -> bool:
-    return name in ("", ".", "..") or "/" in name or "\0" in name or (os.sep != "/" and os.sep in name)
+    return name in ("", ".", "..") or "/" in name or "\0" in name
 
 
 class JsonFiles:
@@ -150,10 +145,5 @@ def part(content: Any, name: str, kind: type[Kind]) -> Kind:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if abs(found) < float("inf") else None
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308  # false for NaN
+    return float(value) if known else None

@@ -6,7 +6,6 @@ Shape legend: L lines, P points.
 from __future__ import annotations
 
 import json
-import math
 import os
 from array import array
 from typing import Any, BinaryIO, NamedTuple
@@ -31,7 +30,10 @@ class Columns:
 
     def _clear(self) -> None:
         self.offset, self._before, self.damaged = 0, b"", 0
-        self.steps, self.values = array("d"), dict[str, array]()
+        self.steps = array("d")
+        self.values: dict[
+            str, tuple[array, array]
+        ] = {}  #: name -> steps of the lines that have it, and its values there
         self.skips: list[dict[str, Any]] = []
         self.skipped = 0
         self._reduced: tuple[Any, dict[str, dict[str, list[float]]]] = (None, {})
@@ -73,16 +75,12 @@ class Columns:
             self.steps.append(step)
             for name, value in line.items():
                 found = number(value)
-                if found is None or name == "step":
+                if found is None or name == "step" or len(name) > 80:
                     continue
-                if name not in self.values:
-                    if len(self.values) >= COLUMNS or len(name) > 80:
-                        continue
-                    self.values[name] = array("d", [math.nan]) * (len(self.steps) - 1)
-                self.values[name].append(found)
-            for column in self.values.values():
-                if len(column) < len(self.steps):
-                    column.append(math.nan)
+                if name in self.values or len(self.values) < COLUMNS:
+                    steps, values = self.values.setdefault(name, (array("d"), array("d")))
+                    steps.append(step)
+                    values.append(found)
             self.skipped = max(self.skipped, int(number(line.get("skipped")) or 0))
             skips = line.get("skips")
             if isinstance(skips, list):
@@ -90,15 +88,14 @@ class Columns:
 
     def last(self, name: str) -> float | None:
         """The last value of a column."""
-        column = self.values.get(name)
-        return next((value for value in reversed(column or ()) if value == value), None)
+        return self.values[name][1][-1] if name in self.values else None
 
     def curves(self, points: int) -> dict[str, dict[str, list[float]]]:
         """Each column reduced to at most `points`; `seconds` and counts are left out."""
         asked = (len(self.steps), points)
         if self._reduced[0] != asked:
             shown = {name: column for name, column in self.values.items() if name not in NOT_CURVES}
-            self._reduced = asked, {name: reduced(self.steps, column, points) for name, column in shown.items()}
+            self._reduced = asked, {name: reduced(*column, points) for name, column in shown.items()}
         return self._reduced[1]
 
 
@@ -121,9 +118,7 @@ def _json_or_none(line: bytes) -> Any:
 
 def reduced(steps: Any, values: Any, points: int) -> dict[str, list[float]]:
     """A curve of L values in P points at most: x the last step of each, y the mean, low and high the range (if reduced)."""
-    x, y = np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
-    kept = np.isfinite(x) & np.isfinite(y)
-    x, y = x[kept], y[kept]
+    x, y = np.array(steps), np.array(values)
     if len(x) <= points:
         return {"x": _six_digits(x), "y": _six_digits(y)}
     starts = np.linspace(0, len(x), points, endpoint=False).astype(np.int64)

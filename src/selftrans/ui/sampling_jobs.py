@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from selftrans.checkpoints.load import LoadedModel
-from selftrans.evaluate.plots import as_pictures, image_grid, png_bytes
+from selftrans.evaluate.plots import as_pictures, image_grid, rendered
 from selftrans.messages import one_line, printable
 from selftrans.plain_json import from_plain, to_plain
 from selftrans.sample_config import SampleConfig
@@ -20,7 +20,7 @@ from selftrans.sampling.samplers import EVALUATIONS
 from selftrans.train.preview import captions
 from selftrans.ui.contained import part
 from selftrans.ui.jobs import Job
-from selftrans.ui.model_cache import ModelCache, Source, counted_passes, source_of, take
+from selftrans.ui.models_of_runs import ModelCache, Source, counted_passes, source_of, take
 from selftrans.ui.run_state import RunState
 
 MOST, MOST_STEPS = 64, 1000  #: pictures and time steps of one request
@@ -58,13 +58,8 @@ def playground(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[di
     """(the request as the page shows it, the work) for sampling one model."""
     source = source_of(raw.get("model"), run, "model")
     chosen = settings_of(take(raw, "settings", dict, {}))
-
-    def work(job: Job) -> None:
-        loaded, settings = _opened(models, source, chosen, job)
-        job.total = passes(settings)
-        _sample(loaded, settings, models, source, job)
-
-    return {"model": dataclasses.asdict(source.wanted), "name": source.text, "settings": chosen}, work
+    about = {"model": dataclasses.asdict(source.wanted), "name": source.text, "settings": chosen}
+    return about, _sampling([source], chosen, models)
 
 
 def side_by_side(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[dict[str, Any], Work]:
@@ -79,6 +74,12 @@ def side_by_side(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[
         for step in sorted(set(steps), reverse=True)
         for each in wanted
     ]
+    about = {"models": [dataclasses.asdict(each.wanted) for each in sources], "settings": chosen}
+    return about, _sampling(sources, chosen, models)
+
+
+def _sampling(sources: Sequence[Source], chosen: Mapping[str, Any], models: ModelCache) -> Work:
+    """The work that samples each of the models."""
 
     def work(job: Job) -> None:
         shapes: set[tuple[int, ...]] = set()
@@ -90,7 +91,7 @@ def side_by_side(raw: Mapping[str, Any], run: Run, models: ModelCache) -> tuple[
         if len(shapes) > 1:
             job.notes.append("the runs have latents of different shapes, so their noise differs")
 
-    return {"models": [dataclasses.asdict(each.wanted) for each in sources], "settings": chosen}, work
+    return work
 
 
 def passes(settings: SampleConfig) -> int:
@@ -102,10 +103,8 @@ def _opened(
     models: ModelCache, source: Source, chosen: Mapping[str, Any], job: Job
 ) -> tuple[LoadedModel, SampleConfig]:
     """The model, and its run's settings with the chosen ones in their place."""
-    on_cpu = models.device.type == "cpu"
     config = source.state.read().plan.config
-    own = config.sample.precision if config else "fp32"
-    precision = "fp32" if on_cpu else own
+    precision = config.sample.precision if config and models.device.type != "cpu" else "fp32"
     loaded = models.load(source, job, cast=precision)
     settings = overridden(loaded, dict(chosen))
     # the weaker model of autoguidance would be another file, which the run names and the page was not given
@@ -131,7 +130,7 @@ def _sample(loaded: LoadedModel, settings: SampleConfig, models: ModelCache, sou
 def add_sheet(job: Job, pictures: np.ndarray, *, columns: int | None = None, **about: Any) -> None:
     """Add uint8 pictures (n, H, W, C) as one png of tiles next to each other, which the page cuts."""
     columns = columns or min(len(pictures), 8)
-    png = png_bytes(image_grid(pictures, columns, gap=0))
+    png = rendered(image_grid(pictures, columns, gap=0))
     job.add(png, count=len(pictures), columns=columns, tile=list(pictures.shape[1:3]), **about)
 
 

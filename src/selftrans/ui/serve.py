@@ -84,17 +84,11 @@ def listening(host: str, port: int) -> socket.socket:
     if not 0 <= port < 1 << 16:
         raise ValueError(f"--port {port} is no port; use 1 to 65535, or 0 for a free one")
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, proto)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(128)
-        except BaseException:
-            listener.close()
-            raise
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # `::` takes addresses of IPv4, too
+        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
     except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # create_server adds the address once more
         raise ValueError(
-            f"{printable(host)}:{port} cannot be used ({error.strerror}); give another --port (0: a free one) or --host"
+            f"{printable(host)}:{port} cannot be used ({reason}); give another --port (0: a free one) or --host"
         ) from error
-    return listener

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,12 @@ from starlette.staticfiles import StaticFiles
 
 from selftrans.device import default_device
 from selftrans.messages import first_line
-from selftrans.ui.available_models import available_models
 from selftrans.ui.contained import JsonFiles
-from selftrans.ui.feature_job import features
+from selftrans.ui.feature_job import UPLOAD_BYTES, features
 from selftrans.ui.found_runs import Folders
 from selftrans.ui.guard import Guard
 from selftrans.ui.jobs import Busy, Jobs
-from selftrans.ui.model_cache import ModelCache
-from selftrans.ui.picture_data import UPLOAD_BYTES
+from selftrans.ui.models_of_runs import ModelCache, available_models
 from selftrans.ui.run_state import PICTURE_BYTES, RunState
 from selftrans.ui.sampling_jobs import playground, preview_differences, side_by_side
 from selftrans.ui.tables import distances, measured_tables, stored_table
@@ -118,16 +117,16 @@ class Page:
         """Start a job. ValueError or LookupError for a wrong request, Busy while another runs."""
         if not isinstance(raw, dict):
             raise ValueError("a job is a json object")
+        kinds: dict[str, Callable[..., Any]] = {
+            "sample": playground,
+            "side": side_by_side,
+            "maps": partial(features, roots=self.folders.roots),
+        }
         kind = str(raw.get("kind"))
+        if kind not in kinds:
+            raise ValueError("the kind of a job is sample, side or maps")
         with self._lock:
-            if kind == "sample":
-                about, work = playground(raw, self.run, self.models)
-            elif kind == "side":
-                about, work = side_by_side(raw, self.run, self.models)
-            elif kind == "maps":
-                about, work = features(raw, self.run, self.models, self.folders.roots)
-            else:
-                raise ValueError("the kind of a job is sample, side or maps")
+            about, work = kinds[kind](raw, self.run, self.models)
         return self.jobs.start(kind, about, work).shown()
 
 

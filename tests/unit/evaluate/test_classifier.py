@@ -217,19 +217,9 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch) -> None:
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (np.zeros((4, 6, 6, 3), np.float64), [0, 1, 0, 1], "float64"),
-        (np.zeros((4, 6, 5), np.uint8), [0, 1, 0, 1], "uint8"),
-        (np.zeros((4, 6, 6, 3), np.uint8), [0, 1], "one label per image"),
-        (np.zeros((4, 6, 6, 3), np.uint8), [0, 1, 2, 1], "labels range from 0 to 2"),
-        (np.zeros((1, 6, 6, 3), np.uint8), [0], "at least two of each"),
-    ],
-)
-def test_invalid_data_are_refused(images: np.ndarray, labels: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        train_classifier(images, np.array(labels), 2)
+def test_one_image_is_too_few() -> None:
+    with pytest.raises(ValueError, match="at least two of each"):
+        train_classifier(np.zeros((1, 6, 6, 3), np.uint8), np.array([0]), 2)
 
 
 def test_digits_extractor_by_name_and_by_file(trained: Path) -> None:
@@ -261,11 +251,6 @@ def test_images_of_another_size_are_refused(trained: Path) -> None:
 def test_unknown_features_suggest_a_remedy(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_extractor(name)
-
-
-def test_weights_with_a_file_as_name_are_refused(trained: Path) -> None:
-    with pytest.raises(ValueError, match="belong to a named extractor"):
-        load_extractor(trained, weights=trained)
 
 
 class FakeInception(torch.nn.Module):
@@ -376,7 +361,3 @@ def test_values_extractor_refuses_unsupported_shapes() -> None:
         load_extractor("values", shape=(1, 4097))
     with pytest.raises(ValueError, match="images of 2x3 cannot be compared with images of 3x2"):
         load_extractor("values", shape=(3, 2))(np.zeros((1, 2, 3), np.float32))
-    with pytest.raises(ValueError, match="no weights"):
-        load_extractor("values", weights="x.pth", shape=(1, 2))
-    with pytest.raises(ValueError, match="need the shape of an image"):
-        load_extractor("values")

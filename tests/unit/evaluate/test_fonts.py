@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selftrans.evaluate import captioned, fonts, plots
+from selftrans.evaluate import fonts, plots
+from selftrans.evaluate.fonts import with_captions, wrap
+from selftrans.evaluate.plots import image_grid, sample_sheet
 
 CAT = "\u732b"
+PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 1), dtype=np.uint8)
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +100,14 @@ def test_without_a_font_classes_have_their_numbers(bare):
 def test_captions_have_no_boxes(bare):
     pictures = np.zeros((3, 40, 40, 1), np.uint8)
     with pytest.warns(UserWarning, match="no font"):
-        found = captioned.with_captions(pictures, [CAT, "a\x1b", "dog"])
-    assert np.array_equal(found, captioned.with_captions(pictures, ["\\u732b", "a\\x1b", "dog"]))
+        found = fonts.with_captions(pictures, [CAT, "a\x1b", "dog"])
+    assert np.array_equal(found, fonts.with_captions(pictures, ["\\u732b", "a\\x1b", "dog"]))
 
 
 def test_captions_use_that_font(chinese):
     pictures = np.zeros((2, 40, 40, 1), np.uint8)
-    found = captioned.with_captions(pictures, [CAT, "dog"])
-    assert np.array_equal(found, captioned.with_captions(pictures, ["A", "dog"])), "the cat is drawn as A there"
+    found = fonts.with_captions(pictures, [CAT, "dog"])
+    assert np.array_equal(found, fonts.with_captions(pictures, ["A", "dog"])), "the cat is drawn as A there"
 
 
 def test_symbols_and_broken_files_are_no_fonts_for_text(bare, tmp_path, monkeypatch):
@@ -115,3 +118,45 @@ def test_symbols_and_broken_files_are_no_fonts_for_text(bare, tmp_path, monkeypa
     assert {face.family for face in fonts._faces()} <= {
         "DejaVu Sans", "DejaVu Sans Mono", "DejaVu Serif", "DejaVu Sans Display", "DejaVu Serif Display"
     }  # fmt: skip
+
+
+def test_pictures_are_unchanged_above_their_captions():
+    found = with_captions(PICTURES, ["a thick three", "", "x"])
+    n, height, width, channels = found.shape
+    assert (n, channels) == (3, 3) and height > 42 and 40 < width <= fonts.WIDEST
+    left = (width - 40) // 2
+    assert np.array_equal(found[:, :40, left : left + 40], np.repeat(PICTURES, 3, axis=-1))
+    assert (found[:, :40, :left] == 255).all() and (found[:, 40:42] == 255).all()
+    dark = (found[:, 42:] < 128).any(axis=(1, 2, 3))
+    assert dark.tolist() == [True, False, True], "the second has no caption"
+
+
+def test_short_names_do_not_widen_pictures_and_long_ones_do_to_a_limit():
+    assert with_captions(PICTURES, ["1", "2", "3"]).shape[2] == 40
+    long = "a very long sentence about a picture of which much can be said, and then some more of it " * 3
+    found = with_captions(PICTURES, [long, "2", "3"])
+    assert found.shape[2] == fonts.WIDEST
+    assert found.shape[1] == 42 + fonts.LINES * sum(fonts._font(fonts.default().file).getmetrics())
+
+
+@pytest.mark.parametrize(
+    ("text", "width"), [("", 50), ("a b c d", 30), ("word " * 40, 90), ("x" * 200, 60), ("a " + "y" * 90, 60), ("w", 1)]
+)
+def test_lines_fit_and_hold_the_words_in_order(text, width):
+    font = fonts._font(fonts.default().file)
+    lines = wrap(text.strip(), width, font)
+    assert 1 <= len(lines) <= fonts.LINES
+    assert all(font.getlength(line) <= width for line in lines) or width == 1
+    joined = "".join(lines).replace(" ", "")
+    if joined.endswith("…"):
+        assert text.replace(" ", "").startswith(joined[:-1]) and len(lines) == fonts.LINES
+    else:
+        assert joined == text.replace(" ", "")
+
+
+def test_sheet_with_captions_is_a_grid_of_captioned_pictures():
+    names = ["one", "two", "three"]
+    expected = image_grid(with_captions(PICTURES, names), 2, gap=6)
+    assert np.array_equal(sample_sheet(PICTURES, 2, captions=names), expected)
+    arrays = np.zeros((3, 2, 8, 8), np.float32)
+    assert sample_sheet(arrays, captions=names).shape[-1] == 3

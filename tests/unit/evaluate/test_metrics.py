@@ -13,7 +13,6 @@ import scipy.linalg
 from selftrans.evaluate import metrics
 from selftrans.evaluate.extractors import INCEPTION_SHA256
 from selftrans.evaluate.metrics import (
-    METRICS,
     accuracy,
     evaluate,
     frechet_distance,
@@ -131,8 +130,6 @@ def test_accuracy_by_hand() -> None:
     assert accuracy(logits, [0, 1, 0, 0]) == 0.0
     with pytest.raises(ValueError, match="4 images but labels"):
         accuracy(logits, [1, 2])
-    with pytest.raises(ValueError, match="has 3 classes"):
-        accuracy(logits, [1, 2, 3, 0])
 
 
 def test_inception_score_by_hand() -> None:
@@ -235,8 +232,6 @@ def test_only_requested_metrics_are_computed(monkeypatch) -> None:
     monkeypatch.setattr(metrics, "precision_recall", None)
     report = evaluate(pictures(0), pictures(1), Colours(), labels=[0] * 90, metrics=("frechet", "accuracy"))
     assert {"frechet_distance", "accuracy"} < report.keys() and "classifier_score" not in report
-    with pytest.raises(ValueError, match=f"unknown metric 'fid'; choose from {', '.join(METRICS)}"):
-        evaluate(pictures(0), pictures(1), Colours(), metrics=["fid"])
 
 
 def test_reference_of_another_extractor_is_refused_before_sampling() -> None:

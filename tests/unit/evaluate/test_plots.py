@@ -29,8 +29,6 @@ def test_image_grid_by_hand() -> None:
     ]
     assert grid[..., 0].tolist() == expected
     assert plots.image_grid(np.zeros((10, 4, 4, 3), np.uint8)).shape == (3 * 6 + 2, 4 * 6 + 2, 3)
-    with pytest.raises(ValueError, match="a grid shows uint8"):
-        plots.image_grid(np.zeros((2, 4, 4, 3)))
 
 
 def test_sheet_of_pictures_is_the_grid_of_small_pictures_enlarged() -> None:
@@ -66,8 +64,6 @@ def test_sheet_of_series_shows_a_line_per_channel() -> None:
     assert (
         plots.sample_sheet(series, upscale=5).shape == plots.sample_sheet(series).shape == (2 * 98 + 2, 2 * 162 + 2, 3)
     )
-    with pytest.raises(ValueError, match="a sheet shows"):
-        plots.sample_sheet(np.zeros((2, 4), np.float32))
 
 
 def test_sheet_of_strips_is_about_square() -> None:
@@ -121,8 +117,6 @@ def test_figures_show_their_data() -> None:
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("student steps", "Fréchet distance", "log")
     assert len(drawn["maps"].axes) == 4 and drawn["maps"].axes[2].get_ylabel() == "block 2"
     assert len(drawn["scatter"].axes[0].get_legend().get_texts()) == 10
-    with pytest.raises(ValueError, match="different numbers of pictures"):
-        plots.pca_grid({"a": np.zeros((2, 4, 4, 3)), "b": np.zeros((3, 4, 4, 3))})
 
 
 @pytest.mark.parametrize("name", ["curves", "maps", "scatter"])
@@ -145,14 +139,12 @@ def test_figures_as_data_uris(tmp_path: Path) -> None:
         assert head == "data:image/png;base64"
         decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
         np.testing.assert_array_equal(decoded, image.squeeze())
-    plots.save_png(picture, tmp_path / "a.png")
+    plots.save(picture, tmp_path / "a.png")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
     assert plots.figure_to_data_uri(figures()["curves"]).startswith("data:image/png;base64,iVBOR")
-    with pytest.raises(ValueError, match="a png takes uint8"):
-        plots.save_png(picture.astype(float), tmp_path / "b.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        plots.save_png(picture, tmp_path / "file" / "c.png")
+        plots.save(picture, tmp_path / "file" / "c.png")
 
 
 def test_names_with_dollar_signs_are_not_parsed_as_math(tmp_path: Path) -> None:

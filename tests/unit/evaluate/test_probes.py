@@ -95,12 +95,9 @@ def test_collect_takes_named_conditions() -> None:
     torch.testing.assert_close(feats[3], collected()[3])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"), [({"taps": (4,)}, "backbone of 3"), ({"taps": ()}, "choose 1"), ({"t": 1.5}, "outside")]
-)
-def test_collect_refuses_blocks_and_times_out_of_range(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        collected(**changes)
+def test_collect_refuses_times_out_of_range() -> None:
+    with pytest.raises(ValueError, match="outside"):
+        collected(t=1.5)
 
 
 @pytest.mark.parametrize("kind", ["logistic", "ridge"])
@@ -158,14 +155,9 @@ def test_ridge_equals_scikit_learn() -> None:
     np.testing.assert_array_equal(ridge_guesses(x, y, x).numpy(), reference.predict(x.numpy()).argmax(axis=-1))
 
 
-def test_probe_refuses_invalid_arguments() -> None:
-    x, y = torch.randn(20, 3), torch.arange(20) % 2
-    with pytest.raises(ValueError, match="do not match"):
-        probes.linear_probe(x, y[:10])
+def test_probe_needs_two_classes() -> None:
     with pytest.raises(ValueError, match="two classes"):
-        probes.linear_probe(x, torch.zeros(20))
-    with pytest.raises(ValueError, match="unknown probe 'svm'; choose from logistic, ridge"):
-        probes.class_guesses(x, y, x, kind="svm")
+        probes.linear_probe(torch.randn(20, 3), torch.zeros(20))
 
 
 def spread(n: int = 6, seed: int = 0) -> Tensor:
@@ -204,14 +196,8 @@ def test_maps_have_the_right_positions_and_scale() -> None:
     np.testing.assert_array_equal(held[1:], maps[1:])
 
 
-def test_maps_of_equal_tokens_are_grey_and_invalid_features_refused() -> None:
+def test_maps_of_equal_tokens_are_grey() -> None:
     assert (probes.pca_maps(torch.full((2, 4, 5), 3.7), (2, 2)) == 0.5).all()
-    with pytest.raises(ValueError, match="5 tokens do not form a grid of 2x3"):
-        probes.pca_maps(torch.randn(2, 5, 8), (2, 3))
-    with pytest.raises(ValueError, match="do not have three components"):
-        probes.pca_maps(torch.randn(2, 4, 2), (4,))
-    with pytest.raises(ValueError, match="basis of width 8"):
-        probes.pca_maps(torch.randn(2, 4, 5), (4,), basis=probes.pca_basis(spread()))
 
 
 @pytest.mark.parametrize("grid", [(12,), (3, 4), (2, 3, 2)])

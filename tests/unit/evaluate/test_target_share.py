@@ -13,7 +13,7 @@ from selftrans.evaluate.target_share import RIDGES, Design, Fits, share
 
 def fitted(design: Design, features: Tensor, fit: Tensor) -> dict[str, Tensor]:
     """Errors of each predictor on the pictures outside `fit`, summed over times; features (times, 2, N, F)."""
-    fits, rows = Fits(len(features), design), torch.arange(len(fit))
+    fits, rows = Fits(len(features), design, features.shape[-1]), torch.arange(len(fit))
     for time, each in enumerate(features):
         for part in rows[fit].split(37):
             fits.add(part, time, each[:, part])
@@ -122,8 +122,3 @@ def test_text_is_regressed_as_by_scikit_learn() -> None:
     )  # nearly noiseless: least ridge
     assert share(errors["condition"], errors["mean"], 0.0)[0] > 0.99
     assert abs(share(errors["condition"], errors["mean"], None)[0]) < 0.03  # f_c - f_u is noise: shrunk to its mean
-
-
-def test_fit_without_pictures_is_refused() -> None:
-    with pytest.raises(ValueError, match="no pictures to fit a table on"):
-        Fits(2, None).solve()

@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 from selftrans.cli.main import main
-from selftrans.experiments.bench.read_report import read_measured
-from selftrans.experiments.scale_plan import Cluster, scale_plan
-from selftrans.experiments.scale_report import StageScale, text
-from selftrans.experiments.step_cost import wire_bytes
+from selftrans.experiments.scale_plan import StageScale, scale_plan, text
+from selftrans.experiments.step_cost import Cluster, read_measured, wire_bytes
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.recipes import recipe
 from selftrans.train.flops import forward_flops

@@ -22,7 +22,6 @@ from selftrans.data.dataset import Dataset
 from selftrans.device import default_device, load_average
 from selftrans.experiments.bench.loading_sampling import loading, prepare_sampling, random_dataset, sampling
 from selftrans.experiments.bench.machine import Clock, Peak, describe
-from selftrans.experiments.bench.read_report import CAPTURED, PLAIN
 from selftrans.experiments.bench.rounds import (
     PARTS,
     Candidate,
@@ -33,6 +32,7 @@ from selftrans.experiments.bench.rounds import (
     interleaved,
     randomise,
 )
+from selftrans.experiments.step_cost import CAPTURED, PLAIN
 from selftrans.messages import first_line
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.registry import meta_objective
@@ -40,6 +40,7 @@ from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, 
 from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
 from selftrans.models.sit import SiTConfig
+from selftrans.precision import PRECISIONS
 from selftrans.storage import write_json
 from selftrans.suggest import nearest
 from selftrans.train.captured_step import NotCaptured
@@ -49,6 +50,7 @@ from selftrans.train.processes import keep_memory
 #: default batch size: SiT-S takes as long for ten images as the larger models for six
 BATCH = {"cpu": {"SiT-S/2": 10}, "cuda": {"SiT-S/2": 256, "SiT-B/2": 256}}
 OTHERWISE = {"cpu": 6, "cuda": 64}
+NO_MEMORY = "not enough memory for {} candidates; give a smaller --batch-size, or fewer --rows"
 QUICK = 90  #: seconds for the steps of a quick run
 SAMPLING, LOADING = 25.0, 10.0  #: seconds of the limit that must remain to measure them; sampling compiles two passes
 #: name -> (numerator, denominator), both rows of the table
@@ -88,8 +90,7 @@ def bench(
         models: name -> sizes. tokens: T, a square number.
         batch_size: images per step; None: by model and device (BATCH).
         device: None: a GPU if there is one. A GPU is measured in bfloat16 and compiled, a CPU in float32 and eager.
-        seconds: time for the training steps of each model (at least three rounds).
-        quick: less time, and fewer latents and images.
+        seconds: for the training steps of each model (at least three rounds). quick: fewer, also latents and images.
         rows: names of `KNOWN`; None: those of `ROWS`. A ratio needs both of its rows.
         limit: seconds for each model in all, building and compilation included; at least one round is measured; sampling
             and loading are left out where fewer than `SAMPLING` and `LOADING` seconds remain. None: no limit.
@@ -98,31 +99,32 @@ def bench(
     Raises ValueError when tokens is not a square number, for an unavailable device, for unknown rows, and `NotCaptured`
     where a step cannot be captured: no later model can be measured in this process then.
     """
-    rows = tuple(dict.fromkeys(rows or ROWS))
+    rows, seconds = tuple(dict.fromkeys(rows or ROWS)), min(seconds, QUICK) if quick else seconds
     where = torch.device(device or default_device().type)
     _check_arguments(models, where, tokens, batch_size, rows)
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = _accelerator(where, precision)
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models.items():
-            budget = Budget(seconds, limit, quick, steps_only=steps_only)
+            deadline = math.inf if limit is None else time.monotonic() + limit
             side = math.isqrt(tokens) * model.sizes()["patch"]
             dataset = random_dataset(Path(scratch) / f"{side}", (4, side, side), 2048 if quick else 8192)
             batch = batch_size or BATCH[where.type].get(name, OTHERWISE[where.type])
             config = settings(model, batch, precision).override(overrides or {})
+            folder = Path(scratch, name.replace("/", "-"))
             torch.compiler.reset()  # compilations of the previous model
             try:
-                result = _model(accelerator, config, dataset, Path(scratch) / name.replace("/", "-"), budget, rows)
+                result = _steps(accelerator, config, dataset, folder, rows, seconds, deadline)
+                if not steps_only and time.monotonic() + SAMPLING < deadline:
+                    result |= {"sampling": _sampling(accelerator.clock, config, dataset, quick=quick)}
+                    result["ratios"]["sampling_interval_over_full"] = result["sampling"]["interval_over_full"]
             except torch.OutOfMemoryError:
-                result = {
-                    "failed": f"not enough memory for {len(rows)} candidates; give a smaller --batch-size, or fewer --rows"
-                }
+                result = {"failed": NO_MEMORY.format(len(rows))}
             report["models"][name] = {"batch": batch, "tokens": tokens} | result
             write_json(out / "bench.json", report)
             release_memory()
-        if budget.allows(LOADING):
+        if not steps_only and time.monotonic() + LOADING < deadline:
             report["loading"] = loading(dataset, accelerator.clock, batches=8 if quick else 40)
     report["machine"]["load_after"] = load_average()
     report["ratios"] = next((model["ratios"] for model in report["models"].values() if "ratios" in model), {})
@@ -168,35 +170,22 @@ def settings(model: SiTConfig, batch_size: int, precision: Literal["fp32", "bf16
     return RunConfig("bench", model=model, sections=guided, train=train, log=Log(tensorboard=False))
 
 
-class Budget:
-    """The time for one model, from its data and construction on."""
-
-    def __init__(self, seconds: float, limit: float | None, quick: bool, *, steps_only: bool = False) -> None:
-        self.seconds, self.quick = min(seconds, QUICK) if quick else seconds, quick  #: for the rounds
-        self.deadline = None if limit is None else time.monotonic() + limit
-        self.steps_only = steps_only
-
-    def allows(self, seconds: float) -> bool:
-        """Whether there is time for a measurement, other than of steps, that takes so many seconds."""
-        return not self.steps_only and (self.deadline is None or time.monotonic() + seconds < self.deadline)
-
-
-def _model(
+def _steps(
     accelerator: TimedAccelerator,
     config: RunConfig,
     dataset: Dataset,
     folder: Path,
-    budget: Budget,
     rows: Sequence[str],
+    seconds: float,
+    deadline: float,
 ) -> dict[str, Any]:
-    """Measure one model: rows, ratios, sampling."""
+    """Measure the steps of one model: rows and ratios."""
     clock, memory = accelerator.clock, Memory(accelerator.device)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     candidates = build(accelerator, config, dataset, folder, memory, rows)
     before = memory.allocated()
-    peaks = Peak(clock, dtype)
+    peaks = Peak(clock, PRECISIONS[config.train.precision])
     memory.own["matmul"] = memory.allocated() - before
-    rounds, first = interleaved(candidates, clock, peaks, memory, seconds=budget.seconds, deadline=budget.deadline)
+    rounds, first = interleaved(candidates, clock, peaks, memory, seconds=seconds, deadline=deadline)
     flops = {name: one.flops for name, one in candidates.items()}
     captured = {
         name: {"replayed": one.replayed, "loss": one.means["flow"], "grad_norm": one.means["grad_norm"]}
@@ -212,22 +201,22 @@ def _model(
         row |= {"utilisation": flops[name] / (row["ms"] / 1e3) / peak, "first_step_s": first[name]}
         row |= captured.get(name, {})
     ratios = {name: _ratios(rounds, *pair) for name, pair in RATIOS.items() if rounds.keys() >= set(pair)}
-    found: dict[str, Any] = {
+    return {
         "rounds": len(rounds["matmul"]),
         "matmul_peak_tflops": peak / 1e12,
         "rows": shown,
         "ratios": {name: statistics.median(each) for name, each in ratios.items()},
         "ratios_range": {name: [min(each), max(each)] for name, each in ratios.items()},
     }
-    if not budget.allows(SAMPLING):
-        return found
-    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(accelerator.device)
+
+
+def _sampling(clock: Clock, config: RunConfig, dataset: Dataset, *, quick: bool) -> dict[str, Any]:
+    """Measure sampling with one model."""
+    model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions).to(clock.device)
     randomise(model)
-    images = (1 if budget.quick else 2) if clock.device.type == "cpu" else 64
-    prepare_sampling(model, clock.device, dtype)
-    sampled = sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if budget.quick else 3)
-    found["ratios"] |= {"sampling_interval_over_full": sampled["interval_over_full"]}
-    return found | {"sampling": sampled}
+    prepare_sampling(model, clock.device, PRECISIONS[config.train.precision])
+    images = (1 if quick else 2) if clock.device.type == "cpu" else 64
+    return sampling(model, clock, precision=config.train.precision, images=images, rounds=2 if quick else 3)
 
 
 def build(
@@ -275,8 +264,7 @@ def teacher(stage: Stage, config: RunConfig, dataset: Dataset) -> Frozen | None:
         return None
     model = config.build_model(dataset.manifest.shape, dataset.manifest.conditions)
     randomise(model)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-    return Frozen(model, stage.teacher.block(model.depth), dtype=dtype)
+    return Frozen(model, stage.teacher.block(model.depth), dtype=PRECISIONS[config.train.precision])
 
 
 def _median(rounds: list[dict[str, float]], part: str) -> float:

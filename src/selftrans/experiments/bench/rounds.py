@@ -183,7 +183,7 @@ def interleaved(
     *,
     seconds: float,
     least: int = 3,
-    deadline: float | None = None,
+    deadline: float = math.inf,
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
     """(seconds of each part of a step, per candidate and round; seconds of each candidate's first step, compilation included).
 
@@ -203,7 +203,7 @@ def interleaved(
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in [*names, "matmul"]}
     began, each = time.monotonic(), 0.0
     while len(rounds["matmul"]) < least or time.monotonic() - began + each < seconds:
-        if deadline is not None and rounds["matmul"] and time.monotonic() + each > deadline:
+        if rounds["matmul"] and time.monotonic() + each > deadline:
             break
         started, number = time.monotonic(), len(rounds["matmul"])
         for name in names[number % len(names) :] + names[: number % len(names)]:

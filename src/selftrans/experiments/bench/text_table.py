@@ -5,18 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from selftrans.experiments.html_report import aligned
+from selftrans.experiments.step_cost import CAPTURED, PLAIN
 from selftrans.messages import plural
 
-NAMES = {
-    "vanilla": "vanilla",
-    "stage1": "stage 1",
-    "stage2": "stage 2",
-    "plain_vanilla": "vanilla, plain",
-    "plain_stage2": "stage 2, plain",
-    "captured_vanilla": "vanilla, graph",
-    "captured_stage1": "stage 1, graph",
-    "captured_stage2": "stage 2, graph",
-}
 COLUMNS = ("images/s", "ms/step", "data", "forward", "backward", "optimiser", "peak GB", "utilisation")
 
 
@@ -36,7 +27,7 @@ def table(report: dict[str, Any]) -> str:
             lines += ["", f"{title}: {model['failed']}"]
             continue
         lines += ["", f"{title}, medians of {plural(model['rounds'], 'round')}"]
-        lines.append(aligned([["", *COLUMNS], *([NAMES[row], *_cells(each)] for row, each in model["rows"].items())]))
+        lines.append(aligned([["", *COLUMNS], *([_name(row), *_cells(each)] for row, each in model["rows"].items())]))
         lines.append(f"best matmul {model['matmul_peak_tflops']:.4g} TFLOP/s")
         for ratio, value in model["ratios"].items():
             low, high = model["ratios_range"].get(ratio, (None, None))
@@ -59,6 +50,13 @@ def table(report: dict[str, Any]) -> str:
         f"memory-mapped, {loaded['on_device_latents_per_s']:,.0f} with the data on the device",
     ]
     return "\n".join(lines)
+
+
+def _name(row: str) -> str:
+    """`stage 2, graph`: the row as the table has it."""
+    kinds = {PLAIN: ", plain", CAPTURED: ", graph"}
+    kind = next((prefix for prefix in kinds if row.startswith(prefix)), "")
+    return row.removeprefix(kind).replace("stage", "stage ") + kinds.get(kind, "")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

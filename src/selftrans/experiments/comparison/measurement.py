@@ -174,16 +174,10 @@ def measured_before(path: Path, identity: dict[str, Any]) -> dict[str, Point]:
 
 
 def _is_complete(point: Point) -> bool:
-    """Whether a point has all that tables and curves are made of."""
-    kinds = {"step": int, "seconds": float, "metric": str, "distance": float}
-    optional = {"tflops": float, "accuracy": float, "probe": float}
-    known = {key: value for key, value in point.items() if key not in optional or value is not None}
-    right = [_has_type(known[key], kind) for key, kind in (kinds | optional).items() if key in known]
-    return all(right) and kinds.keys() <= known.keys() and optional.keys() <= point.keys()
-
-
-def _has_type(value: Any, kind: type) -> bool:
-    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    """Whether a point has all that tables and curves are made of, in these types of json."""
+    kinds: dict[str, set[type]] = {"step": {int}, "seconds": {int, float}, "metric": {str}, "distance": {int, float}}
+    kinds |= {key: {int, float, type(None)} for key in ("tflops", "accuracy", "probe")}
+    return all(key in point and type(point[key]) in allowed for key, allowed in kinds.items())
 
 
 def check_alike(points: Iterable[Point], features: str) -> None:

@@ -103,22 +103,14 @@ def check_counts(seeds: Sequence[int], images: int, workers: int | None) -> None
 
 
 @dataclass
-class Spent:
-    """Seconds that this call spent on one run."""
-
-    steps: float = 0.0  #: training steps
-    training: float = 0.0  #: training steps, building models, writing checkpoints
-    measuring: float = 0.0
-
-
-@dataclass
 class Work:
     """The runs of a comparison: the remaining tasks, and the results so far."""
 
     comparison: Comparison
     schedule: Schedule
     failed: dict[Job, str] | None  #: see `train_and_measure`
-    spent: dict[Job, Spent]
+    #: seconds that this call spent on each run: of training `steps`; `training`, with models and checkpoints; `measuring`
+    spent: dict[Job, dict[str, float]]
     measured: dict[Job, PointsFile]
 
     def note(self, task: Task, found: Outcome) -> None:
@@ -128,10 +120,10 @@ class Work:
             self._fail(task, found.failure)
         elif folder and found.point:
             self.measured[job].add(folder, found.point)
-            self.spent[job].measuring += found.seconds
+            self.spent[job]["measuring"] += found.seconds
         else:
             due = self.comparison.due(job)
-            self.spent[job] = Spent(found.steps, found.seconds)
+            self.spent[job] = {"steps": found.steps, "training": found.seconds, "measuring": 0.0}
             self.measured[job] = PointsFile(self.comparison.run(job), due)
             self.schedule.trained(job, due)
 
@@ -159,8 +151,9 @@ def _in_workers(
     lengths = {job: comparison.steps(job) for job in comparison.jobs if job not in finished}
     teachers = {job: teacher if (teacher := comparison.teacher(job)) in lengths else None for job in lengths}
     schedule = Schedule(lengths, teachers, workers)
-    work = Work(comparison, schedule, failed, {job: Spent() for job in finished}, {})
+    work = Work(comparison, schedule, failed, {}, {})
     for job, run in finished.items():
+        work.spent[job] = dict.fromkeys(("steps", "training", "measuring"), 0.0)
         work.measured[job] = PointsFile(comparison.run(job), run.due, run.points)
         schedule.trained(job, [folder for folder in run.due if folder not in run.points])
         bar.update(comparison.steps(job) + len(run.points) * comparison.measuring_cost)
@@ -169,7 +162,7 @@ def _in_workers(
     check_alike((point for held in work.measured.values() for point in held.points), comparison.features)
     jobs = [job for job in comparison.jobs if job not in (failed or {})]
     reports = {job: json.loads((comparison.run(job) / REPORT).read_text()) for job in jobs}
-    return {job: (reports[job] | {"spent": vars(work.spent[job])}, work.measured[job].points) for job in jobs}
+    return {job: (reports[job] | {"spent": work.spent[job]}, work.measured[job].points) for job in jobs}
 
 
 def _run_tasks(work: Work, workers: int, threads: int, bar: Any) -> None:

@@ -183,14 +183,14 @@ def test_chosen_rows_within_a_limit(tmp_path: Path) -> None:
 
 def test_out_of_memory_model_is_reported_and_the_next_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("selftrans.experiments.bench")
-    measure = module._model
+    measure = module._steps
 
     def one(accelerator: Any, config: Any, *rest: Any, **options: Any) -> dict[str, Any]:
         if config.model.depth == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measure(accelerator, config, *rest, **options)
 
-    monkeypatch.setattr(module, "_model", one)
+    monkeypatch.setattr(module, "_steps", one)
     models = {"large": dataclasses.replace(SMALL, depth=4), "small": SMALL}
     found = bench(models, tmp_path, batch_size=4, tokens=16, device="cpu", seconds=0, quick=True)
     assert "rows" not in found["models"]["large"] and found["ratios"] == found["models"]["small"]["ratios"]
