@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
@@ -46,6 +46,14 @@ class Conditions:
             text, mask = torch.zeros(1, self.tokens, self.width), torch.ones(1, self.tokens, dtype=torch.bool)
             return {TEXT: text, MASK: mask}
         return torch.zeros(1, dtype=torch.long)
+
+    def fits(self, other: Conditions) -> bool:
+        """Whether a model of these conditions takes data of the others: they are equal, or one does not know its text encoder.
+
+        An imported model of text does not: its file has no sha256 of the encoder.
+        """
+        unknown = not (self.sha256 and other.sha256)
+        return self == (replace(other, sha256=self.sha256) if unknown else other)
 
     def check_labels(self, cond: Cond, n: int, *, null: bool = False, on_device: bool = True) -> None:
         """ValueError unless labels (N,) are integers within the classes, one for each of `n` samples.

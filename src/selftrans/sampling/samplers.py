@@ -134,7 +134,12 @@ EVALUATIONS = {"euler": 1, "heun": 2, "ode": 2, "sde": 1}  #: of the velocity, p
 
 def launched(compute: Pass, z: Tensor, t: Tensor, cond: Cond, *choices: Any) -> Tensor:
     """The velocity (N, ...) of a pass at t (), computed at once."""
-    return compute(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype), cond, *choices)
+    return compute(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=time_dtype(z)), cond, *choices)
+
+
+def time_dtype(z: Tensor) -> torch.dtype:
+    """The dtype of a model's times: float32 at least, since half precision would round times of 250 steps together."""
+    return torch.promote_types(z.dtype, torch.float32)
 
 
 def guided(
@@ -162,7 +167,7 @@ def guided(
         raise ValueError(f"guidance scale {scale} is not finite; give a number, 1 for none")
     first = tensors_of(cond)[0]
     rows = first.shape[0] if first.dim() else 1
-    null = model.null(cond)
+    null = model.null(cond) if scale != 1 else cond  # an imported model of text may not know it
     if scale != 1 and all(torch.equal(a, b) for a, b in zip(tensors_of(cond), tensors_of(null), strict=True)):
         warnings.warn(f"guidance scale {scale} is ignored: the condition is the null condition", stacklevel=2)
         scale = 1.0

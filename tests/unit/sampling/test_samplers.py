@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from selftrans.flow import COSINE, LINEAR, PATHS, shifted
-from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, ode, sde
+from selftrans.sampling.captured_passes import CapturedPasses
+from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, launched, ode, sde
 from selftrans.types import Output
 
 M, S = 0.7, 0.4
@@ -196,6 +197,19 @@ def test_guidance_only_inside_its_interval_and_free_outside():
     assert len(spy.calls) == 5, "one batch each time, never two"
 
 
+@pytest.mark.parametrize("run", [launched, CapturedPasses(torch.device("cpu"))], ids=["launched", "buffers"])
+def test_times_are_not_rounded_to_the_half_precision_of_latents(run):
+    asked = []
+
+    class Timed(Spy):
+        def __call__(self, x, t, cond, *, taps=(), stop=False):
+            asked.append(t[0].item())
+            return Output(x, {})
+
+    z = guided(Timed(), torch.tensor([1]), run=run)(torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.tensor(0.9961))
+    assert asked == pytest.approx([0.9961], abs=1e-7) and z.dtype == torch.bfloat16  # 0.9961 is 1 - 1 / 256 in bfloat16
+
+
 def test_interval_includes_its_ends_on_a_sampling_grid():
     spy = Spy()
     ode(
@@ -207,8 +221,9 @@ def test_interval_includes_its_ends_on_a_sampling_grid():
     assert [t for n, t in spy.calls if n == 2] == pytest.approx(np.arange(0.65, 0.29, -0.05))
 
 
-def test_scale_one_needs_one_conditional_pass():
+def test_scale_one_needs_one_conditional_pass_and_no_null_condition():
     spy = Spy()
+    spy.null = None  # such as an imported model of text, which does not know it
     guided(spy, torch.tensor([1, 2]), scale=1.0)(torch.zeros(2, 1, 1, 1), torch.tensor(0.5))
     assert spy.calls == [(2, 0.5)]
 
