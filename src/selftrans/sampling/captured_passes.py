@@ -23,8 +23,8 @@ from torch import Tensor
 
 from selftrans.graphs import WARM_UP, Invalidated, Recorded, noted_waits, recordings
 from selftrans.messages import first_line
-from selftrans.sampling.samplers import Pass, launched, tensors_of, time_dtype
-from selftrans.types import Cond, map_cond
+from selftrans.sampling.samplers import Pass, launched, time_dtype
+from selftrans.types import Cond, map_cond, tensors_of
 
 
 class CapturedPasses:

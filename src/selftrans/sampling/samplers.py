@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selftrans.flow import LINEAR, Path, score_from_v, shifted
 from selftrans.messages import plural
-from selftrans.types import Backbone, Cond, Output, cat_cond
+from selftrans.types import Backbone, Cond, Output, cat_cond, tensors_of
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) -> (N, ...)
 Noise: TypeAlias = Callable[[], Tensor]  #: the next standard normal (N, ...)
@@ -254,8 +254,3 @@ def velocity_of(model: Backbone, out: Output, z: Tensor) -> Tensor:
 def inside(t: Tensor, interval: tuple[float, float]) -> bool:
     """Whether t lies in a closed interval; times of a grid have rounding errors, and 0.65 must count as 0.65."""
     return interval[0] - 1e-9 <= float(t) <= interval[1] + 1e-9
-
-
-def tensors_of(cond: Cond) -> list[Tensor]:
-    """The tensors of a condition."""
-    return list(cond.values()) if isinstance(cond, dict) else [cond]
