@@ -57,7 +57,7 @@ def ode(
 def ode_times(steps: int, shift: float = 1.0) -> Tensor:
     """The grid of `ode`: (steps + 1,) float64 from 1 to 0. ValueError for less than one step."""
     _check_steps(steps, least=1)
-    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu"), shift)
 
 
 def sde(
@@ -97,8 +97,8 @@ def sde_times(steps: int, last: float = 0.04, shift: float = 1.0) -> Tensor:
     if not 0 < last < 1:
         raise ValueError(f"the last SDE step starts at t = {last}; choose a value between 0 and 1, such as 0.04")
     lowest = last if shift == 1 else last / (shift - (shift - 1) * last)  # its shifted value is `last`
-    noisy = shifted(torch.linspace(1, lowest, steps, dtype=torch.float64), shift)
-    return torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
+    noisy = shifted(torch.linspace(1, lowest, steps, dtype=torch.float64, device="cpu"), shift)
+    return torch.cat([noisy, noisy.new_zeros(1)])
 
 
 def sde_step(z: Tensor, v: Tensor, t: Tensor, t_next: Tensor, path: Path, noise: Noise) -> Tensor:

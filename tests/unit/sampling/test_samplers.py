@@ -13,7 +13,18 @@ import torch
 
 from selftrans.flow import COSINE, LINEAR, PATHS, shifted
 from selftrans.sampling.captured_passes import CapturedPasses
-from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, launched, ode, sde
+from selftrans.sampling.samplers import (
+    EVALUATIONS,
+    SAMPLERS,
+    Early,
+    autoguided,
+    guided,
+    launched,
+    ode,
+    ode_times,
+    sde,
+    sde_times,
+)
 from selftrans.types import Output
 
 M, S = 0.7, 0.4
@@ -292,6 +303,12 @@ def times_of(sampler, shift, steps=4):
     velocity = lambda z, t: seen.append(t.item()) or torch.zeros_like(z)  # noqa: E731
     sampler(velocity, torch.zeros(1, 1, dtype=torch.float64), steps=steps, shift=shift)
     return seen
+
+
+def test_times_are_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert [float(t) for t in ode_times(2)] == [1, 0.5, 0]
+        assert [float(t) for t in sde_times(3)] == pytest.approx([1, 0.52, 0.04, 0])
 
 
 def test_shifted_times_by_hand():
