@@ -8,8 +8,13 @@ import torch
 
 
 def default_device() -> torch.device:
-    """The GPU of this process (by LOCAL_RANK, as accelerate and torchrun set it), or the CPU when torch finds no GPU."""
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process (by LOCAL_RANK, as accelerate and torchrun set it), or the CPU when torch finds no GPU.
+
+    A process that sees fewer GPUs than its machine runs processes, as where Slurm binds one to each, takes one that it sees.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def cpu_cores() -> int:

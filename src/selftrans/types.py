@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
@@ -22,7 +22,7 @@ from selftrans.messages import first_line, plural
 from selftrans.plain_json import Count, matching, within
 
 #: A condition: a label tensor (N,), or named tensors that all start with N (text tokens, mask, pooled vector).
-#: Objective, guidance, trainer and sampler never look inside; they use the four functions below.
+#: Objective, guidance, trainer and sampler never look inside; they use the five functions at the end of this file.
 Cond: TypeAlias = Tensor | dict[str, Tensor]
 #: names in a text condition: tokens (N, L, E) of the last hidden state; mask (N, L) bool, true where there is no padding
 TEXT, MASK = "text", "mask"
@@ -47,14 +47,17 @@ class Conditions:
             return {TEXT: text, MASK: mask}
         return torch.zeros(1, dtype=torch.long)
 
+    def fits(self, other: Conditions) -> bool:
+        """Whether both are equal, or one does not know its text encoder: the file of an imported model has no sha256 of it."""
+        unknown = not (self.sha256 and other.sha256)
+        return self == (replace(other, sha256=self.sha256) if unknown else other)
+
     def check_labels(self, cond: Cond, n: int, *, null: bool = False, on_device: bool = True) -> None:
         """ValueError unless labels (N,) are integers within the classes, one for each of `n` samples.
 
         Of a text condition only the type is checked. The host never waits for a device: it reads values on the CPU only. On a
-        GPU a wrong label ends the process by an assertion on the device, which takes a few kernels.
-
-        Args:
-            null: allow the null label (num_classes), too. on_device: check values on a GPU.
+        GPU a wrong label ends the process by an assertion on the device, which takes a few kernels (`on_device`). `null`: the
+        null label (num_classes) is allowed, too.
         """
         if not isinstance(cond, Tensor | dict):
             none = "; without classes every label is 0: torch.zeros(N, dtype=torch.long)" if self.kind == "none" else ""
@@ -77,21 +80,17 @@ class Conditions:
         expected = f"the model has {plural(self.num_classes, 'class')}, so labels are 0 to {self.num_classes - 1}"
         if cond.device.type == "cuda" and on_device:
             torch._assert_async(((cond >= 0) & (cond <= last)).all(), f"a label is out of range: {expected}")
-        elif cond.device.type == "cpu" and len(outside := _outside(cond, last)):
-            wrong = int(outside[0])
-            why = " (the null label, which the objective sets by itself)" if wrong == self.num_classes else ""
-            raise ValueError(f"label {wrong}{why} is out of range: {expected}")
+        elif cond.device.type == "cpu":
+            values = cond.detach().numpy()  # torch would count it as a read by the host
+            if len(outside := values[(values < 0) | (values > last)]):
+                wrong = int(outside[0])
+                why = " (the null label, which the objective sets by itself)" if wrong == self.num_classes else ""
+                raise ValueError(f"label {wrong}{why} is out of range: {expected}")
 
     def __str__(self) -> str:
         """As messages name it."""
         text = f"text of {self.tokens}x{self.width} by {self.encoder or 'an unnamed encoder'}"
         return {"none": "no condition", "labels": plural(self.num_classes, "class"), "text": text}[self.kind]
-
-
-def _outside(labels: Tensor, last: int) -> Any:
-    """The labels on the CPU that are not 0 to `last`; by numpy, since torch would count it as a read by the host."""
-    values = labels.detach().numpy()
-    return values[(values < 0) | (values > last)]
 
 
 class Batch(NamedTuple):
@@ -327,6 +326,11 @@ def map_cond(fn: Callable[..., Tensor], *conds: Cond) -> Cond:
     if isinstance(first, dict):
         return {name: fn(*(c[name] for c in conds)) for name in first}  # type: ignore[index]
     return fn(*conds)
+
+
+def tensors_of(cond: Cond) -> list[Tensor]:
+    """The tensors of a condition."""
+    return list(cond.values()) if isinstance(cond, dict) else [cond]
 
 
 def cat_cond(*conds: Cond) -> Cond:

@@ -6,9 +6,10 @@ import torch
 from selftrans.device import default_device
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(None, "cuda:0"), ("3", "cuda:3")])
-def test_gpu_of_the_local_rank(rank, expected, monkeypatch):
+@pytest.mark.parametrize(("rank", "gpus", "expected"), [(None, 8, "cuda:0"), ("3", 8, "cuda:3"), ("3", 1, "cuda:0")])
+def test_gpu_of_the_local_rank_among_those_that_the_process_sees(rank, gpus, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)

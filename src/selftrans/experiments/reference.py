@@ -151,7 +151,7 @@ def fitting_data(
     data = data or training_data(origin, loaded, remedy="give --data DIR")
     dataset, model = open_of_one_shape(data, text_encoder=loaded.config.data.text_encoder), loaded.model
     manifest, unused = dataset.manifest, model.conditions.kind == "text" and not captions
-    if manifest.shape != tuple(model.shape) or not (unused or manifest.conditions == model.conditions):
+    if manifest.shape != tuple(model.shape) or not (unused or manifest.conditions.fits(model.conditions)):
         ours, theirs = (
             c if c.kind == "text" else plural(c.num_classes, "class") for c in (model.conditions, manifest.conditions)
         )

@@ -3,8 +3,8 @@
     L = L_flow + lambda log mean_ij exp(-|h_i - h_j|² / tau)              mean over all N² pairs of the batch, i = j as well
 
 h_i is all of sample i's features after block s, and |.|² the mean of squares over its tokens and channels, as in the
-released code: the sum would leave exp(-|.|² / tau) at zero for every pair. Each process compares its own samples.
-The defaults are the paper's; the released code has lambda 0.25 and tau 1, on the last block.
+released code: the sum would leave exp(-|.|² / tau) at zero for every pair. Only the samples of one micro-batch of a process
+are compared. The defaults are the paper's; the released code has lambda 0.25 and tau 1, on the last block.
 Shape legend: N batch, T tokens, D width.
 """
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from selftrans.graphs import WARM_UP, Invalidated, Recorded, noted_waits, recordings
 from selftrans.messages import first_line
-from selftrans.sampling.samplers import Pass, launched, tensors_of
-from selftrans.types import Cond, map_cond
+from selftrans.sampling.samplers import Pass, launched, time_dtype
+from selftrans.types import Cond, map_cond, tensors_of
 
 
 class CapturedPasses:
@@ -92,7 +92,8 @@ class _BufferedPass:
     def __init__(
         self, compute: Pass, z: Tensor, cond: Cond, choices: tuple[Any, ...], stream: torch.cuda.Stream | None
     ) -> None:
-        self.z, self.times, self.cond = torch.empty_like(z), z.new_empty(z.shape[0]), map_cond(torch.empty_like, cond)
+        self.z, self.cond = torch.empty_like(z), map_cond(torch.empty_like, cond)
+        self.times = z.new_empty(z.shape[0], dtype=time_dtype(z))
         self.recorded = Recorded(partial(compute, self.z, self.times, self.cond, *choices), stream)
         self.taken = 0  #: passes
         self.waits: list[str] = []  #: where the last one before the recording has waited for the device

@@ -206,7 +206,7 @@ def captions_of(
 ) -> CaptionConditioning:
     """The stored captions of `dataset` for a model of text. ValueError if the data have none, or another encoder's."""
     own = dataset.manifest.conditions
-    if own != conditions:
+    if not own.fits(conditions):
         raise ValueError(
             f"{dataset.path} has {own}, the model was trained on {conditions}; prepare its captions with the text encoder of "
             "the model, or give --prompts"

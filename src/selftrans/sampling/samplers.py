@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selftrans.flow import LINEAR, Path, score_from_v, shifted
 from selftrans.messages import plural
-from selftrans.types import Backbone, Cond, Output, cat_cond
+from selftrans.types import Backbone, Cond, Output, cat_cond, tensors_of
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]  #: (z (N, ...), t ()) -> (N, ...)
 Noise: TypeAlias = Callable[[], Tensor]  #: the next standard normal (N, ...)
@@ -57,7 +57,7 @@ def ode(
 def ode_times(steps: int, shift: float = 1.0) -> Tensor:
     """The grid of `ode`: (steps + 1,) float64 from 1 to 0. ValueError for less than one step."""
     _check_steps(steps, least=1)
-    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu"), shift)
 
 
 def sde(
@@ -97,8 +97,8 @@ def sde_times(steps: int, last: float = 0.04, shift: float = 1.0) -> Tensor:
     if not 0 < last < 1:
         raise ValueError(f"the last SDE step starts at t = {last}; choose a value between 0 and 1, such as 0.04")
     lowest = last if shift == 1 else last / (shift - (shift - 1) * last)  # its shifted value is `last`
-    noisy = shifted(torch.linspace(1, lowest, steps, dtype=torch.float64), shift)
-    return torch.cat([noisy, torch.zeros(1, dtype=torch.float64)])
+    noisy = shifted(torch.linspace(1, lowest, steps, dtype=torch.float64, device="cpu"), shift)
+    return torch.cat([noisy, noisy.new_zeros(1)])
 
 
 def sde_step(z: Tensor, v: Tensor, t: Tensor, t_next: Tensor, path: Path, noise: Noise) -> Tensor:
@@ -134,7 +134,12 @@ EVALUATIONS = {"euler": 1, "heun": 2, "ode": 2, "sde": 1}  #: of the velocity, p
 
 def launched(compute: Pass, z: Tensor, t: Tensor, cond: Cond, *choices: Any) -> Tensor:
     """The velocity (N, ...) of a pass at t (), computed at once."""
-    return compute(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=z.dtype), cond, *choices)
+    return compute(z, torch.full((z.shape[0],), float(t), device=z.device, dtype=time_dtype(z)), cond, *choices)
+
+
+def time_dtype(z: Tensor) -> torch.dtype:
+    """The dtype of a model's times: float32 at least, since half precision would round times of 250 steps together."""
+    return torch.promote_types(z.dtype, torch.float32)
 
 
 def scaled(velocity: Velocity, factor: float) -> Velocity:
@@ -171,7 +176,7 @@ def guided(
         raise ValueError(f"guidance scale {scale} is not finite; give a number, 1 for none")
     first = tensors_of(cond)[0]
     rows = first.shape[0] if first.dim() else 1
-    null = model.null(cond)
+    null = model.null(cond) if scale != 1 else cond  # an imported model of text may not know it
     if scale != 1 and all(torch.equal(a, b) for a, b in zip(tensors_of(cond), tensors_of(null), strict=True)):
         warnings.warn(f"guidance scale {scale} is ignored: the condition is the null condition", stacklevel=2)
         scale = 1.0
@@ -258,8 +263,3 @@ def velocity_of(model: Backbone, out: Output, z: Tensor) -> Tensor:
 def inside(t: Tensor, interval: tuple[float, float]) -> bool:
     """Whether t lies in a closed interval; times of a grid have rounding errors, and 0.65 must count as 0.65."""
     return interval[0] - 1e-9 <= float(t) <= interval[1] + 1e-9
-
-
-def tensors_of(cond: Cond) -> list[Tensor]:
-    """The tensors of a condition."""
-    return list(cond.values()) if isinstance(cond, dict) else [cond]

@@ -20,11 +20,12 @@ def weak_model(loaded: LoadedModel, settings: SampleConfig) -> LoadedModel | Non
         return None
     weak = load_model(settings.autoguidance, weights=loaded.weights)
     name = printable(settings.autoguidance)
-    theirs, ours = (
-        f"latents {tuple(m.model.shape)} with {m.model.conditions} on the {m.config.train.path} path"
-        for m in (weak, loaded)
-    )
-    if theirs != ours or weak.model.conditions != loaded.model.conditions:
+    alike = tuple(weak.model.shape) == tuple(loaded.model.shape) and weak.config.train.path == loaded.config.train.path
+    if not alike or not weak.model.conditions.fits(loaded.model.conditions):
+        theirs, ours = (
+            f"latents {tuple(m.model.shape)} with {m.model.conditions} on the {m.config.train.path} path"
+            for m in (weak, loaded)
+        )
         raise ValueError(
             f"autoguidance {name} is a model of {theirs}, the sampled one of {ours}; give one of the same data"
         )

@@ -115,6 +115,9 @@ def load(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
         student, average = frozen | student, frozen | average
     fsdp.load(trainer.objective, {f"student.{k}": v for k, v in student.items()} | found.tensors("heads"))
     fsdp.load(trainer.ema.model, average)
+    for model in (trainer.objective.student, trainer.ema.model):
+        if not model.null_set and (null := trainer.shards.null()) is not None:  # of an imported model of text
+            model.use_null(null)
     load_optimizer(trainer.optimizer, trainer.objective, found.tensors("optimizer"))
     trainer.since_log.load(found.state["window"], trainer.accelerator.device)
     trainer.since_checkpoint.load(found.state.get("span", {}), trainer.accelerator.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,15 +14,21 @@ from selftrans.messages import first_line
 from selftrans.methods.objective import Objective
 from selftrans.types import Backbone, Cond, map_cond
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def forward_flops(backbone: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
     """Operations (2 per multiply-add) of one sample through a backbone in eval mode; `cond` holds one condition."""
-    return _count_forward(_on_meta(backbone).eval(), cond, taps, stop=stop)
+    return _count_forward(on_meta(backbone).eval(), cond, taps, stop=stop)
 
 
-def _on_meta(backbone: Backbone) -> Backbone:
-    """A copy without memory: only shapes are needed. float32: the reduced weights of a teacher would need autocast."""
-    return copy.deepcopy(backbone).to(device="meta", dtype=torch.float32)
+def on_meta(module: M) -> M:
+    """A copy on the meta device, in float32: the reduced weights of a teacher would need autocast. No weight is copied for it,
+    since a model that is sharded later may fit the device hardly more than once."""
+    tensors: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    for p in module.parameters():
+        tensors[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    return copy.deepcopy(module, tensors).to(device="meta", dtype=torch.float32)
 
 
 def _count_forward(meta: Backbone, cond: Cond, taps: tuple[int, ...] = (), *, stop: bool = False) -> int:
@@ -37,7 +44,7 @@ def training_flops(backbone: Backbone, cond: Cond) -> int:
     The model is in train mode, so tokens that it skips in training are not counted; neither is recomputation for the backward
     pass. The backward pass counts twice the forward pass; with frozen weights, which need no gradient, it is run and counted.
     """
-    meta = _on_meta(backbone).train()
+    meta = on_meta(backbone).train()
     meta.recompute = False
     if all(p.requires_grad for p in backbone.parameters()):
         return 3 * _count_forward(meta, cond)
@@ -54,7 +61,7 @@ def head_flops(head: nn.Module, tokens: int, width: int) -> int:
     heads = head if isinstance(head, nn.ModuleList) else [head]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for each in heads:
-            copy.deepcopy(each).to("meta")(torch.empty(1, tokens, width, device="meta"))
+            on_meta(each)(torch.empty(1, tokens, width, device="meta"))
     return counter.get_total_flops()
 
 

@@ -7,7 +7,6 @@ samples and teachers do not use it. A CPU has no such products: there they are e
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import warnings
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from selftrans.models.lora import default_targets
+from selftrans.train.flops import on_meta
 from selftrans.types import Backbone, map_cond
 
 MULTIPLE = 16  #: the products take sizes that are multiples of this
@@ -36,7 +36,7 @@ def layers(student: Backbone) -> list[str]:
 
 def rows(student: Backbone, names: Collection[str]) -> dict[str, int]:
     """Layer -> rows of its input for one sample in training: tokens, without those that skip its block (`model.route`)."""
-    meta, found = copy.deepcopy(student).to("meta").train(), dict[str, int]()
+    meta, found = on_meta(student).train(), dict[str, int]()
     meta.recompute = False
 
     def noted(name: str) -> Any:

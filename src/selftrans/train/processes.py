@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +24,13 @@ GONE = re.compile(
     r"gloo|nccl|tcpstore|connection (was )?(closed|reset|refused)|broken pipe|timed out|timeout", re.IGNORECASE
 )
 
+#: variables by which `accelerate launch` chooses an engine that would wrap the model itself -> its name
+ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  #: of glibc's malloc.h
 
 
@@ -62,17 +69,20 @@ def accelerator_of(config: RunConfig, out: Path) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # without a GPU, launched processes form a group only with this
         mixed_precision=mixed,
         project_dir=str(out),
+        # else ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide the loss once more
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[process_group_options(config.train)],
     )
 
 
 def process_group_options(config: Train) -> InitProcessGroupKwargs:
-    """The time that a process waits for the others. ValueError where accelerate would wrap the model in its own FSDP."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError(
-            "accelerate is configured to use FSDP; remove that from its options or configuration file, and set "
-            "--train.shard True"
-        )
+    """The time that a process waits for the others. ValueError where accelerate is configured for an engine of `ENGINES`."""
+    for variable, engine in ENGINES.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise ValueError(
+                f"accelerate is configured to use {engine}; remove that from its options or configuration file, and set "
+                "--train.shard True"
+            )
     return InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
 
 

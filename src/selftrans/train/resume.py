@@ -181,10 +181,10 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
     """ValueError unless a checkpoint's model was trained on latents and conditions like those of these data."""
     now = manifest.conditions
     with checkpoint_errors(found, ValueError):
-        was = (tuple(found.state["shape"]), from_plain(Conditions, found.state["conditions"], "conditions"))
-    if was != (tuple(manifest.shape), now):
+        shape, was = tuple(found.state["shape"]), from_plain(Conditions, found.state["conditions"], "conditions")
+    if shape != tuple(manifest.shape) or not was.fits(now):
         raise ValueError(
-            f"{found.path} was trained on latents {was[0]} with {was[1]}, the data are {tuple(manifest.shape)} with {now}; "
+            f"{found.path} was trained on latents {shape} with {was}, the data are {tuple(manifest.shape)} with {now}; "
             "give data prepared alike, or another --out"
         )
     check_scale(str(found.path), str(found.state.get("autoencoder")), manifest.autoencoder)

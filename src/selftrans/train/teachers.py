@@ -69,7 +69,7 @@ def load_teacher(source: str | Path, spec: TeacherSpec, manifest: Manifest) -> L
             stacklevel=4,
         )
     model, shape = found.model, tuple(manifest.shape)
-    if tuple(model.shape) != shape or model.conditions != manifest.conditions:
+    if tuple(model.shape) != shape or not model.conditions.fits(manifest.conditions):
         raise ValueError(
             f"the teacher {found.source['path']} was trained on latents {tuple(model.shape)} with {model.conditions}; "
             f"expected {shape} with {manifest.conditions}, as in the data"

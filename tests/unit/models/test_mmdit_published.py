@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from selftrans.checkpoints.load import load_model
 from selftrans.cli.main import main
+from selftrans.data.dataset import Dataset
 from selftrans.fine_tuning import Init
 from selftrans.interop.importing import import_run
 from selftrans.models.mmdit import MMDiTConfig, build
@@ -18,10 +19,14 @@ from selftrans.models.mmdit_published import LAYOUTS
 from selftrans.models.registry import find
 from selftrans.models.spec import PublishedFile
 from selftrans.recipes import recipe
+from selftrans.sampling.conditioning import captions_of
 from selftrans.train.given_weights import read_given
+from selftrans.train.run import train
 from selftrans.types import MASK, TEXT, Conditions
+from tests.support import captioned, toy
 from tests.support.published_files import adamw, save
 from tests.support.published_mmdit import TINY, network, state
+from tests.support.toy import quick  # noqa: F401
 
 
 def brought(file, out, **given):
@@ -112,6 +117,42 @@ def test_weights_are_given_to_a_run(tmp_path):
     given = read_given(Init(path=str(save(tmp_path / "a.pt", {"ema": weights}))))
     assert given.model.width == 64 and given.shape == (2, 16, 16) and given.conditions.kind == "text"
     assert all(torch.equal(given.tensors[name], x) for name, x in weights.items() if name != "pos_embed")
+
+
+def test_an_import_is_trained_further_and_teaches_on_captions_of_any_encoder(tmp_path, quick):  # noqa: F811
+    """No file says which encoder made its text: the data say it, and what the empty caption is."""
+    encoder = captioned.save_text_encoder(tmp_path / "encoder", "t5")
+    data = captioned.prepared(tmp_path, encoder=encoder, tokens=77, side=16, count=8, standardise=False)
+    weights = state(**TINY | {"channels": 3, "text": 16})
+    run, _ = brought(save(tmp_path / "a.pt", {"ema": weights, "steps": 3}), tmp_path / "run", autoencoder="pixel")
+    held = load_model(run)
+    own = {
+        "data.path": str(data),
+        "train.steps": 4,
+        "train.batch_size": 2,
+        "train.accumulate": 1,
+        "train.precision": "fp32",
+    }
+    config = held.config.override(own | {"train.preview_every": 0, "log.tensorboard": False})
+    train(config, run, quiet=True)
+    continued, null = load_model(run), Dataset.open(data).null()
+    assert continued.step == 4 and continued.model.conditions == Dataset.open(data).manifest.conditions
+    assert all(torch.equal(x, null[name]) for name, x in continued.model.null(null).items())
+    again, _ = brought(tmp_path / "a.pt", tmp_path / "teacher", autoencoder="pixel")
+    taught = config.override(
+        {
+            "method": "self_transcendence",
+            "stage2.teacher": str(again),
+            "stage2.head_width": 4,
+            "stage2.timestep_range": None,
+        }
+        | {"train.steps": 1}
+    )
+    train(taught, tmp_path / "taught", quiet=True)
+    assert toy.log(tmp_path / "taught")[-1]["self"] > 0
+    assert captions_of(Dataset.open(data), held.model.conditions).null is not None
+    other = dataclasses.replace(continued.model.conditions, sha256="0" * 64)
+    assert not other.fits(continued.model.conditions) and other.fits(held.model.conditions)
 
 
 NAN = torch.full((64,), float("nan"))

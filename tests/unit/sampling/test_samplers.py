@@ -12,7 +12,23 @@ import pytest
 import torch
 
 from selftrans.flow import COSINE, LINEAR, PATHS, shifted
+<<<<<<< HEAD
 from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, ode, scaled, sde
+=======
+from selftrans.sampling.captured_passes import CapturedPasses
+from selftrans.sampling.samplers import (
+    EVALUATIONS,
+    SAMPLERS,
+    Early,
+    autoguided,
+    guided,
+    launched,
+    ode,
+    ode_times,
+    sde,
+    sde_times,
+)
+>>>>>>> core
 from selftrans.types import Output
 
 M, S = 0.7, 0.4
@@ -196,6 +212,19 @@ def test_guidance_only_inside_its_interval_and_free_outside():
     assert len(spy.calls) == 5, "one batch each time, never two"
 
 
+@pytest.mark.parametrize("run", [launched, CapturedPasses(torch.device("cpu"))], ids=["launched", "buffers"])
+def test_times_are_not_rounded_to_the_half_precision_of_latents(run):
+    asked = []
+
+    class Timed(Spy):
+        def __call__(self, x, t, cond, *, taps=(), stop=False):
+            asked.append(t[0].item())
+            return Output(x, {})
+
+    z = guided(Timed(), torch.tensor([1]), run=run)(torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.tensor(0.9961))
+    assert asked == pytest.approx([0.9961], abs=1e-7) and z.dtype == torch.bfloat16  # 0.9961 is 1 - 1 / 256 in bfloat16
+
+
 def test_interval_includes_its_ends_on_a_sampling_grid():
     spy = Spy()
     ode(
@@ -207,8 +236,9 @@ def test_interval_includes_its_ends_on_a_sampling_grid():
     assert [t for n, t in spy.calls if n == 2] == pytest.approx(np.arange(0.65, 0.29, -0.05))
 
 
-def test_scale_one_needs_one_conditional_pass():
+def test_scale_one_needs_one_conditional_pass_and_no_null_condition():
     spy = Spy()
+    spy.null = None  # such as an imported model of text, which does not know it
     guided(spy, torch.tensor([1, 2]), scale=1.0)(torch.zeros(2, 1, 1, 1), torch.tensor(0.5))
     assert spy.calls == [(2, 0.5)]
 
@@ -279,12 +309,19 @@ def times_of(sampler, shift, steps=4):
     return seen
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.05])
 def test_scaled_velocity_has_the_closed_form_of_a_constant_one(factor):
     """dz/dt = k v with constant v: from t = 1 to 0 the way is -k v, whatever the steps."""
     z, v = torch.tensor([[2.0, -1.0]], dtype=torch.float64), torch.tensor([[0.5, 3.0]], dtype=torch.float64)
     found = ode(scaled(lambda z, t: v, factor), z, steps=5)
     torch.testing.assert_close(found, z - factor * v)
+=======
+def test_times_are_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert [float(t) for t in ode_times(2)] == [1, 0.5, 0]
+        assert [float(t) for t in sde_times(3)] == pytest.approx([1, 0.52, 0.04, 0])
+>>>>>>> core
 
 
 def test_shifted_times_by_hand():

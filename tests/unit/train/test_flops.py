@@ -36,6 +36,14 @@ def test_teacher_in_reduced_precision_is_counted_without_autocast(dtype):
     assert model.block.weight.dtype == dtype and model.block.weight.device.type == "cpu"
 
 
+def test_counting_copies_no_weights(monkeypatch):
+    model = SiT((1, 4, 4), 2, width=8, depth=2, heads=2, patch=2)
+    for kind in (nn.Parameter, torch.Tensor):  # parameters and buffers
+        monkeypatch.setattr(kind, "__deepcopy__", lambda *_: pytest.fail("a tensor is copied"))
+    assert training_flops(model, model.conditions.example()) == 3 * forward_flops(model, model.conditions.example()) > 0
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
 def test_forward_operations_equal_the_published_count():
     with torch.device("meta"):
         model = SiT((4, 32, 32), 1000, **SIT_SIZES["SiT-B/2"])

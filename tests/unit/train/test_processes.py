@@ -3,6 +3,7 @@
 from datetime import timedelta
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from selftrans.config import Train
@@ -32,9 +33,17 @@ def test_timeout_of_the_process_group_is_the_setting():
     assert process_group_options(Train(timeout=7)).timeout == timedelta(seconds=7)
 
 
-def test_fsdp_of_accelerate_is_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "TRUE")
-    with pytest.raises(ValueError, match=r"accelerate is configured to use FSDP.*--train\.shard True"):
+def test_loss_is_not_divided_by_a_variable_of_accelerate(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weight = torch.ones((), requires_grad=True)
+    accelerator_of(toy.toy({"train.precision": "fp32"}), tmp_path).backward(3 * weight)
+    assert weight.grad == 3
+
+
+@pytest.mark.parametrize(("variable", "engine"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_engines_of_accelerate_are_refused_with_the_remedy(monkeypatch, variable, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "TRUE")
+    with pytest.raises(ValueError, match=rf"accelerate is configured to use {engine}.*--train\.shard True"):
         process_group_options(Train())
 
 
