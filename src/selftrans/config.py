@@ -134,9 +134,8 @@ class Train(Section):
     max_skips: int = setting(25, resume="free")
     """updates skipped in a row, with gradients not finite, that end the training (fp16 needs a few to find its scale)"""
     allow_changes: bool = setting(False, resume="free")
-    """continue a run with another lr, warmup, lr_decay, clip, weight_decay, drop, loss, cosine, contrastive,
-    precision, accumulate or
-    guidance weight, which is printed and written to changes.json"""
+    """continue a run with another lr, warmup, lr_decay, clip, weight_decay, drop, loss, cosine, contrastive, precision,
+    accumulate or guidance weight, which is printed and written to changes.json"""
 
     def check(self) -> None:
         for name, known in {"path": list(PATHS), "times": list(TIMES)}.items():

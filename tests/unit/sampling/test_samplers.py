@@ -12,9 +12,6 @@ import pytest
 import torch
 
 from selftrans.flow import COSINE, LINEAR, PATHS, shifted
-<<<<<<< HEAD
-from selftrans.sampling.samplers import EVALUATIONS, SAMPLERS, Early, autoguided, guided, ode, scaled, sde
-=======
 from selftrans.sampling.captured_passes import CapturedPasses
 from selftrans.sampling.samplers import (
     EVALUATIONS,
@@ -25,10 +22,10 @@ from selftrans.sampling.samplers import (
     launched,
     ode,
     ode_times,
+    scaled,
     sde,
     sde_times,
 )
->>>>>>> core
 from selftrans.types import Output
 
 M, S = 0.7, 0.4
@@ -309,19 +306,18 @@ def times_of(sampler, shift, steps=4):
     return seen
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.05])
 def test_scaled_velocity_has_the_closed_form_of_a_constant_one(factor):
     """dz/dt = k v with constant v: from t = 1 to 0 the way is -k v, whatever the steps."""
     z, v = torch.tensor([[2.0, -1.0]], dtype=torch.float64), torch.tensor([[0.5, 3.0]], dtype=torch.float64)
     found = ode(scaled(lambda z, t: v, factor), z, steps=5)
     torch.testing.assert_close(found, z - factor * v)
-=======
+
+
 def test_times_are_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         assert [float(t) for t in ode_times(2)] == [1, 0.5, 0]
         assert [float(t) for t in sde_times(3)] == pytest.approx([1, 0.52, 0.04, 0])
->>>>>>> core
 
 
 def test_shifted_times_by_hand():
