@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -121,31 +121,23 @@ class Prepare(Command):
         from selftrans.data.prepare import prepare
         from selftrans.data.prepare_buckets import prepare_buckets
         from selftrans.data.prepare_features import check_before, prepare_features
-        from selftrans.encoders.identity import identity_kind
         from selftrans.precision import dtype_name
 
         if self.grid and not self.features:
             warnings.warn("--grid is ignored without --features", stacklevel=2)
         options = self._options()
-        of_features: dict[str, Any] = {"grid": self.grid, "batch_size": self.batch_size}
-        of_features["precision"] = dtype_name(self.precision)
         if self.features:
-            other = self.buckets is not None or identity_kind(self.autoencoder) == "values"
-            known = (options.resolution, bool(options.text), self.frames, other)
-            check_before(self.features, self.source, self.out, *known, **of_features)
+            buckets = self.buckets is not None
+            check_before(self.source, self.out, self.features, options, grid=self.grid, buckets=buckets)
         if self.buckets is not None:
             print(prepare_buckets(self.source, self.out, options, buckets=self.buckets, multiple=self.bucket_multiple))
         else:
             manifest = prepare(self.source, self.out, options)
             print(manifest.summary())
             if self.features:
-                of_features |= {
-                    "captions": options.text and options.text.source,
-                    "part": self.part,
-                    "split": self.split,
-                    "reading": options.reading,
-                }
-                print(prepare_features(self.source, self.out, self.features, **of_features).summary(manifest))
+                options = dataclasses.replace(options, precision=dtype_name(self.precision))
+                features = prepare_features(self.source, self.out, self.features, options, grid=self.grid)
+                print(features.summary(manifest))
         if is_prepared(self.out):  # with --part, after the last one
             recipe, data = "imagefolder_t2i" if self.text else "imagefolder", as_word(self.out)
             print(f"-> {escaped(self.out)}; next: selftrans train {recipe} --data {data} --out RUN")

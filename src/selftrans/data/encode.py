@@ -18,7 +18,7 @@ from torch import Tensor
 from selftrans.data.encode_captions import CaptionEncoder
 from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
 from selftrans.data.resolution import sides, size_text
-from selftrans.data.shard_file import NUMBERS, write_shard
+from selftrans.data.shard_file import NUMBERS, stored, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.npy import NpyFiles
@@ -48,12 +48,8 @@ class ShardEncoder(ShardPlan):
         if identity_kind(self.autoencoder.name) == "pixel":
             return self._look_up(arrays)
         moments = torch.stack([self.autoencoder.encode(view).stack() for view in self._views(arrays)], dim=1)
-        stored = moments.to(NUMBERS[self.dtype][0])
-        finite = torch.isfinite(stored).flatten(start_dim=1).all(dim=1)
-        if not finite.all():
-            name = self.source.name(decoded.good[int((~finite).nonzero()[0])])
-            raise ValueError(f"{printable(name)}: its moments are too large for {self.dtype}; try --dtype float32")
-        return stored.cpu().numpy()
+        too_large = f"its moments are too large for {self.dtype}; try --dtype float32"
+        return stored(moments, self.dtype, lambda row: f"{printable(self.source.name(decoded.good[row]))}: {too_large}")
 
     def _views(self, arrays: np.ndarray) -> tuple[Tensor, ...]:
         """The inputs of the autoencoder: values, or pixels and, with `flip`, the mirrored pixels."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from selftrans.data.manifest import Manifest
@@ -27,7 +26,7 @@ from selftrans.data.manifest_text import (
     Store,
     Text,
 )
-from selftrans.data.shard_file import NUMBERS, VIEWS, row_bytes, write_shard
+from selftrans.data.shard_file import row_bytes, stored, write_shard
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.text import BUILT_IN, Lost, TextEncoder
@@ -142,15 +141,8 @@ class CaptionEncoder:
 
     def _stored(self, encoded: Tensor, texts: Sequence[str]) -> np.ndarray:
         """Tokens (N, L, E) in the stored dtype, bfloat16 as the int16 of the same bits."""
-        stored = encoded.to(NUMBERS[self.record.dtype][0])
-        finite = torch.isfinite(stored).flatten(start_dim=1).all(dim=1)
-        if not finite.all():
-            text = printable(texts[int((~finite).nonzero()[0])], 60)
-            raise ValueError(
-                f"tokens of {text!r} by {self.encoder.name} are too large for {self.record.dtype}; try --text-dtype bfloat16"
-            )
-        view = VIEWS.get(self.record.dtype)
-        return (stored.view(getattr(torch, view)) if view else stored).cpu().numpy()
+        too_large = f"by {self.encoder.name} are too large for {self.record.dtype}; try --text-dtype bfloat16"
+        return stored(encoded, self.record.dtype, lambda row: f"tokens of {printable(texts[row], 60)!r} {too_large}")
 
 
 def sizes(text: CaptionEncoder, dropped: int) -> str:

@@ -203,7 +203,7 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, given: PrepareOptions
     warn: whether to give the warnings that were collected while decoding; otherwise the source keeps them.
     """
     part, progress = resumable.parse_part(given.part), given.progress
-    mine = [shard for shard in encoder.shards() if shard % part[1] == part[0] - 1]
+    mine = encoder.shards()[part[0] - 1 :: part[1]]
     with resumable.locked(out, part, mine):
         with resumable.changing(out, part):
             begun, done = _valid(encoder, plan, out)  # read again under the lock

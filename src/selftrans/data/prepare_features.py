@@ -21,18 +21,18 @@ import torch
 
 from selftrans.data import resumable
 from selftrans.data.manifest import FILE, REMEDY, FeatureFile, Features, Manifest, Shard
-from selftrans.data.prepare_options import NETWORK_DTYPES
+from selftrans.data.prepare_options import NETWORK_DTYPES, PrepareOptions
 from selftrans.data.reports import say
-from selftrans.data.resolution import Resolution, check_square, size_text
-from selftrans.data.shard_file import WRITE_REMEDY, Layout, is_valid, write_shard
+from selftrans.data.resolution import check_square, size_text
+from selftrans.data.shard_file import WRITE_REMEDY, Layout, is_valid, stored, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.clips import kind_of
-from selftrans.data.sources.decode import STANDARD, Reading
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import ahead
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import from_uint8
+from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.messages import plural, printable
@@ -45,115 +45,94 @@ def prepare_features(
     source: str | Path,
     out: str | Path,
     encoder: str,
+    options: PrepareOptions | None = None,
     *,
     grid: int | None = None,
-    captions: CaptionSource | None = None,
-    split: str | None = None,
-    reading: Reading = STANDARD,
-    batch_size: int = 64,
-    device: str | torch.device | None = None,
-    precision: str = "float32",
-    part: str = "1/1",
-    progress: bool = True,
+    **changes: Any,
 ) -> Features:
     """Store the features of a `transformers` vision model with the moments of `prepare(source, out)`.
 
     Args:
         encoder: hub id or folder. Its network computes in `precision`; features are stored as float16.
+        options, changes: as of `prepare`. The folder itself says at which size and with which columns it was prepared.
         grid: side of the grid of features, one for each token of the student; None: half the side of the latents, which is
             the grid of a student with patch size 2. 16 x 16 features of width 768 take 0.4 MB per picture, twice that with
             mirrored copies.
-        captions: where they are, for pictures that were prepared with captions in a file or a column.
-        split, reading: as in `prepare`.
-        part: "I/N", as in `prepare`: make the features of this part's shards, whose moments must be finished. Until all
-            parts have ended, the returned value lists the files made so far.
+    With `part`, the features of this part's shards are made, whose moments must be finished. Until all parts have ended, the
+    returned value lists the files made so far.
     To continue an interrupted call, repeat it. A complete folder is not changed; a lost or truncated file is made again.
     Raises ValueError for a folder prepared from other pictures or from data that are not pictures, a folder with other
     features, a bad encoder, and when the folder cannot be written.
     """
-    out, mine, earlier = Path(out), resumable.parse_part(part), resumable.earlier(Path(out))
+    given, out = replace(options or PrepareOptions(), **changes), Path(out)
+    earlier = resumable.earlier(out)
     if earlier is None:
         raise ValueError(f"{out} holds no prepared pictures; run `selftrans prepare` on {source} first")
-    manifest, options = earlier.plan, dict[str, Any](earlier.plan.options)
+    manifest, recorded = earlier.plan, dict[str, Any](earlier.plan.options)
     if not isinstance(size := manifest.resolution, int):
         held = f"pictures of {size_text(size)}, which are not square" if size else "data that are not pictures"
         raise ValueError(f"{out} holds {held}; a vision encoder cannot read them: omit --features")
-    given = options.get("split")
+    split = recorded.get("split")
     pictures = open_source(  # as they were for their moments
         source,
         resolution=size,
-        split=split or (None if given == "train" else given),  # train is recorded where none was given, too
-        label_column=options.get("label_column"),
-        captions=(captions or CaptionSource()) if manifest.text else None,
-        reading=reading,
-        progress=progress,
+        split=given.split or (None if split == "train" else split),  # train is recorded where none was given, too
+        label_column=recorded.get("label_column"),
+        captions=(given.text.source if given.text else CaptionSource()) if manifest.text else None,
+        reading=given.reading,
+        progress=given.progress,
     )
-    resumable.check_options(manifest, options | {"fingerprint": pictures.fingerprint}, out)
-    _check_options(batch_size, grid, precision)
-    if not isinstance(shard_size := options.get("shard_size"), int):
+    resumable.check_options(manifest, recorded | {"fingerprint": pictures.fingerprint}, out)
+    _check_grid(grid)
+    if not isinstance(shard_size := recorded.get("shard_size"), int):
         raise ValueError(f"{FILE}: option 'shard_size' should be an integer, not {shard_size!r}; {REMEDY}")
     side = grid or max(1, manifest.shape[1] // 2)
     # hash and width are known once the encoder is loaded
-    wanted = Features(encoder_name(encoder), "", precision, side, width=0, fingerprint=pictures.fingerprint, files=())
+    wanted = Features(encoder_name(encoder), "", given.precision, side, 0, pictures.fingerprint, files=())
     _stored(wanted, out)  # refuse other features before anything is written
-    plan = ShardPlan(pictures, batch_size, shard_size, skip_bad=True)
-    return _run(plan, wanted, out, mine, torch.device(device or default_device()), progress)
+    return _run(ShardPlan(pictures, given.batch_size, shard_size, skip_bad=True), wanted, out, given)
 
 
 def check_before(
-    encoder: str,
-    source: str | Path,
-    out: str | Path,
-    resolution: Resolution | None,
-    text: bool,
-    frames: int | None,
-    other: bool,
-    *,
-    grid: int | None,
-    batch_size: int,
-    precision: str,
+    source: str | Path, out: str | Path, encoder: str, options: PrepareOptions, *, grid: int | None, buckets: bool
 ) -> None:
-    """Raise those ValueErrors of `prepare_features` that can be found before the pictures are prepared.
+    """Raise those ValueErrors of `prepare_features` that can be found before the pictures are prepared with these options.
 
-    Args:
-        resolution, frames: as given to `prepare`; None: not given. text: whether captions are stored.
-        other: whether the data are values or buckets, which have no features.
+    buckets: whether they are prepared in buckets, which have no features.
     """
-    if other or kind_of(Path(source), frames, archives=not text) in ("sounds", "videos"):
+    other = buckets or identity_kind(options.autoencoder) == "values"
+    if other or kind_of(Path(source), options.media.frames, archives=not options.text) in ("sounds", "videos"):
         raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
-    check_square(resolution)
-    _check_options(batch_size, grid, precision)
+    check_square(options.resolution)
+    _check_grid(grid)
     if not (Path(out) / FILE).exists():  # else moments are stored, and perhaps features, too
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given again when the encoder is used
             load_encoder(encoder, grid or 1)  # raises for a wrong name, and for a model that is no encoder of pictures
 
 
-def _check_options(batch_size: int, grid: int | None, precision: str) -> None:
-    """Raise ValueError for an option out of range."""
-    if batch_size < 1 or (grid is not None and grid < 1):
-        raise ValueError(f"batch_size {batch_size} and grid {grid} should be 1 or more")
-    if precision not in NETWORK_DTYPES:
-        raise ValueError(f"precision {precision!r} is not one of {', '.join(NETWORK_DTYPES)}")
+def _check_grid(grid: int | None) -> None:
+    if grid is not None and grid < 1:
+        raise ValueError(f"grid {grid} should be 1 or more")
 
 
-def _run(
-    plan: ShardPlan, wanted: Features, out: Path, part: resumable.Part, device: torch.device, progress: bool
-) -> Features:
+def _run(plan: ShardPlan, wanted: Features, out: Path, given: PrepareOptions) -> Features:
     """Make the missing features of a part; then list them in the manifest, if those of all other parts are finished."""
-    mine = [shard for shard in plan.shards() if shard % part[1] == part[0] - 1]
+    part, progress = resumable.parse_part(given.part), given.progress
+    device = torch.device(given.device or default_device())
+    mine = plan.shards()[part[0] - 1 :: part[1]]
     with resumable.locked(out, part, mine):
         with resumable.changing(out, part):
-            manifest, shards, stored = _stored(wanted, out)
-            if manifest.features and len(stored) == len(plan.shards()):
+            manifest, shards, made = _stored(wanted, out)
+            if manifest.features and len(made) == len(plan.shards()):
                 say(f"the features in {out} are complete already", progress)
                 return manifest.features
             # records: the manifest lists features once those of all shards are finished
-            for features in stored.values():
+            for features in made.values():
                 _record(out, features)
             if manifest.features:
                 resumable.set_features(out, None)
-        missing = [shard for shard in mine if shard not in stored]
+        missing = [shard for shard in mine if shard not in made]
         for shard in missing:
             if shard not in shards:
                 raise ValueError(
@@ -162,7 +141,7 @@ def _run(
         if missing:
             model = load_encoder(wanted.encoder, wanted.grid, device=device, dtype=NETWORK_DTYPES[wanted.precision])
             wanted = replace(wanted, sha256=model.sha256, width=model.width)
-            _check_same(stored, wanted, out)
+            _check_same(made, wanted, out)
         bar = progress_bar(total=sum(map(plan.asked, missing)), unit=" pictures", disable=not progress)
         batches = (batch for shard in missing for batch in plan.batches(shard))
         with bar, closing(ahead(plan.decode, batches, threads=plan.threads)) as decoded:
@@ -196,9 +175,9 @@ def _stored(wanted: Features, out: Path) -> tuple[Manifest, dict[int, Shard], di
     return manifest, shards, valid
 
 
-def _check_same(stored: dict[int, Features], wanted: Features, out: Path) -> None:
+def _check_same(made: dict[int, Features], wanted: Features, out: Path) -> None:
     """Raise ValueError naming the first field in which the features of the folder differ from `wanted`."""
-    for features in stored.values():
+    for features in made.values():
         for name in ("encoder", "precision", "grid", "fingerprint", "sha256", "width"):
             old, new = getattr(features, name), getattr(wanted, name)
             if old != new and new:  # hash and width are not known before the encoder is loaded
@@ -246,23 +225,18 @@ def _encode(model: Encoder, device: torch.device, plan: ShardPlan, batch: Decode
     """Features (N, copies, T, D) float16. Raises ValueError when they exceed the range of float16."""
     pixels = from_uint8(torch.from_numpy(np.stack(batch.arrays)).to(device))
     views = (pixels, pixels.flip(dims=(-1,)))[:copies]
-    features = torch.stack([model.encode(view) for view in views], dim=1).to(torch.float16)
-    finite = torch.isfinite(features).flatten(start_dim=1).all(dim=1)
-    if not finite.all():
-        name = plan.source.name(batch.good[int((~finite).nonzero()[0])])
-        raise ValueError(
-            f"{printable(name)}: features of {model.name} are too large for float16; choose another encoder"
-        )
-    return features.cpu().numpy()
+    features = torch.stack([model.encode(view) for view in views], dim=1)
+    too_large = f"features of {model.name} are too large for float16; choose another encoder"
+    return stored(features, "float16", lambda row: f"{printable(plan.source.name(batch.good[row]))}: {too_large}")
 
 
 def _finish(plan: ShardPlan, wanted: Features, out: Path, progress: bool) -> Features:
     """The features of all shards, once listed in the manifest; otherwise those made so far."""
-    *_, stored = _stored(wanted, out)
-    files = tuple(stored[index].files[0] for index in sorted(stored))
-    so_far = replace(next(iter(stored.values()), wanted), files=files)
-    if len(stored) < len(plan.shards()):
-        done = f"{len(stored)} of {plural(len(plan.shards()), 'shard')}"
+    *_, made = _stored(wanted, out)
+    files = tuple(made[index].files[0] for index in sorted(made))
+    so_far = replace(next(iter(made.values()), wanted), files=files)
+    if len(made) < len(plan.shards()):
+        done = f"{len(made)} of {plural(len(plan.shards()), 'shard')}"
         say(f"features of {done} are finished; the other parts make the rest", progress)
         return so_far
     resumable.set_features(out, so_far)

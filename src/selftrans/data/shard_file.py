@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -19,6 +19,7 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from selftrans.messages import first_line
 from selftrans.storage import atomic_write
@@ -49,6 +50,18 @@ def numpy_dtype(name: str) -> np.dtype:
 def row_bytes(layout: Layout) -> int:
     """Bytes of one row of all tensors."""
     return sum(_bytes(*row) for row in layout.values())
+
+
+def stored(values: Tensor, dtype: str, too_large: Callable[[int], str]) -> np.ndarray:
+    """Values (N, ...) in a dtype of NUMBERS, bfloat16 as the int16 of the same bits.
+
+    Raises ValueError when some are beyond its range, with what `too_large` says of the first such row.
+    """
+    numbers = values.to(NUMBERS[dtype][0])
+    finite = torch.isfinite(numbers).flatten(start_dim=1).all(dim=1)
+    if not finite.all():
+        raise ValueError(too_large(int((~finite).nonzero()[0])))
+    return (numbers.view(getattr(torch, VIEWS[dtype])) if dtype in VIEWS else numbers).cpu().numpy()
 
 
 def open_tensors(path: Path, layout: Layout, count: int) -> dict[str, np.ndarray]:

@@ -22,7 +22,6 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.on_device import OnDevice
 from selftrans.data.prepare import prepare
 from selftrans.data.prepare_features import prepare_features
-from selftrans.data.sources.captions import CaptionSource
 from selftrans.encoders.text import load_text_encoder
 from selftrans.types import MASK, TEXT
 from tests.support import captioned
@@ -328,7 +327,7 @@ def test_features_of_pictures_with_captions(pictures: Path, encoder: str, tmp_pa
     """The second half of `prepare` opens the same source, so that it knows the same pictures."""
     run(pictures, tmp_path / "out", encoder, flip=True)
     vision = save_vision(tmp_path / "vision")
-    made = prepare_features(pictures, tmp_path / "out", vision, captions=CaptionSource(), progress=False)
+    made = prepare_features(pictures, tmp_path / "out", vision, progress=False)
     assert made.grid == 4 and len(made.files) == 3
     dataset = Dataset.open(tmp_path / "out", verify=True)
     dataset.open_features()
