@@ -20,10 +20,8 @@ from selftrans.data.manifest import VERSION, Manifest, Shard, conditions_of
 from selftrans.data.resolution import sides, size_text
 from selftrans.data.shard_file import NUMBERS, stored, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
-from selftrans.data.sources.clips import Clips
-from selftrans.data.sources.npy import NpyFiles
 from selftrans.data.sources.npz import NpzValues
-from selftrans.data.sources.source import Source
+from selftrans.data.sources.source import FileSamples, Source
 from selftrans.encoders.autoencoder import Autoencoder, from_uint8
 from selftrans.encoders.identity import identity_kind, standardised_name
 from selftrans.messages import printable
@@ -85,7 +83,7 @@ class ShardEncoder(ShardPlan):
                 )
             shape: tuple[int, ...] = (model.channels or channels, *(side // model.downsample for side in size))
         else:
-            shape = cast(NpzValues | NpyFiles | Clips, self.source).shape
+            shape = cast(NpzValues | FileSamples, self.source).shape
         try:
             space = model.latent_space.of_channels(shape[0])
         except ValueError as error:

@@ -28,8 +28,6 @@ from selftrans.data.source_samples import source_samples
 from selftrans.data.sources.clips import Clips
 from selftrans.data.sources.decode import none_readable
 from selftrans.data.sources.duplicates import DuplicateFinder
-from selftrans.data.sources.npy import NpyFiles
-from selftrans.data.sources.npz import NpzValues
 from selftrans.data.sources.source import Samples, Source, ahead
 from selftrans.data.standardise import standardise_option, standardised, without_statistics
 from selftrans.device import default_device
@@ -120,6 +118,7 @@ def _recorded(samples: Samples, given: PrepareOptions) -> dict[str, Option]:
         "fingerprint": samples.fingerprint,
         **(given.text.recorded() if given.text else {}),
         **given.media.given(),
+        **({"grey": True} if reading.grey else {}),
         **({"range": "{:g} {:g}".format(*reading.range)} if reading.range else {}),
         **({"labels": Path(reading.labels).name} if reading.labels else {}),
         "flip": given.flip,
@@ -224,7 +223,7 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, given: PrepareOptions
         def decode(batch: range) -> Decoded:
             read = encoder.decode(batch)
             duplicates.add(read.good, read.arrays)
-            if not isinstance(encoder.source, NpzValues | NpyFiles):  # of which it may be a meaning
+            if isinstance(encoder.source, Source | Clips):  # among values it may be a meaning
                 note_constant(encoder.source, read, channels_last=isinstance(encoder.source, Source))
             return read
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,7 +26,7 @@ class PrepareOptions:
     square: bool = False  #: refuse pictures that are not square
     split: str | None = None  #: of a hub data set (None: train) or a folder (None: all)
     label_column: str | None = None  #: of tables
-    reading: Reading = STANDARD  #: how pictures are read
+    reading: Reading = STANDARD  #: how pictures and frames of videos are read
     media: MediaOptions = field(default_factory=MediaOptions)  #: how sounds and videos are read
     skip_bad: bool = False  #: skip unreadable samples and list them in the manifest, instead of stopping at the first
 
@@ -53,12 +53,8 @@ class PrepareOptions:
     progress: bool = True  #: whether messages and progress bars are shown
 
     def __post_init__(self) -> None:
-        grey = self.media.grey or self.reading.grey  # an option of videos and of pictures
-        settled = {"media": replace(self.media, grey=grey), "reading": self.reading._replace(grey=grey)}
         if isinstance(self.text, str):
-            settled["text"] = TextOptions(self.text)
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, "text", TextOptions(self.text))
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.precision not in NETWORK_DTYPES:

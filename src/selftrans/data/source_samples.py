@@ -26,6 +26,7 @@ def source_samples(source: str | Path, earlier: resumable.Earlier | None, given:
     if identity_kind(given.autoencoder) == "values":
         media.refuse("--autoencoder values")
         of_pictures = {"resolution": resolution, "flip": given.flip, "text": text, "range": reading.range}
+        of_pictures["grey"] = reading.grey
         if wrong := next((name for name, value in of_pictures.items() if value), None):
             raise ValueError(f"--{wrong} is for pictures; leave it out with --autoencoder values")
         if given.label_column not in (None, reading.label_column):

@@ -15,7 +15,6 @@ from selftrans.data.decoded import data_latents, decode_images, decoded_images
 from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare
 from selftrans.data.prepare_buckets import prepare_buckets
-from selftrans.data.sources.clips import MediaOptions
 from selftrans.data.sources.decode import Reading
 from selftrans.data.standardise import standardise_option
 from selftrans.encoders.autoencoder import load_autoencoder
@@ -255,8 +254,8 @@ def test_grey_stores_one_channel_and_is_named_where_all_pictures_are_grey(tmp_pa
     assert "was prepared without grey, not with True" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [{"reading": Reading(grey=True)}, {"media": MediaOptions(grey=True)}])
-def test_grey_of_the_library_is_stored_and_recorded(source, tmp_path, options):
+def test_grey_of_the_library_is_stored_and_recorded(source, tmp_path):
+    options = {"reading": Reading(grey=True)}
     manifest = prepare(source, tmp_path / "data", progress=False, **options)
     assert manifest.image_channels == 1 and manifest.options["grey"] is True
     prepare_buckets(source, tmp_path / "buckets", resolution=8, buckets=1, progress=False, **options)

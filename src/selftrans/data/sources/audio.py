@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from selftrans.data.sources.clips import Clips, MediaOptions, importing
-from selftrans.data.sources.decode import none_readable
-from selftrans.data.sources.source import Source
+from selftrans.data.sources.source import Source, readable
 from selftrans.encoders.media import Mel, Waveform
 from selftrans.messages import are, plural
 from selftrans.progress import progress_bar
@@ -70,7 +69,7 @@ def open_sounds(files: Source, where: Path, options: MediaOptions, progress: boo
     remarks = _remarks(headers, samples / rate)
     if options.audio != "mel":
         options.refuse("waveforms (--audio mel makes spectrograms)", "bins", "hop")
-        return Clips.of(files, (1, samples), Waveform(rate), lambda *file: load(*file)[None], remarks)
+        return Clips.of(files, (1, samples), lambda *file: load(*file)[None], "sound", Waveform(rate), remarks)
     hop = max(1, round(HOP * rate)) if options.hop is None else options.hop
     mel = Mel(rate, BINS if options.bins is None else options.bins, hop)
     if not 1 <= mel.bins <= MAX_BINS or not 1 <= mel.hop <= MAX_HOP:
@@ -78,7 +77,8 @@ def open_sounds(files: Source, where: Path, options: MediaOptions, progress: boo
     if not mel.frames(samples):
         raise ValueError(f"sounds of {samples} samples are shorter than --hop {mel.hop}; give a smaller one")
     mel.bands()
-    return Clips.of(files, (1, mel.bins, mel.frames(samples)), mel, lambda *file: mel.forward(load(*file)), remarks)
+    shape = (1, mel.bins, mel.frames(samples))
+    return Clips.of(files, shape, lambda *file: mel.forward(load(*file)), "sound", mel, remarks)
 
 
 def read_sound(stream: BinaryIO, rate: int, most: int) -> np.ndarray:
@@ -131,19 +131,17 @@ def _check_size(stream: BinaryIO) -> None:
 
 def _headers(files: Source, where: Path, progress: bool) -> list[Header]:
     """The headers of the files that can be opened; the others are reported when they are read."""
-    found = []
-    for i in progress_bar(range(len(files)), desc="lengths", unit=" sounds", disable=not progress, leave=False):
-        try:
-            with files.open(i) as stream:
-                _check_size(stream)
-                info = soundfile().info(stream)
-            if info.frames > 0 and 0 < info.samplerate <= MAX_RATE:
-                found.append(Header(info.frames, info.samplerate))
-        except Exception:  # damaged
-            continue
-    if not found:
-        raise ValueError(none_readable(len(files), "sound", where))
-    return found
+
+    def header(i: int) -> Header:
+        with files.open(i) as stream:
+            _check_size(stream)
+            info = soundfile().info(stream)
+        if not (info.frames > 0 and 0 < info.samplerate <= MAX_RATE):
+            raise ValueError(f"it claims {info.frames} samples, {info.samplerate} per second")
+        return Header(info.frames, info.samplerate)
+
+    bar = progress_bar(range(len(files)), desc="lengths", unit=" sounds", disable=not progress, leave=False)
+    return [found for _, found in readable(files, header, "sound", where, bar)]
 
 
 def _common(headers: list[Header], name: str, unit: str, option: str) -> Any:

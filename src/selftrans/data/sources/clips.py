@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from selftrans.data.sources.decode import STANDARD, BadSample, Reading, unreadable
+from selftrans.data.sources.decode import STANDARD, BadSample, Reading
 from selftrans.data.sources.file_kinds import ARRAYS, PICTURES, SOUNDS, VIDEOS, junk_name
 from selftrans.data.sources.folder import empty_classes, files_like, folder_entries, walk
 from selftrans.data.sources.label_file import given_labels
-from selftrans.data.sources.source import Samples, Source, in_class_folders
+from selftrans.data.sources.source import FileSamples, Source, in_class_folders
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import tar_entries, walk_tar
 from selftrans.data.sources.zip_archive import open_zip, zip_entries
@@ -47,12 +47,11 @@ class MediaOptions:
     bins: int | None = None  #: mel bands
     hop: int | None = None  #: samples between two frames of a spectrogram
     frames: int | None = None  #: of a video
-    grey: bool = False  #: one channel
 
     def given(self) -> dict[str, Option]:
         """The options that were set, by name."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in values.items() if value is not None and value is not False}
+        return {name: value for name, value in values.items() if value is not None}
 
     def refuse(self, what: str, *names: str) -> None:
         """Raise ValueError when one of these options (none: any) was set; `what`: the data that they do not apply to."""
@@ -62,49 +61,11 @@ class MediaOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Clips(Samples):
+class Clips(FileSamples):
     """Sounds or videos of one shape; made by `Clips.of`."""
 
-    source: Source = field(repr=False)  #: the files
-    shape: tuple[int, ...]  #: (C, *S) of a sample
     media: Media  #: what the samples are; not yet normalised
-    load: Callable[[str, BinaryIO], np.ndarray] = field(repr=False)  #: name and content of a file ⇒ (C, *S) float32
     remarks: tuple[str, ...] = ()  #: sentences on what is cut or padded
-
-    @classmethod
-    def of(
-        cls,
-        source: Source,
-        shape: tuple[int, ...],
-        media: Media,
-        load: Callable[[str, BinaryIO], np.ndarray],
-        remarks: tuple[str, ...] = (),
-    ) -> Clips:
-        """The clips of these files, with their labels."""
-        of_files = {each.name: getattr(source, each.name) for each in fields(Samples)}
-        return cls(source, shape, media, load, remarks, **of_files)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
-
-    def name(self, i: int) -> str:
-        return self.source.name(i)
-
-    def read(self, i: int) -> np.ndarray:
-        """Sample i: (C, *S) float32. Raises BadSample for a file that cannot be decoded, is too short or not finite."""
-        name = self.name(i)
-        if i in self.faults:
-            raise BadSample(name, self.faults[i])
-        try:
-            with self.source.open(i) as stream:
-                values = self.load(name, stream)
-            if not np.isfinite(values).all():
-                raise ValueError("NaN or infinite")
-        except Exception as error:  # decoders raise any type on a damaged file
-            raise unreadable(name, error, "sound" if self.media.suffix == ".wav" else "video") from error
-        assert values.shape == self.shape, "every sample must have the shape of the source"
-        return values
 
     def normalised(self) -> Media:
         """The kind of data, with the shift and scale that give zero mean and unit variance."""
@@ -144,7 +105,7 @@ def open_clips(
 ) -> Clips | None:
     """Open a folder, zip or tar of sounds or videos (see `kind_of`, also for `archives`); None for any other source.
 
-    `split` names a part of it. `reading` is used for empty class folders, the file of labels and the limit of pixels.
+    `split` names a part of it. `reading` is used for empty class folders, the file of labels, the limit of pixels and grey.
     Raises ValueError for a source with several kinds, options of another kind, and clips that need an option.
     """
     from selftrans.data.sources import audio, video
@@ -152,16 +113,16 @@ def open_clips(
     root = Path(source)
     kind = kind_of(root, options.frames, archives=archives)
     if kind not in ("sounds", "videos"):
-        replace(options, grey=False).refuse(f"{source}, which holds no sounds or videos")
+        options.refuse(f"{source}, which holds no sounds or videos")
         return None
     files = open_files(root, kind, options.frames, split, reading)
     if kind == "sounds":
-        options.refuse("sounds", "frames", "grey")
-        if resolution is not None:
-            raise ValueError("--resolution does not apply to sounds; leave it out")
+        options.refuse("sounds", "frames")
+        if given := next((name for name, value in (("resolution", resolution), ("grey", reading.grey)) if value), None):
+            raise ValueError(f"--{given} does not apply to sounds; leave it out")
         return audio.open_sounds(files, root, options, progress)
     options.refuse("videos", "audio", "rate", "length", "bins", "hop")
-    return video.open_videos(files, root, options, resolution, reading.max_pixels)
+    return video.open_videos(files, root, options, resolution, reading)
 
 
 def kind_of(path: Path, frames: int | None, *, archives: bool = True) -> Kind | None:

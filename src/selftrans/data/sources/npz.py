@@ -21,7 +21,7 @@ from zipfile import ZipFile
 import numpy as np
 
 from selftrans.data.sources.decode import BadSample
-from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES, InOrder, Samples
+from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES, NOT_FINITE, InOrder, Samples
 from selftrans.data.sources.zip_archive import open_zip
 from selftrans.messages import first_line
 
@@ -110,7 +110,7 @@ class NpzValues(Samples):
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
             values = np.frombuffer(data, self.dtype).reshape(self.shape).astype(np.float32)
         if not np.isfinite(values).all():
-            raise BadSample(self.name(i), "NaN, infinite, or beyond float32")
+            raise BadSample(self.name(i), NOT_FINITE)
         return values
 
     @cached_property

@@ -19,11 +19,11 @@ import numpy as np
 from selftrans.data.resolution import MAX_RESOLUTION, Resolution, check_range, resolution_of, size_text
 from selftrans.data.sources import folder, npz, table, zip_archive
 from selftrans.data.sources.captions import CAPTIONED, CaptionSource, annotated, captioned
-from selftrans.data.sources.decode import STANDARD, Reading, none_readable, unreadable, upright_size
+from selftrans.data.sources.decode import STANDARD, Reading, unreadable, upright_size
 from selftrans.data.sources.digit_captions import digits_with_captions
 from selftrans.data.sources.file_kinds import PICTURES, check_source_file, describe_ignored, remedy_for_ignored
 from selftrans.data.sources.label_file import given_labels
-from selftrans.data.sources.source import Source, ahead
+from selftrans.data.sources.source import Source, ahead, readable
 from selftrans.data.sources.splits import split_files, split_folder, warn_of_splits
 from selftrans.data.sources.tar_archive import labelled_tars, only_tars, tar_entries
 from selftrans.messages import printable
@@ -40,7 +40,6 @@ def open_source(
     source: str | Path,
     *,
     resolution: Resolution | None = None,
-    channels: int = 3,
     split: str | None = None,
     label_column: str | None = None,
     captions: CaptionSource | None = None,
@@ -63,13 +62,12 @@ def open_source(
     - `digits_t2i`: the scans of `digits`, with sentences that say what is measured on them (see `digit_captions`).
     A folder or zip with a folder for each split (`train/cat/a.jpg`) and files named after splits (`train-0.tar`) are read
     by `split`; without it all are read, with a warning. Of the hub, `split` None is train.
-    Hidden files, caches and files that are not pictures are ignored and counted in `Source.ignored`. `channels` 1 reads
-    pictures as greyscale. `reading`: limits, the values of pixels, and a file of labels, of a folder or zip. `resolution`
-    None keeps the size of the pictures, which must all have one size: the header of each is read, with a progress bar if
-    `progress`.
+    Hidden files, caches and files that are not pictures are ignored and counted in `Source.ignored`. `reading`: limits, the
+    values of pixels, grey or colour, and a file of labels, of a folder or zip. `resolution` None keeps the size of the
+    pictures, which must all have one size: the header of each is read, with a progress bar if `progress`.
     Raises ValueError when there is no picture, the layout is ambiguous or unsafe, or a resolution is needed.
     """
-    opened = _open(source, resolution, channels, split, label_column, captions, reading)
+    opened = _open(source, resolution, split, label_column, captions, reading)
     native = resolution or _native_resolution(opened, str(source), progress, RESIZE, f"{RESIZE}{KEEP}")
     return dataclasses.replace(opened, resolution=native)
 
@@ -77,7 +75,6 @@ def open_source(
 def _open(
     source: str | Path,
     resolution: Resolution | None,
-    channels: int = 3,
     split: str | None = None,
     label_column: str | None = None,
     captions: CaptionSource | None = None,
@@ -86,8 +83,6 @@ def _open(
     """The source with this resolution (None: 0, to be replaced). Raises ValueError as `open_source` does."""
     if resolution is not None:
         check_range(resolution)
-    if channels not in (1, 3):
-        raise ValueError(f"pictures have 1 or 3 channels, not {channels}")
     reading.check()
     if captions and reading.labels is not None:
         raise ValueError("--labels does not apply to pictures with captions, which have no labels; leave it out")
@@ -108,7 +103,7 @@ def _open(
         ignored = f"; {describe_ignored(opened.ignored)}" if opened.ignored else ""
         remedy = f"; {found}" if (found := remedy_for_ignored(opened.ignored)) else ""
         raise ValueError(f"no pictures in {source} (looked for {' '.join(sorted(PICTURES))}{ignored}){remedy}")
-    channels = 1 if opened.channels == 1 or reading.grey else channels
+    channels = 1 if reading.grey else opened.channels
     return dataclasses.replace(opened, channels=channels, resolution=resolution or 0, reading=reading)
 
 
@@ -221,25 +216,19 @@ def _digits() -> Source:
 
 def _native_resolution(source: Source, where: str, progress: bool, remedy: str, of_shapes: str) -> Resolution:
     """The size of all pictures, from their headers. ValueError, with a remedy, when they have several, or several shapes."""
-    seen: tuple[int, int] | None = None
-    error: Exception | None = None
-    for i, name in enumerate(
-        progress_bar(source.names, desc="sizes", unit=" pictures", disable=not progress, leave=False)
-    ):
-        try:
-            with source.open(i) as image:
-                size = upright_size(image)
-        except Exception as fault:  # reported when its pixels are read; only its size is needed here
-            error = error or unreadable(name, fault)
-            continue
-        if seen is not None and size != seen:
+
+    def size_of(i: int) -> tuple[int, int]:
+        with source.open(i) as image:
+            return upright_size(image)
+
+    bar = progress_bar(range(len(source)), desc="sizes", unit=" pictures", disable=not progress, leave=False)
+    seen = (0, 0)
+    for i, size in readable(source, size_of, "picture", where, bar):
+        if size != seen and any(seen):
             alike = max(size[0] * seen[1], size[1] * seen[0]) < OTHER_SHAPE * min(size[0] * seen[1], size[1] * seen[0])
-            raise ValueError(
-                f"{printable(name)} in {where} is {size_text(size)}, others {size_text(seen)}; {remedy if alike else of_shapes}"
-            )
+            other = f"{printable(source.name(i))} in {where} is {size_text(size)}, others {size_text(seen)}"
+            raise ValueError(f"{other}; {remedy if alike else of_shapes}")
         seen = size
-    if seen is None:
-        raise ValueError(none_readable(len(source), "picture", where, error))
     if max(seen) > MAX_RESOLUTION:
         raise ValueError(f"the pictures of {where} are {size_text(seen)}, more than {MAX_RESOLUTION}; {remedy}")
     return resolution_of(*seen)

@@ -15,9 +15,9 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from selftrans.data.sources.decode import (
     Reading,
     check_pixels,
     enlarged,
+    none_readable,
     open_picture,
     to_array,
     unreadable,
@@ -45,6 +46,7 @@ Result = TypeVar("Result")
 
 MAX_CLASSES = 1_000_000
 FAR = 256  #: items to skip from which on a stream is begun anew instead
+NOT_FINITE = "NaN, infinite, or beyond float32"  #: why a sample of such values is refused
 MAX_PICTURE_BYTES = 1 << 29  #: entries of archives that claim a larger size are refused
 
 
@@ -167,6 +169,64 @@ def animated(image: Image.Image) -> bool:
         return bool(getattr(image, "is_animated", False))
     except Exception:  # decoders raise any type on a damaged file
         return True
+
+
+@dataclass(frozen=True, eq=False)
+class FileSamples(Samples):
+    """Samples that are not pictures: arrays of one shape, each made from one file."""
+
+    source: Source = field(repr=False)  #: the files
+    shape: tuple[int, ...]  #: (C, *S) of a sample
+    load: Callable[[str, BinaryIO], np.ndarray] = field(repr=False)  #: name and content of a file ⇒ (C, *S) float32
+    noun: str  #: what a sample is called in messages
+
+    @classmethod
+    def of(cls, source: Source, *about: Any) -> Self:
+        """The samples in these files, with their labels; `about`: the other fields, from `shape` on."""
+        return cls(source, *about, **{each.name: getattr(source, each.name) for each in fields(Samples)})
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def read(self, i: int) -> np.ndarray:
+        """Sample i: (C, *S) float32. Raises BadSample for a file that cannot be decoded, and for values not finite."""
+        name = self.name(i)
+        if i in self.faults:
+            raise BadSample(name, self.faults[i])
+        try:
+            with self.source.open(i) as stream:
+                values = self.load(name, stream)
+            if not np.isfinite(values).all():
+                raise ValueError(NOT_FINITE)
+        except Exception as error:  # decoders raise any type on a damaged file
+            raise unreadable(name, error, self.noun) from error
+        assert values.shape == self.shape, "every sample must have the shape of the source"
+        return values
+
+
+def readable(
+    source: Source, read: Callable[[int], Result], noun: str, where: object, indices: Iterable[int] | None = None
+) -> Iterator[tuple[int, Result]]:
+    """Number and `read(number)` of each file (of `indices`; None: all) that can be read: the others are reported later, when
+    they are encoded.
+
+    Raises ValueError, with the first fault, at the end if there was none.
+    """
+    error, none = None, True
+    for i in range(len(source)) if indices is None else indices:
+        try:
+            found = read(i)
+        except Exception as fault:  # decoders raise any type on a damaged file
+            error = error or unreadable(source.name(i), fault, noun)
+            continue
+        none = False
+        yield i, found
+    if none:
+        raise ValueError(none_readable(len(source), noun, where, error))
 
 
 def in_class_folders(

@@ -18,8 +18,8 @@ import numpy as np
 
 from selftrans.data.resolution import Resolution, check_range, sides, size_text
 from selftrans.data.sources.clips import GIF, Clips, MediaOptions, importing
-from selftrans.data.sources.decode import MAX_PIXELS, check_pixels, none_readable, open_picture, to_array, unreadable
-from selftrans.data.sources.source import Source
+from selftrans.data.sources.decode import MAX_PIXELS, STANDARD, Reading, check_pixels, open_picture, to_array
+from selftrans.data.sources.source import Source, readable
 from selftrans.encoders.media import Video, rounded
 
 if TYPE_CHECKING:
@@ -33,11 +33,12 @@ MAX_VALUES = 1 << 30  #: of one sample, held as float32
 
 
 def open_videos(
-    files: Source, where: Path, options: MediaOptions, resolution: Resolution | None, most: int = MAX_PIXELS
+    files: Source, where: Path, options: MediaOptions, resolution: Resolution | None, reading: Reading = STANDARD
 ) -> Clips:
     """The first `options.frames` frames of each video, at `resolution` (None: the size of the first, which all must have).
 
-    Frames of more than `most` pixels are refused. Raises ValueError without a number of frames, and when no video can be read.
+    `reading`: the limit of pixels of a frame, and whether frames are grey. Raises ValueError without a number of frames, and
+    when no video can be read.
     """
     if any(_suffix(name) != GIF for name in files.names):
         pyav()
@@ -48,8 +49,9 @@ def open_videos(
         )
     if resolution is not None:
         check_range(resolution)
+    most = reading.max_pixels
     first, fps = _first(files, where, most)
-    channels, size = 1 if options.grey else 3, first if resolution is None else sides(resolution)
+    channels, size = 1 if reading.grey else 3, first if resolution is None else sides(resolution)
     if (values := channels * frames * math.prod(size)) > MAX_VALUES:
         raise ValueError(
             f"--frames {frames} of {size_text(size)} are {values:,} values, more than {MAX_VALUES:,}; give fewer, or a smaller "
@@ -68,7 +70,7 @@ def open_videos(
         array = np.stack([to_array(picture, size, channels) for picture in pictures])  # (F, H, W, C)
         return array.transpose(3, 0, 1, 2).astype(np.float32) / 127.5 - 1
 
-    return Clips.of(files, (channels, frames, *size), Video(fps), load)
+    return Clips.of(files, (channels, frames, *size), load, "video", Video(fps))
 
 
 def pyav() -> Any:
@@ -132,18 +134,16 @@ def _av_frames(name: str, stream: BinaryIO, most: int) -> Generator[Image.Image]
 
 def _first(files: Source, where: Path, most: int) -> tuple[tuple[int, int], float]:
     """(height, width) and frames per second of the first video that can be read. Raises ValueError when none can."""
-    error: Exception | None = None
-    for i, name in enumerate(files.names):
-        try:
-            with files.open(i) as stream:
-                with closing(iter_frames(name, stream, most)) as shown:
-                    picture = next(shown, None)
-                if picture is None:
-                    raise ValueError("it has no frames")
-                return (picture.height, picture.width), rounded(_fps(name, stream, most))
-        except Exception as fault:  # decoders raise any type on a damaged file
-            error = error or unreadable(name, fault, "video")
-    raise ValueError(none_readable(len(files), "video", where, error))
+
+    def read(i: int) -> tuple[tuple[int, int], float]:
+        with files.open(i) as stream:
+            with closing(iter_frames(files.names[i], stream, most)) as shown:
+                picture = next(shown, None)
+            if picture is None:
+                raise ValueError("it has no frames")
+            return (picture.height, picture.width), rounded(_fps(files.names[i], stream, most))
+
+    return next(readable(files, read, "video", where))[1]
 
 
 def _fps(name: str, stream: BinaryIO, most: int) -> float:

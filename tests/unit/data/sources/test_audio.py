@@ -91,7 +91,10 @@ def test_sounds_without_samples_and_with_nan_are_named(tmp_path: Path) -> None:
     save_sound(root / "low" / "empty.wav", np.zeros(0, np.float32))
     save_sound(root / "low" / "nan.wav", np.full(160, np.nan, np.float32), subtype="FLOAT")
     manifest = prepare(root, tmp_path / "out", skip_bad=True, progress=False)
-    assert dict(manifest.skipped) == {"low/empty.wav": "it holds no sound", "low/nan.wav": "NaN or infinite"}
+    assert dict(manifest.skipped) == {
+        "low/empty.wav": "it holds no sound",
+        "low/nan.wav": "NaN, infinite, or beyond float32",
+    }
 
 
 def test_truncated_flac_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ from selftrans.data.sources.source import Source
 from tests.support.pictures import encoded, noise, write, zipped
 
 
-def read_one(tmp_path: Path, data: bytes, name: str = "a.png", **options: int) -> np.ndarray:
-    return open_source(write(tmp_path / "one", {name: data}), **options).read(0)  # type: ignore[arg-type]
+def read_one(tmp_path: Path, data: bytes, name: str = "a.png", **options: Any) -> np.ndarray:
+    return open_source(write(tmp_path / "one", {name: data}), **options).read(0)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_very_long_picture_needs_little_memory(tmp_path: Path) -> None:
 
 def test_grey_on_request(tmp_path: Path) -> None:
     array = noise(8, seed=11, channels=1)
-    assert np.array_equal(read_one(tmp_path, encoded(array), channels=1)[..., 0], array)
+    assert np.array_equal(read_one(tmp_path, encoded(array), reading=Reading(grey=True))[..., 0], array)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +14,17 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import decoded_images
 from selftrans.data.prepare import prepare
 from selftrans.data.sources.clips import MediaOptions, kind_of
+from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.video import iter_frames
 from tests.support.clips import moving, save_gif, save_mp4
 
-FRAMES = MediaOptions(frames=4, grey=True)
+FRAMES: dict[str, Any] = {"media": MediaOptions(frames=4), "reading": Reading(grey=True), "progress": False}
 
 
 def test_frames_of_a_gif_are_stored_exactly(tmp_path: Path) -> None:
     for i in range(4):
         save_gif(tmp_path / "x" / "ab"[i % 2] / f"{i}.gif", moving(i))
-    manifest = prepare(tmp_path / "x", tmp_path / "out", media=FRAMES, progress=False)
+    manifest = prepare(tmp_path / "x", tmp_path / "out", **FRAMES)
     assert manifest.shape == (1, 4, 16, 16) and manifest.classes == ("a", "b") and manifest.dtype == "float16"
     assert manifest.autoencoder.startswith("video(fps=10.0,")
     dataset = Dataset.open(tmp_path / "out")
@@ -108,8 +110,8 @@ def test_short_damaged_and_other_sizes_are_skipped_by_name(tmp_path: Path) -> No
     (root / "cut.gif").write_bytes((root / "wide.gif").read_bytes()[:40])
     (root / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n")  # a playlist is not followed
     with pytest.raises(ValueError, match=r"^cut.gif: cannot be read as a video \(.*--skip-bad$"):
-        prepare(root, tmp_path / "out", media=FRAMES, progress=False)
-    manifest = prepare(root, tmp_path / "out", media=FRAMES, skip_bad=True, progress=False)
+        prepare(root, tmp_path / "out", **FRAMES)
+    manifest = prepare(root, tmp_path / "out", skip_bad=True, **FRAMES)
     reasons = dict(manifest.skipped)
     assert manifest.count == 1 and set(reasons) == {
         "cut.gif",
