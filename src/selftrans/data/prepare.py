@@ -223,14 +223,13 @@ def _run(encoder: ShardEncoder, plan: Manifest, out: Path, given: PrepareOptions
         def decode(batch: range) -> Decoded:
             read = encoder.decode(batch)
             duplicates.add(read.good, read.arrays)
-            if isinstance(encoder.source, Source | Clips):  # among values it may be a meaning
-                note_constant(encoder.source, read, channels_last=isinstance(encoder.source, Source))
+            note_constant(encoder.source, read)
             return read
 
         batches = (batch for shard in missing for batch in encoder.batches(shard))
         with bar, closing(ahead(decode, batches, threads=encoder.threads)) as decoded:
             for shard in missing:
-                resumable.record(out, encoder.write(plan, out, shard, decoded, bar.update))
+                resumable.record(out, "shard", shard, encoder.write(plan, out, shard, decoded, bar.update))
         with resumable.changing(out, part):
             made = _finish(encoder, plan, out, progress)
         warn_after_reading(encoder.source, made, duplicates, now=warn)

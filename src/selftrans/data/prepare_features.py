@@ -7,11 +7,10 @@ shard, resumable, and in parts. Shape legend: N batch, T = grid² tokens, D widt
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from selftrans.data.manifest import FILE, REMEDY, FeatureFile, Features, Manifes
 from selftrans.data.prepare_options import NETWORK_DTYPES, PrepareOptions
 from selftrans.data.reports import say
 from selftrans.data.resolution import check_square, size_text
-from selftrans.data.shard_file import WRITE_REMEDY, Layout, is_valid, stored, write_shard
+from selftrans.data.shard_file import Layout, is_valid, stored, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
 from selftrans.data.sources.captions import CaptionSource
 from selftrans.data.sources.clips import kind_of
@@ -36,9 +35,8 @@ from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.messages import plural, printable
-from selftrans.plain_json import from_plain, parse_object, read_text
 from selftrans.progress import progress_bar
-from selftrans.storage import sha256_file, write_text
+from selftrans.storage import sha256_file
 
 
 def prepare_features(
@@ -128,8 +126,8 @@ def _run(plan: ShardPlan, wanted: Features, out: Path, given: PrepareOptions) ->
                 say(f"the features in {out} are complete already", progress)
                 return manifest.features
             # records: the manifest lists features once those of all shards are finished
-            for features in made.values():
-                _record(out, features)
+            for index, features in made.items():
+                resumable.record(out, "features", index, features)
             if manifest.features:
                 resumable.set_features(out, None)
         missing = [shard for shard in mine if shard not in made]
@@ -148,7 +146,7 @@ def _run(plan: ShardPlan, wanted: Features, out: Path, given: PrepareOptions) ->
             for shard in missing:
                 layout, batches_of = wanted.layout(manifest), islice(decoded, len(plan.batches(shard)))
                 file = _write(model, device, plan, layout, shards[shard], out, batches_of, bar.update)
-                _record(out, replace(wanted, files=(file,)))
+                resumable.record(out, "features", shard, replace(wanted, files=(file,)))
         with resumable.changing(out, part):
             return _finish(plan, wanted, out, progress)
 
@@ -161,11 +159,9 @@ def _stored(wanted: Features, out: Path) -> tuple[Manifest, dict[int, Shard], di
     earlier = resumable.earlier(out)
     assert earlier is not None, "checked by the caller"
     manifest, shards = earlier.plan, {shard.index: shard for shard in earlier.shards}
-    records = [manifest.features] if manifest.features else []
-    for path in sorted(out.glob("features-*.json")):
-        with suppress(ValueError):  # a damaged record is ignored: its features are made again
-            records.append(from_plain(Features, parse_object(read_text(path), path.name), path.name))
-    by_shard = {file.index: replace(features, files=(file,)) for features in records for file in features.files}
+    listed = [manifest.features] if manifest.features else []
+    recorded = (*listed, *resumable.records(out, "features", Features))
+    by_shard = {file.index: replace(features, files=(file,)) for features in recorded for file in features.files}
     valid = {
         index: features
         for index, features in by_shard.items()
@@ -185,11 +181,6 @@ def _check_same(made: dict[int, Features], wanted: Features, out: Path) -> None:
                     f"{out} holds features with {name} {old}, not {new}; repeat the command as it was, delete its "
                     "features-*.* files, or choose another --out"
                 )
-
-
-def _record(out: Path, features: Features) -> None:
-    """Record that the features of one shard are finished."""
-    write_text(out / f"features-{features.files[0].index:05d}.json", json.dumps(asdict(features)), remedy=WRITE_REMEDY)
 
 
 def _write(

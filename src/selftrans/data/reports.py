@@ -51,10 +51,14 @@ def check_faults(samples: Samples, source: str | Path, skip_bad: bool) -> None:
     )
 
 
-def note_constant(samples: Samples, read: Decoded, *, channels_last: bool) -> None:
-    """Note the samples of a batch that have one value throughout, or one in each channel, for `warn_after_reading`."""
+def note_constant(samples: Samples, read: Decoded) -> None:
+    """Note the pictures, sounds or videos of a batch that have one value throughout, or one in each channel, for
+    `warn_after_reading`. Among other values that may have a meaning."""
+    if not isinstance(samples, Source | Clips):
+        return
     for i, array in zip(read.good, read.arrays, strict=True):
-        positions = array.reshape(-1, array.shape[-1]) if channels_last else array.reshape(array.shape[0], -1).T
+        last = isinstance(samples, Source)  # channels of pictures are last, others first
+        positions = array.reshape(-1, array.shape[-1]) if last else array.reshape(array.shape[0], -1).T
         if (positions[0] == positions[-1]).all() and (positions == positions[0]).all():
             samples.read_warnings.add_constant(samples.name(i))
 

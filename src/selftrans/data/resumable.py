@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from selftrans.data.manifest import FILE, Features, Manifest, Shard
 from selftrans.data.manifest_text import NULL
@@ -23,6 +23,7 @@ from selftrans.plain_json import Option, from_plain, parse_object, read_text
 from selftrans.storage import InUse, lock_file, remove_stale_temporaries, sha256_file, write_text
 
 PLAN, LOCK = "plan.json", ".lock"
+Item = TypeVar("Item")
 #: part I of N, counted from 1
 Part: TypeAlias = tuple[int, int]
 ALONE: Part = (1, 1)
@@ -64,7 +65,7 @@ def earlier(out: Path) -> Earlier | None:
         manifest = Manifest.from_json(read_text(out / name))
     except ValueError as error:
         raise ValueError(f"{out} holds a damaged preparation ({error}); delete it, or choose another --out") from error
-    recorded = manifest.shards if name == FILE else tuple(_records(out))
+    recorded = manifest.shards if name == FILE else tuple(records(out, "shard", Shard))
     valid = tuple(shard for shard in recorded if is_valid(out / shard.file, manifest.layout, shard.count))
     complete = (
         name == FILE and PLAN not in visible and 0 < len(valid) == len(manifest.shards) and has_null(out, manifest)
@@ -86,10 +87,11 @@ def is_finished(out: Path) -> bool:
     return (out / FILE).is_file() and not (out / PLAN).exists()
 
 
-def _records(out: Path) -> Iterator[Shard]:
-    for path in sorted(out.glob("shard-*.json")):
-        with suppress(ValueError):  # a damaged record is ignored: its shard is made again
-            yield from_plain(Shard, parse_object(read_text(path), path.name), path.name)
+def records(out: Path, name: str, kind: type[Item]) -> Iterator[Item]:
+    """What `record` wrote under this name, by the index of the shard."""
+    for path in sorted(out.glob(f"{name}-*.json")):
+        with suppress(ValueError):  # a damaged record is ignored: what it describes is made again
+            yield from_plain(kind, parse_object(read_text(path), path.name), path.name)
 
 
 def check_options(before: Manifest, options: dict[str, Option], out: Path) -> None:
@@ -169,7 +171,7 @@ def begin(out: Path, plan: Manifest, shards: Iterable[Shard]) -> None:
     """Put the folder in its unfinished state, with these shards recorded as finished."""
     write_text(out / PLAN, plan.to_json(), remedy=WRITE_REMEDY)
     for shard in shards:
-        record(out, shard)
+        record(out, "shard", shard.index, shard)
     (out / FILE).unlink(missing_ok=True)
 
 
@@ -179,9 +181,9 @@ def discard(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def record(out: Path, shard: Shard) -> None:
-    """Record that a shard is finished."""
-    write_text(out / f"shard-{shard.index:05d}.json", json.dumps(asdict(shard)), remedy=WRITE_REMEDY)
+def record(out: Path, name: str, index: int, value: Shard | Features) -> None:
+    """Record that the moments (name `shard`) or the features (`features`) of a shard are finished."""
+    write_text(out / f"{name}-{index:05d}.json", json.dumps(asdict(value)), remedy=WRITE_REMEDY)
 
 
 def finish(out: Path, plan: Manifest, shards: Iterable[Shard]) -> Manifest:

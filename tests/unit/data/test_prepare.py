@@ -24,8 +24,6 @@ from selftrans.data.manifest import Manifest
 from selftrans.data.prepare import prepare, prepare_builtin
 from selftrans.data.prepare_features import prepare_features
 from selftrans.data.prepare_options import PrepareOptions
-from selftrans.data.sources.clips import MediaOptions
-from selftrans.data.sources.decode import Reading
 from selftrans.data.sources.open_source import open_source
 from selftrans.encoders.autoencoder import from_uint8, to_uint8
 from selftrans.encoders.latent_space import LatentSpace
@@ -91,10 +89,8 @@ def test_option_out_of_range_is_refused(option: dict[str, Any], message: str) ->
         PrepareOptions(**option)
 
 
-def test_grey_and_the_name_of_a_text_encoder_become_options_of_their_kind() -> None:
-    given = PrepareOptions(text="minilm", media=MediaOptions(grey=True))  # type: ignore[arg-type]
-    assert given.reading.grey and given.text == TextOptions("minilm")
-    assert PrepareOptions(reading=Reading(grey=True)).media.grey
+def test_the_name_of_a_text_encoder_becomes_options() -> None:
+    assert PrepareOptions(text="minilm").text == TextOptions("minilm")  # type: ignore[arg-type]
 
 
 def test_pictures_that_are_not_square(pictures: Path, tmp_path: Path, vae: str) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from selftrans.data.sources.decode import fault_of
 from selftrans.data.sources.file_kinds import PICTURES
 from selftrans.data.sources.source import Entries, Source, parts_inside
 from selftrans.data.sources.table_file import (
@@ -98,27 +99,24 @@ def captioned(files: Entries) -> Source:
     A caption file without a picture is a sample, too, with the reason in `faults`.
     """
     texts: dict[str, dict[str, int]] = {}  #: path without extension -> extension in lower case -> number of the file
-    pictures = set[str]()
+    pictures = dict[int, str]()  #: number of the file -> path without extension
     for i, name in enumerate(files.names):  # of x.TXT and x.txt, the latter counts
         suffix = PurePosixPath(name).suffix
         if suffix.lower() in CAPTION_FILES:
             texts.setdefault(name.removesuffix(suffix), {})[suffix.lower()] = i
         else:
-            pictures.add(name.removesuffix(suffix))
-    entries: dict[int, list[str] | str] = {}  #: number of the file -> captions or fault
-    for i, name in enumerate(files.names):
-        suffix = PurePosixPath(name).suffix
-        stem = name.removesuffix(suffix)
-        if suffix.lower() not in CAPTION_FILES:
-            entries[i] = _next_to(files, texts.get(stem, {}))
-        elif stem not in pictures:
-            entries[i] = NO_PICTURE
+            pictures[i] = name.removesuffix(suffix)
+    #: number of the file -> captions or fault
+    entries: dict[int, list[str] | str] = {i: _next_to(files, texts.get(stem, {})) for i, stem in pictures.items()}
+    for stem in texts.keys() - pictures.values():
+        entries |= dict.fromkeys(texts[stem].values(), NO_PICTURE)
     if pictures and not texts:
         raise ValueError(
             f"none of the {plural(len(pictures), 'picture')} has a caption: they are read from name.txt, name.caption or "
             "name.json next to name.jpg; for a table of names and captions, or COCO's json, give --captions FILE"
         )
-    return with_captions(files.chosen(list(entries)).pictures(), entries.values())
+    order = sorted(entries)
+    return with_captions(files.chosen(order).pictures(), (entries[i] for i in order))
 
 
 def _next_to(files: Entries, own: Mapping[str, int]) -> list[str] | str:
@@ -130,13 +128,11 @@ def _next_to(files: Entries, own: Mapping[str, int]) -> list[str] | str:
         return f"its captions take more than {MAX_FILE_BYTES} bytes"
     try:
         with files.open(own[suffix]) as file:
-            data = file.read()
-    except Exception as error:  # of a zip the type depends on the damage
-        return f"its captions cannot be read ({first_line(error)})"
-    try:
-        return parse_captions(suffix, data)
+            return parse_captions(suffix, file.read())
     except ValueError as error:
         return first_line(error)
+    except Exception as error:  # of a zip the type depends on the damage
+        return f"its captions cannot be read ({first_line(error)})"
 
 
 def annotated(pictures: Source, file: Path, column: str | None = None) -> Source:
@@ -186,7 +182,8 @@ def _annotations(file: Path, names: Sequence[str], column: str | None) -> tuple[
         return {name: name for name in of}, dict(of)
     images: dict[Any, str] = {}
     captions: dict[Any, list[str]] = {}
-    try:
+    expected = "give images with id and file_name, annotations with image_id and caption"
+    with fault_of(file, "does not hold captions as COCO's annotations do", expected):
         if file.stat().st_size > MAX_ANNOTATION_BYTES:
             raise ValueError(f"larger than {MAX_ANNOTATION_BYTES} bytes")
         data = json.loads(file.read_bytes())
@@ -198,12 +195,6 @@ def _annotations(file: Path, names: Sequence[str], column: str | None) -> tuple[
             if not isinstance(annotation["caption"], str):
                 raise ValueError(f"the caption of image {printable(annotation['image_id'])} is not text")
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise ValueError(
-            f"{file} does not hold captions as COCO's annotations do ({reason}): images with id and file_name, annotations "
-            "with image_id and caption"
-        ) from error
     return images, captions
 
 
@@ -214,7 +205,11 @@ def caption_table(file: Path, pictures: Sequence[str] = (), column: str | None =
     Raises ValueError, with the line, for a file that is not of this kind.
     """
     found: dict[str, list[str]] = {}
-    try:
+    forms = (
+        f"give a csv, tsv or jsonl with file_name and caption ({page('data.md')}), or name the column of captions by "
+        "--caption-column"
+    )
+    with fault_of(file, "cannot be read as captions", forms):
         text, suffix = read_text(file), file.suffix.lower()
         rows = list[tuple[int, dict[str, Any]]]()
         for number, row in json_lines(text) if suffix == ".jsonl" else _rows(text, suffix):
@@ -228,11 +223,6 @@ def caption_table(file: Path, pictures: Sequence[str] = (), column: str | None =
         for number, row in rows:
             name, captions = _entry(row, f"line {number}", of_names, columns)
             found.setdefault(picture_name(name.strip()), []).extend(captions)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{printable(file)} cannot be read as captions ({first_line(error)}): give a csv, tsv or jsonl with file_name and "
-            f"caption ({page('data.md')}), or name the column of captions by --caption-column"
-        ) from error
     return found
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -82,11 +82,10 @@ class Clips(FileSamples):
         return replace(self.media, **numbers)
 
 
-@contextmanager
-def importing(module: str, what: str) -> Iterator[None]:
-    """For an import of a module of the extra `media`, which reads `what`: ValueError with the command that installs it."""
+def library(module: str, what: str) -> Any:
+    """A module of the extra `media`, which reads `what`. Raises ValueError with the command that installs it."""
     try:
-        yield
+        return import_module(module)
     except (ImportError, OSError) as error:  # OSError: a system library is missing
         raise ValueError(
             f"{what} are read by {module}, which cannot be imported ({first_line(error, 100)}): pip install 'selftrans[media]'"

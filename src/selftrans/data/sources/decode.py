@@ -7,11 +7,12 @@ import errno
 import math
 import struct
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -70,8 +71,21 @@ def none_readable(count: int, noun: str, where: object = None, why: object = Non
     return said if why is None else f"{said}{'' if count == 1 else '; the first'}: {why}"
 
 
-class Reading(NamedTuple):
-    """How pictures are read."""
+@contextmanager
+def fault_of(file: object, fault: str, remedy: str) -> Iterator[None]:
+    """Any error in the block as a ValueError, `FILE FAULT (reason); REMEDY`; one that names the file already is not changed."""
+    try:
+        yield
+    except Exception as error:  # readers of archives, arrays and tables raise any type on a damaged file
+        if isinstance(error, MemoryError) or str(error).startswith(str(file)):
+            raise
+        reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        raise ValueError(f"{printable(file, None)} {fault} ({first_line(reason, 300)}); {remedy}") from error
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read. ValueError for an option out of range."""
 
     max_pixels: int = MAX_PIXELS  #: larger pictures are refused
     #: values that become black and white in pictures of more than 8 bits; None: all bits
@@ -82,8 +96,7 @@ class Reading(NamedTuple):
     label_column: str | None = None  #: of that file; None: the one with a usual name
     grey: bool = False  #: one channel in place of three
 
-    def check(self) -> None:
-        """Raise ValueError for an option out of range."""
+    def __post_init__(self) -> None:
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels {self.max_pixels} should be 1 or more")
         if self.range is not None and not -math.inf < self.range[0] < self.range[1] < math.inf:

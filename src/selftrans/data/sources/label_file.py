@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from selftrans.data.sources.decode import fault_of
 from selftrans.data.sources.labelling import Label, as_label, with_labels
 from selftrans.data.sources.source import MAX_CLASSES, Source
 from selftrans.data.sources.table_file import (
@@ -25,12 +25,13 @@ from selftrans.data.sources.table_file import (
     picture_name,
     read_text,
 )
-from selftrans.messages import first_line, page, plural, printable
+from selftrans.messages import page, plural, printable
 
 NAME = "dataset.json"
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
 #: names of columns and fields, in lower case
 LABELS = ("label", "class", "class_name", "category", "target")
+UNREADABLE = "cannot be read as labels"
 _FORMS = (
     f"give a csv of path,label, or a json of paths and labels ({page('data.md')}), or the column of labels by "
     "--label-column"
@@ -56,7 +57,7 @@ def labelled(source: Source, read: Callable[[], str], where: str, names: Sequenc
     """
     if not len(source):
         return None
-    with _named(where, "repair it, or remove it"):
+    with fault_of(where, UNREADABLE, "repair it, or remove it"):
         content = parse_json(read())
         if not isinstance(content, JsonObject) or "labels" not in content:
             return None
@@ -77,24 +78,12 @@ def given_labels(source: Source, path: str | Path, column: str | None = None) ->
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"the file of labels {printable(path)} does not end in {', '.join(SUFFIXES)}; {_FORMS}")
-    with _named(str(path), _FORMS):
+    with fault_of(path, UNREADABLE, _FORMS):
         text = read_text(path)
         labels, of_lines = LABELS if column is None else (column.strip().lower(),), suffix in (".csv", ".tsv")
         pairs = _csv(text, suffix, source.names, labels) if of_lines else _pairs(_entries(text, suffix), labels)
         of = _unique(pairs)
     return with_labels(source, of, str(path))
-
-
-@contextmanager
-def _named(where: str, remedy: str) -> Iterator[None]:
-    """Adds the name of the file and what to do to an error in the block."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # of a zip the type depends on the damage
-        reason = error if isinstance(error, ValueError) else first_line(getattr(error, "strerror", None) or error)
-        raise ValueError(f"{printable(where, None)} cannot be read as labels ({reason}); {remedy}") from error
 
 
 def _entries(text: str, suffix: str) -> Iterable[object]:
@@ -152,15 +141,16 @@ def _csv(
     `pictures`: their names: a first line with one of them is no header, and a column of them is that of the names.
     """
     names, rows = {*pictures}, list(csv_rows(text, suffix))
-    at: tuple[int, int] | None = None
-    same: list[tuple[int, int]] = []  # pairs of columns with the same title
-    for number, row in rows:
-        if at is None:
-            at = _columns([each for _, each in rows[:MOST_LINES]], names, labels)
-            titles = [cell.strip().lower() for cell in row]
-            same = [(i, k) for i in at for k, title in enumerate(titles) if k > i and title == titles[i]]
-            if at != (0, 1) or titles[0] in NAMES or not _is_name(row[0], names):
-                continue
+    if not rows:
+        return
+    first = rows[0][1]
+    at, titles = (
+        _columns([row for _, row in rows[:MOST_LINES]], names, labels),
+        [cell.strip().lower() for cell in first],
+    )
+    same = [(i, k) for i in at for k, title in enumerate(titles) if k > i and title == titles[i]]
+    untitled = at == (0, 1) and titles[0] not in NAMES and _is_name(first[0], names)
+    for number, row in rows[0 if untitled else 1 :]:
         if len(row) <= max(at):
             raise ValueError(f"line {number} has {len(row)} of the columns")
         for i, k in same:

@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from selftrans.data.sources.decode import BadSample
+from selftrans.data.sources.decode import BadSample, fault_of
 from selftrans.data.sources.source import MAX_CLASSES, MAX_PICTURE_BYTES, NOT_FINITE, InOrder, Samples
 from selftrans.data.sources.zip_archive import open_zip
 from selftrans.messages import first_line
@@ -77,16 +77,13 @@ def npz_labels(path: Path) -> np.ndarray | None:
                 return None
         except Exception:
             return None  # `npz_samples` reports the fault
-        with _member(archive, path, "arr_1") as file:
-            shape, _, dtype = array_header(file)
-            if len(shape) != 1 or dtype.kind not in "iu":
-                return None
-            if shape[0] != count or count * dtype.itemsize > MAX_PICTURE_BYTES:
-                said = f"holds labels arr_1 that do not fit its images: {shape[0]} labels of {count} images"
-                raise ValueError(f"{path} {said}")
-            data = _read_exactly(file, count * dtype.itemsize, path, "arr_1")
-    labels = np.frombuffer(data, dtype).astype(np.int64)
-    return labels if labels.any() else None
+        labels = _small_array(archive, path, "arr_1")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return None
+    if len(labels) != count:
+        said = f"holds labels arr_1 that do not fit its images: {len(labels)} labels of {count} images"
+        raise ValueError(f"{path} {said}")
+    return labels.astype(np.int64) if labels.any() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,24 +282,18 @@ def _small_array(archive: ZipFile, path: Path, name: str) -> np.ndarray:
 @contextmanager
 def _member(archive: ZipFile, path: Path, name: str) -> Iterator[IO[bytes]]:
     """An open array of an npz. Every exception of its header and of the zip becomes a ValueError of one line."""
-    try:
+    with fault_of(path, f"holds an array `{name}` that cannot be read", "save it again"):
         size, most = archive.getinfo(f"{name}.npy").file_size, EXPANSION * path.stat().st_size
         if size > most:
             raise ValueError(f"it claims to expand to {size} bytes, more than a zip of this size can hold")
         with archive.open(f"{name}.npy") as file:
             yield file
-    except Exception as error:  # encrypted, unknown compression, damaged entry, malicious header
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: array `{name}` cannot be read ({first_line(error)}); save it again") from error
 
 
 def _read_exactly(file: IO[bytes], size: int, path: Path, where: str) -> bytes:
     """The next `size` bytes of a member. Raises ValueError when it is damaged or truncated."""
-    try:
+    with fault_of(path, f"is damaged at {where}", "make it again"):
         data = file.read(size)
-    except Exception as error:  # the type depends on the damage
-        raise ValueError(f"{path} is damaged at {where} ({first_line(error)}); make it again") from error
     if len(data) != size:
         raise ValueError(f"{path} is truncated at {where}; make it again")
     return data

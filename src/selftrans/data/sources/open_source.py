@@ -19,7 +19,7 @@ import numpy as np
 from selftrans.data.resolution import MAX_RESOLUTION, Resolution, check_range, resolution_of, size_text
 from selftrans.data.sources import folder, npz, table, zip_archive
 from selftrans.data.sources.captions import CAPTIONED, CaptionSource, annotated, captioned
-from selftrans.data.sources.decode import STANDARD, Reading, unreadable, upright_size
+from selftrans.data.sources.decode import STANDARD, Reading, upright_size
 from selftrans.data.sources.digit_captions import digits_with_captions
 from selftrans.data.sources.file_kinds import PICTURES, check_source_file, describe_ignored, remedy_for_ignored
 from selftrans.data.sources.label_file import given_labels
@@ -68,7 +68,7 @@ def open_source(
     Raises ValueError when there is no picture, the layout is ambiguous or unsafe, or a resolution is needed.
     """
     opened = _open(source, resolution, split, label_column, captions, reading)
-    native = resolution or _native_resolution(opened, str(source), progress, RESIZE, f"{RESIZE}{KEEP}")
+    native = resolution or _native(opened, str(source), progress, RESIZE, f"{RESIZE}{KEEP}")[0]
     return dataclasses.replace(opened, resolution=native)
 
 
@@ -83,7 +83,6 @@ def _open(
     """The source with this resolution (None: 0, to be replaced). Raises ValueError as `open_source` does."""
     if resolution is not None:
         check_range(resolution)
-    reading.check()
     if captions and reading.labels is not None:
         raise ValueError("--labels does not apply to pictures with captions, which have no labels; leave it out")
     opened = _find(source, split, label_column, captions, reading)
@@ -214,24 +213,27 @@ def _digits() -> Source:
     )
 
 
-def _native_resolution(source: Source, where: str, progress: bool, remedy: str, of_shapes: str) -> Resolution:
-    """The size of all pictures, from their headers. ValueError, with a remedy, when they have several, or several shapes."""
+def _native(source: Source, where: str, progress: bool, remedy: str, of_shapes: str) -> tuple[Resolution, bool]:
+    """The size of all pictures, and whether all are grey in 8 bits, from their headers.
 
-    def size_of(i: int) -> tuple[int, int]:
+    ValueError, with a remedy, when they have several sizes, or several shapes.
+    """
+
+    def header(i: int) -> tuple[tuple[int, int], bool]:
         with source.open(i) as image:
-            return upright_size(image)
+            return upright_size(image), image.mode in ("1", "L")
 
     bar = progress_bar(range(len(source)), desc="sizes", unit=" pictures", disable=not progress, leave=False)
-    seen = (0, 0)
-    for i, size in readable(source, size_of, "picture", where, bar):
+    seen, all_grey = (0, 0), True
+    for i, (size, grey) in readable(source, header, "picture", where, bar):
         if size != seen and any(seen):
             alike = max(size[0] * seen[1], size[1] * seen[0]) < OTHER_SHAPE * min(size[0] * seen[1], size[1] * seen[0])
             other = f"{printable(source.name(i))} in {where} is {size_text(size)}, others {size_text(seen)}"
             raise ValueError(f"{other}; {remedy if alike else of_shapes}")
-        seen = size
+        seen, all_grey = size, all_grey and grey
     if max(seen) > MAX_RESOLUTION:
         raise ValueError(f"the pictures of {where} are {size_text(seen)}, more than {MAX_RESOLUTION}; {remedy}")
-    return resolution_of(*seen)
+    return resolution_of(*seen), all_grey
 
 
 def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]:
@@ -245,21 +247,9 @@ def iter_images(path: str | Path, batch_size: int = 256) -> Iterator[np.ndarray]
         return
     source = dataclasses.replace(_open(path, None), faults={})  # labels are not used, so none is missing
     remedy = "they are read without resizing: crop all to one size"
-    native = _native_resolution(source, str(path), False, remedy, remedy)
-    channels = 1 if source.channels == 1 or _all_grey(source) else 3
-    source = dataclasses.replace(source, resolution=native, channels=channels)
+    native, grey = _native(source, str(path), False, remedy, remedy)
+    source = dataclasses.replace(source, resolution=native, channels=1 if grey else 3)
     indices = range(len(source))
     batches = (indices[start : start + batch_size] for start in indices[::batch_size])
     yield from ahead(lambda batch: np.stack([source.read(i) for i in batch]), batches)
     source.read_warnings.emit()
-
-
-def _all_grey(source: Source) -> bool:
-    for i in range(len(source)):
-        try:
-            with source.open(i) as image:
-                if image.mode not in ("1", "L"):
-                    return False
-        except Exception as error:
-            raise unreadable(source.names[i], error) from error
-    return True

@@ -71,12 +71,11 @@ def json_lines(text: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line, object_pairs_hook=JsonObject)
-            except json.JSONDecodeError as error:  # its text counts the lines of this one
-                raise ValueError(
-                    f"line {number} is not valid json: {error.msg} at character {error.pos + 1}"
-                ) from error
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number} is not valid json: {first_line(error)}") from error
+                said = first_line(error)
+                if isinstance(error, json.JSONDecodeError):  # its text counts the lines of this one
+                    said = f"{error.msg} at character {error.pos + 1}"
+                raise ValueError(f"line {number} is not valid json: {said}") from error
 
 
 def csv_rows(text: str, suffix: str) -> Iterator[tuple[int, list[str]]]:

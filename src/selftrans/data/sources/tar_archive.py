@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from selftrans.data.sources.decode import fault_of
 from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
 from selftrans.data.sources.labelling import Label, numbered
 from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, in_class_folders, parts_inside
@@ -65,8 +66,8 @@ def walk_tar(path: Path, suffixes: Collection[str], ignored: Counter[str]) -> It
 
     Raises ValueError, in one line, for whatever is wrong with the file.
     """
-    try:
-        archived = ArchiveJunk(ignored)
+    archived = ArchiveJunk(ignored)
+    with fault_of(path, "is not a complete tar file", "decompress or make it again"):
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 name = _checked(info, path)
@@ -84,12 +85,6 @@ def walk_tar(path: Path, suffixes: Collection[str], ignored: Counter[str]) -> It
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise ValueError(f"it ends, or is damaged, at byte {end}")
-    except Exception as error:  # tarfile raises more than TarError for malicious headers
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(
-            f"{path} is not a complete tar file ({first_line(error)}); decompress or make it again"
-        ) from error
 
 
 def _checked(info: tarfile.TarInfo, path: Path) -> str:

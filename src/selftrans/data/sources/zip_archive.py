@@ -15,11 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from selftrans.data.sources import label_file
+from selftrans.data.sources.decode import fault_of
 from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
 from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, in_class_folders, parts_inside
 from selftrans.data.sources.splits import class_root
 from selftrans.data.sources.table_file import MAX_BYTES, text_of
-from selftrans.messages import first_line, printable
+from selftrans.messages import printable
 
 
 def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False) -> Source:
@@ -119,13 +120,9 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
 
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file and read its directory. Raises ValueError when that fails."""
-    try:
+    remedy = "it is incomplete, damaged, or of another kind: download or make it again"
+    with fault_of(path, "is not a readable zip", remedy):
         return zipfile.ZipFile(path)
-    except Exception as error:  # for a damaged directory zipfile raises more than BadZipFile
-        raise ValueError(
-            f"{path} is not a readable zip ({first_line(error)}): incomplete, damaged, or of another kind; download or make it "
-            "again"
-        ) from error
 
 
 def _checked_parts(info: zipfile.ZipInfo, path: Path) -> list[str]:

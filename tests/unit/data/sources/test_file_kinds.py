@@ -117,7 +117,7 @@ def test_a_folder_in_an_archive_is_counted_once() -> None:
         ("a.h5", b"\x89HDF", "is a file of another kind; store the pictures as files in a folder, a zip"),
         ("a", b"", "is empty; download or make it again"),
         ("a.zip", b"", "; download or make it again"),
-        ("a.zip", b"PK\3\4 half of it", "is not a readable zip .*: incomplete, damaged"),
+        ("a.zip", b"PK\3\4 half of it", "is not a readable zip .*; it is incomplete, damaged"),
     ],
 )
 def test_files_that_are_no_source(

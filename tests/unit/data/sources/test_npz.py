@@ -128,11 +128,11 @@ OTHERS = {
     "no channels": ({"data": FLOATS[:, 0]}, r"\(4, 8\); give its one channel a dimension: data\[:, None\]"),
     "four spatial dimensions": ({"data": FLOATS[..., None, None, None]}, "1 to 3 spatial dimensions"),
     "none": ({"data": FLOATS[:0]}, r"data of shape \(0, 2, 8\) hold no samples; give at least one"),
-    "pickled": ({"data": np.array([{"a": 1}], object)}, "`data` cannot be read .*pickled"),
-    "pickled labels": ({"data": FLOATS, "labels": np.array([None] * 4, object)}, "`labels` cannot be read .*pickled"),
+    "pickled": ({"data": np.array([{"a": 1}], object)}, "`data` that cannot be read .*pickled"),
+    "pickled labels": ({"data": FLOATS, "labels": np.array([None] * 4, object)}, "`labels` that cannot be read .*pickled"),
     "pickled classes": (
         {"data": FLOATS, "labels": np.zeros(4, int), "classes": np.array(["a", None], object)},
-        "`classes` cannot be read .*pickled",
+        "`classes` that cannot be read .*pickled",
     ),
     "no data": ({"arr_0": FLOATS}, r"holds no array `data`; save it with numpy.savez"),
     "classes alone": ({"data": FLOATS, "classes": np.array(["a"])}, "`classes` without `labels`"),
@@ -186,7 +186,7 @@ def test_wrong_headers_of_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not match its"):
         npz_values(tmp_path / "x.npz")
     zipped(tmp_path / "x.npz", {"data.npy": b"no array"})
-    with pytest.raises(ValueError, match="`data` cannot be read"):
+    with pytest.raises(ValueError, match="`data` that cannot be read"):
         npz_values(tmp_path / "x.npz")
 
 

@@ -85,7 +85,7 @@ def test_unknown_sources_are_refused(tmp_path: Path) -> None:
         open_source("nobody/nothing")
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(
-        ValueError, match=r"is not a readable zip \(File is not a zip file\): .*; download or make it again"
+        ValueError, match=r"is not a readable zip \(File is not a zip file\); .*: download or make it again"
     ):
         open_source(tmp_path / "x.zip")
     for name, why in (("a.tar", "is not a complete tar file"), ("a.tar.gz", "is a compressed tar; decompress it")):
