@@ -177,8 +177,8 @@ def open_files(
     """
     empty: list[str] = []  #: class folders without files; tars have none
     if path.is_file() and path.suffix.lower() == ".zip":
-        listed = zip_entries(path, known, split)
-        found, empty = listed.files, listed.empty
+        found = zip_entries(path, known, split)
+        empty = [*found.empty]
     elif path.is_file():
         found = tar_entries([path], known, split)
     elif next(walk(path, known, Counter()), None) is None and (tars := files_like(path, TARS)):

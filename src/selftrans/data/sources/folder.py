@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, describe_ignored, file_kind, junk_name
-from selftrans.data.sources.label_file import NAME, SUFFIXES, labelled_folder
+from selftrans.data.sources.label_file import NAME, SUFFIXES, labelled
 from selftrans.data.sources.part_file import SizedFile
-from selftrans.data.sources.source import Entries, Source, in_class_folders
+from selftrans.data.sources.source import Entries, LabelFile, Source, in_class_folders
+from selftrans.data.sources.table_file import first_bytes
 from selftrans.messages import printable
 
 LINKS, SPECIAL = "symbolic links to folders", "broken links, pipes and devices"
@@ -32,12 +32,12 @@ def folder(root: Path, *, is_split: bool = False, allow_empty: bool = False) -> 
         raise ValueError(f"{root} holds pictures and {printable(other)}; keep one kind of file in a folder")
     if not pictures:
         found.ignored.update(Counter(file_kind(name) for name in found.names))
-    source = replace(found.chosen(pictures).pictures(), tables=lambda most: _tables(root, most))
-    labelled = labelled_folder(source, root)
-    if labelled is None and is_split:
-        labelled = labelled_folder(source, root.parent, f"{root.name}/")
-    if labelled:
-        return labelled
+    source, own, outer = found.chosen(pictures).pictures(), root / NAME, root.parent / NAME
+    files = [LabelFile(str(own), partial(first_bytes, own))] if own.is_file() else []
+    if is_split and outer.is_file():
+        files.append(LabelFile(str(outer), partial(first_bytes, outer), lambda name: f"{root.name}/{name}"))
+    if labels := labelled(source, files):
+        return labels
     return in_class_folders(
         source, source.names, str(root), also=empty_classes(root, source.names, "pictures", allow_empty)
     )
@@ -46,18 +46,18 @@ def folder(root: Path, *, is_split: bool = False, allow_empty: bool = False) -> 
 def folder_entries(root: Path, suffixes: Collection[str]) -> Entries:
     """The files at any depth of a folder with one of these suffixes. ValueError for a link that leads out of the folder."""
     ignored: Counter[str] = Counter()
-    found = sorted(walk(root, suffixes, ignored))
-    names = [name for name, _ in found]
-    return Entries(names, [size for _, size in found], lambda i: SizedFile.open(root / names[i]), dict(ignored))
-
-
-def _tables(root: Path, most: int) -> Iterator[tuple[str, bytes]]:
-    """Extension and first bytes of each file in a folder that may hold labels; those that cannot be read are left out."""
-    for path in sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES and path.name != NAME):
-        with contextlib.suppress(OSError):
-            if path.is_file() and junk_name(path.name) is None:
-                with open(path, "rb") as file:
-                    yield path.suffix.lower(), file.read(most)
+    of_tables = tuple({*SUFFIXES} - {*suffixes})
+    found, tables = list[tuple[str, int]](), list[str]()
+    for name, size in sorted(walk(root, {*suffixes, *SUFFIXES}, ignored)):
+        if name.lower().endswith(of_tables):
+            tables.append(name)
+        else:
+            found.append((name, size))
+    ignored.update(map(file_kind, tables))
+    names, sizes = [name for name, _ in found], [size for _, size in found]
+    beside = [root / name for name in tables if "/" not in name and name != NAME]
+    heads = [(path.suffix.lower(), partial(first_bytes, path)) for path in beside]
+    return Entries(names, sizes, lambda i: SizedFile.open(root / names[i]), dict(ignored), tables=heads)
 
 
 def check_link(root: Path, name: str) -> None:

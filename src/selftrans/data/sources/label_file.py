@@ -7,14 +7,15 @@ a/001.jpg,cat           {"a/001.jpg": "cat", ...}, [["a/001.jpg", "cat"], ...], 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from selftrans.data.sources.decode import fault_of
 from selftrans.data.sources.labelling import Label, as_label, with_labels
-from selftrans.data.sources.source import MAX_CLASSES, Source
+from selftrans.data.sources.source import MAX_CLASSES, LabelFile, Source
 from selftrans.data.sources.table_file import (
+    MAX_BYTES,
     MOST_LINES,
     NAMES,
     JsonObject,
@@ -24,6 +25,7 @@ from selftrans.data.sources.table_file import (
     parse_json,
     picture_name,
     read_text,
+    text_of,
 )
 from selftrans.messages import page, plural, printable
 
@@ -38,34 +40,24 @@ _FORMS = (
 )
 
 
-def labelled_folder(source: Source, root: Path, prefix: str = "") -> Source | None:
-    """The source with the labels of the `dataset.json` in a folder, in which each picture is `prefix` and its name.
+def labelled(source: Source, files: Iterable[LabelFile]) -> Source | None:
+    """The source with the labels of the first `dataset.json` that has a field `labels`; None without one.
 
-    None without one. Raises ValueError as `labelled`.
+    Pictures without a label become faults of the source. Raises ValueError for labels other than words and integers from 0,
+    and where no picture has one.
     """
-    path = root / NAME
-    if not path.is_file():
-        return None
-    return labelled(source, lambda: read_text(path), str(path), [prefix + name for name in source.names])
-
-
-def labelled(source: Source, read: Callable[[], str], where: str, names: Sequence[str]) -> Source | None:
-    """The source with the labels of a `dataset.json`; `names`: of the pictures, from the folder of this file on.
-
-    None for a json of another kind, without `labels`. Pictures without a label become faults of the source. Raises
-    ValueError for labels other than words and integers from 0, and where no picture has one.
-    """
-    if not len(source):
-        return None
-    with fault_of(where, UNREADABLE, "repair it, or remove it"):
-        content = parse_json(read())
-        if not isinstance(content, JsonObject) or "labels" not in content:
-            return None
-        content.check(["labels"])
-        entries = content["labels"]
-        of = None if entries is None else _unique(_pairs(entries if isinstance(entries, list) else [entries]))
-    ignored = dict(Counter(source.ignored) - Counter({"*.json": 1}))
-    return replace(source if of is None else with_labels(source, of, where, names), ignored=ignored)
+    for file in files if len(source) else ():
+        with fault_of(file.where, UNREADABLE, "repair it, or remove it"):
+            content = parse_json(text_of(file.read(MAX_BYTES + 1)))
+            if not isinstance(content, JsonObject) or "labels" not in content:
+                continue
+            content.check(["labels"])
+            entries = content["labels"]
+            of = None if entries is None else _unique(_pairs(entries if isinstance(entries, list) else [entries]))
+        ignored = dict(Counter(source.ignored) - Counter({"*.json": 1}))
+        names = list(map(file.inside, source.names))
+        return replace(source if of is None else with_labels(source, of, file.where, names), ignored=ignored)
+    return None
 
 
 def given_labels(source: Source, path: str | Path, column: str | None = None) -> Source:

@@ -141,7 +141,7 @@ def _find(
     if files:
         check_source_file(path)
         if captions:
-            return captioned(zip_archive.zip_entries(path, CAPTIONED, split).files)
+            return captioned(zip_archive.zip_entries(path, CAPTIONED, split))
         return zip_archive.zip_file(path, split, allow_empty=reading.allow_empty)
     if path.is_dir():
         if captions:
@@ -181,7 +181,7 @@ def _unlabelled(source: str | Path, split: str | None, file: str) -> Source:
     if path.is_dir():
         return folder.folder_entries(split_folder(path, split), PICTURES).pictures()
     if path.is_file() and path.suffix.lower() == ".zip":
-        return zip_archive.zip_entries(path, PICTURES, split).files.pictures()
+        return zip_archive.zip_entries(path, PICTURES, split).pictures()
     raise ValueError(f"{printable(source)} is not a folder or a zip of pictures, which {file} needs")
 
 

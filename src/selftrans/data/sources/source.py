@@ -80,6 +80,14 @@ class Samples(ABC):
         """Sample i as an array; from any thread. Raises BadSample (a ValueError) naming it."""
 
 
+class LabelFile(NamedTuple):
+    """A `dataset.json` that may label the pictures of a source, see `label_file`."""
+
+    where: str  #: for messages
+    read: Callable[[int], bytes]  #: its first bytes
+    inside: Callable[[str], str] = str  #: the name of a picture, from the folder of this file on
+
+
 class Entries(NamedTuple):
     """Files of a folder, or of an archive."""
 
@@ -88,6 +96,10 @@ class Entries(NamedTuple):
     open: Callable[[int], BinaryIO]  #: file i, to be closed; safe from any thread
     ignored: dict[str, int]  #: reason for ignoring files -> how many
     head: Callable[[str], str] = str  #: a name from its class folder on
+    empty: Sequence[str] = ()  #: class folders that hold none of the files; known of a zip
+    labels: Sequence[LabelFile] = ()  #: of a zip, the nearest first
+    #: extension and first bytes of other files next to them that may hold labels
+    tables: Sequence[tuple[str, Callable[[int], bytes]]] = ()
 
     @property
     def heads(self) -> list[str]:
@@ -108,6 +120,7 @@ class Entries(NamedTuple):
             self.sizes,
             labels=np.zeros(len(self.names), dtype=np.int64),
             ignored=dict(self.ignored),
+            tables=self.tables,
         )
 
 
@@ -130,8 +143,7 @@ class Source(Samples):
     resolution: Resolution = 0
     is_table: bool = False
     reading: Reading = STANDARD  #: limits and values of the pixels
-    #: the first `most` bytes of files next to the pictures that may hold labels, with the extension of each
-    tables: Callable[[int], Iterable[tuple[str, bytes]]] = field(default=lambda most: (), repr=False)
+    tables: Sequence[tuple[str, Callable[[int], bytes]]] = field(default=(), repr=False)  #: see `Entries`
 
     def name(self, i: int) -> str:
         return self.names[i]

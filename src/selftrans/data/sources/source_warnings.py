@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -82,18 +82,18 @@ def _label_warnings(source: Source) -> Iterator[str]:
         return
     files = of_other_kinds(source.ignored)
     tables = [suffix for suffix in SUFFIXES if 0 < files.get(suffix, 0) <= MOST_TABLES]
-    if naming := [
-        suffix
-        for suffix, data in source.tables(MOST_BYTES)
-        if tables and suffix in tables and _names_a_picture(source, data)
-    ]:
+    if naming := [suffix for suffix, read in source.tables if suffix in tables and _names_a_picture(source, read)]:
         yield f"the pictures have no classes; if a {naming[0]} file next to them holds labels, give it by --labels FILE"
     elif texts := [suffix for suffix in CAPTION_FILES if 2 * files.get(suffix, 0) > len(source)]:
         yield f"the pictures have no classes; if the {texts[0]} files next to them hold captions, give --text MODEL"
 
 
-def _names_a_picture(source: Source, data: bytes) -> bool:
+def _names_a_picture(source: Source, read: Callable[[int], bytes]) -> bool:
     """Whether the beginning of a table or json has the name of a picture as one of its values."""
+    try:
+        data = read(MOST_BYTES)
+    except Exception:  # of a zip the type depends on the damage
+        return False
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     text = unicodedata.normalize("NFC", data.decode(encoding, "ignore"))
     values = {value.strip().replace("\\", "/").rsplit("/", 1)[-1] for value in re.split(r'[,;\t\r\n"]', text)}

@@ -40,10 +40,15 @@ class JsonObject(dict[str, Any]):
                 raise ValueError(f"it has {printable(key)} twice, as {' and '.join(values)}")
 
 
+def first_bytes(file: Path, most: int) -> bytes:
+    """At most so many bytes of a file. Raises OSError."""
+    with open(file, "rb") as stream:
+        return stream.read(most)
+
+
 def read_text(file: Path) -> str:
     """The text of a file. Raises OSError, and ValueError as `text_of`."""
-    with open(file, "rb") as stream:
-        return text_of(stream.read(MAX_BYTES + 1))
+    return text_of(first_bytes(file, MAX_BYTES + 1))
 
 
 def text_of(data: bytes) -> str:

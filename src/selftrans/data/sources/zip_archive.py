@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import stat
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from selftrans.data.sources import label_file
 from selftrans.data.sources.decode import fault_of
 from selftrans.data.sources.file_kinds import PICTURES, ArchiveJunk, file_kind
-from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, Source, in_class_folders, parts_inside
+from selftrans.data.sources.source import MAX_PICTURE_BYTES, Entries, LabelFile, Source, in_class_folders, parts_inside
 from selftrans.data.sources.splits import class_root
-from selftrans.data.sources.table_file import MAX_BYTES, text_of
 from selftrans.messages import printable
 
 
@@ -32,36 +29,16 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
     Raises ValueError for absolute names, names with `..`, symbolic links, encrypted or duplicate entries, and pictures
     whose claimed size is above `MAX_PICTURE_BYTES`.
     """
-    listed = zip_entries(path, PICTURES, split)
-    source = replace(listed.files.pictures(), tables=lambda most: _tables(listed, most))
-    for folder in listed.label_folders(split):
-        where, names = f"{folder}{label_file.NAME} in {path}", [name.removeprefix(folder) for name in source.names]
-        read = partial(_read, listed.archive, listed.label_files[folder])
-        if labelled := label_file.labelled(source, read, where, names):
-            return labelled
-    if listed.empty and not allow_empty:
-        source.ignored["class folders without pictures"] = len(listed.empty)
-    return in_class_folders(source, listed.files.heads, str(path), also=listed.empty if allow_empty else ())
+    files = zip_entries(path, PICTURES, split)
+    source = files.pictures()
+    if labels := label_file.labelled(source, files.labels):
+        return labels
+    if files.empty and not allow_empty:
+        source.ignored["class folders without pictures"] = len(files.empty)
+    return in_class_folders(source, files.heads, str(path), also=files.empty if allow_empty else ())
 
 
-class ZipEntries(NamedTuple):
-    """Files of one kind in a zip."""
-
-    archive: zipfile.ZipFile
-    files: Entries
-    top: str  #: the folder that the class folders are in, see `class_root`
-    empty: list[str]  #: class folders that hold none of them
-    label_files: dict[str, zipfile.ZipInfo]  #: folder, ending in `/` -> its `dataset.json`
-    tables: list[zipfile.ZipInfo]  #: other files that may hold labels
-
-    def label_folders(self, split: str | None) -> list[str]:
-        """The folders whose `dataset.json` may label the files: the split's own first, then those around it; without a split
-        the zip, then a folder in it."""
-        of = [f for f in self.label_files if self.top.startswith(f) or (split is None and f.count("/") == 1)]
-        return sorted(of, key=len, reverse=split is not None)
-
-
-def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None) -> ZipEntries:
+def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None) -> Entries:
     """The entries of a split with one of these suffixes; each is read as a whole when it is opened.
 
     Raises ValueError as `zip_file`.
@@ -70,7 +47,13 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
     ignored: Counter[str] = Counter()
     entries: dict[str, zipfile.ZipInfo] = {}
     archived, folders = ArchiveJunk(ignored), set[str]()
-    label_files, tables = dict[str, zipfile.ZipInfo](), list[zipfile.ZipInfo]()
+    label_files = dict[str, zipfile.ZipInfo]()  #: folder, ending in `/` -> its `dataset.json`
+    tables = list[tuple[str, Callable[[int], bytes]]]()
+
+    def head(info: zipfile.ZipInfo, most: int) -> bytes:
+        with archive.open(info) as file:
+            return file.read(most)
+
     for info in archive.infolist():
         parts = _checked_parts(info, path)
         if archived.ignores(parts):
@@ -78,12 +61,12 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
         folders.add("/".join(parts[: None if info.is_dir() else -1]))
         if info.is_dir():
             continue
-        if PurePosixPath(parts[-1]).suffix.lower() not in suffixes:
+        if (suffix := PurePosixPath(parts[-1]).suffix.lower()) not in suffixes:
             ignored[file_kind(parts[-1])] += 1
             if parts[-1] == label_file.NAME and len(parts) <= 3:
                 label_files["/".join([*parts[:-1], ""])] = info
-            elif PurePosixPath(parts[-1]).suffix.lower() in label_file.SUFFIXES:
-                tables.append(info)
+            elif suffix in label_file.SUFFIXES:
+                tables.append((suffix, partial(head, info)))
         elif (name := "/".join(parts)) in entries:
             raise ValueError(f"{path} holds {printable(name)} twice; make the zip again")
         else:
@@ -98,24 +81,23 @@ def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None)
             # never read more than the claimed size, whatever the compressed stream expands to
             return io.BytesIO(file.read(infos[i].file_size))
 
+    # labels: of the split's own folder first, then of those around it; without a split of the zip, then of a folder in it
+    of = [each for each in label_files if top.startswith(each) or (split is None and each.count("/") == 1)]
+    labels = [
+        LabelFile(f"{each}{label_file.NAME} in {path}", partial(head, label_files[each]), partial(_below, each))
+        for each in sorted(of, key=len, reverse=split is not None)
+    ]
+    below = partial(_below, top)
+    classes = {name.split("/", 1)[0] for name in map(below, names) if "/" in name}
+    found = {below(folder).split("/", 1)[0] for folder in folders if folder.startswith(top)}
+    empty = sorted(found - classes - {""}) if classes else []
     sizes = [info.file_size for info in infos]
-    files = Entries(names, sizes, open_entry, dict(ignored), lambda name: name.removeprefix(top))
-    classes = {head.split("/", 1)[0] for head in files.heads if "/" in head}
-    below = {folder.removeprefix(top).split("/", 1)[0] for folder in folders if folder.startswith(top)}
-    return ZipEntries(archive, files, top, sorted(below - classes - {""}) if classes else [], label_files, tables)
+    return Entries(names, sizes, open_entry, dict(ignored), below, empty, labels, tables)
 
 
-def _tables(listed: ZipEntries, most: int) -> Iterator[tuple[str, bytes]]:
-    """Extension and first bytes of each file that may hold labels; those that cannot be read are left out."""
-    for info in listed.tables:
-        with contextlib.suppress(Exception), listed.archive.open(info) as file:  # the type depends on the damage
-            yield PurePosixPath(info.filename).suffix.lower(), file.read(most)
-
-
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
-    """The text of a file of labels. Raises ValueError as `text_of`, and what zipfile raises."""
-    with archive.open(info) as file:
-        return text_of(file.read(MAX_BYTES + 1))
+def _below(folder: str, name: str) -> str:
+    """A name from this folder, which ends in `/`, on."""
+    return name.removeprefix(folder)
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
