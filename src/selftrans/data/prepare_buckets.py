@@ -21,7 +21,7 @@ from selftrans.data.prepare_options import PrepareOptions
 from selftrans.data.reports import check_faults, report_source, say
 from selftrans.data.resolution import MAX_RESOLUTION, resolution_of, size_text
 from selftrans.data.resumable import LOCK
-from selftrans.data.sources.clips import kind_of
+from selftrans.data.source_samples import holds_pictures
 from selftrans.data.sources.decode import none_readable, upright_size
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import Source, ahead
@@ -171,8 +171,7 @@ def _check_options(source: str | Path, given: PrepareOptions, multiple: int) -> 
 
     Raises ValueError for data and options that buckets do not support.
     """
-    values = identity_kind(given.autoencoder) == "values"
-    if values or kind_of(Path(source), None, archives=not given.text) in ("sounds", "videos"):
+    if not holds_pictures(source, given):
         raise ValueError("--buckets is for pictures; leave it out for sounds, videos and values")
     if not isinstance(given.resolution, int):
         raise ValueError(

@@ -25,13 +25,12 @@ from selftrans.data.reports import say
 from selftrans.data.resolution import check_square, size_text
 from selftrans.data.shard_file import Layout, is_valid, stored, write_shard
 from selftrans.data.shard_plan import Decoded, ShardPlan
+from selftrans.data.source_samples import holds_pictures
 from selftrans.data.sources.captions import CaptionSource
-from selftrans.data.sources.clips import kind_of
 from selftrans.data.sources.open_source import open_source
 from selftrans.data.sources.source import ahead
 from selftrans.device import default_device
 from selftrans.encoders.autoencoder import from_uint8
-from selftrans.encoders.identity import identity_kind
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.encoders.vision import Encoder, load_encoder
 from selftrans.messages import plural, printable
@@ -98,8 +97,7 @@ def check_before(
 
     buckets: whether they are prepared in buckets, which have no features.
     """
-    other = buckets or identity_kind(options.autoencoder) == "values"
-    if other or kind_of(Path(source), options.media.frames, archives=not options.text) in ("sounds", "videos"):
+    if buckets or not holds_pictures(source, options):
         raise ValueError("--features is for pictures; leave it out with --buckets, and for data of other kinds")
     check_square(options.resolution)
     _check_grid(grid)

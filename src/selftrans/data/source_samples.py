@@ -16,6 +16,13 @@ from selftrans.data.sources.source import Samples
 from selftrans.encoders.identity import identity_kind
 
 
+def holds_pictures(source: str | Path, given: PrepareOptions) -> bool:
+    """Whether a source is read as pictures with these options, not as values, sounds or videos."""
+    if identity_kind(given.autoencoder) == "values":
+        return False
+    return kind_of(Path(source), given.media.frames, archives=not given.text) not in ("sounds", "videos")
+
+
 def source_samples(source: str | Path, earlier: resumable.Earlier | None, given: PrepareOptions) -> Samples:
     """The samples of a source, with the options of `prepare`; `earlier` is the state of the output folder.
 

@@ -11,8 +11,10 @@ from selftrans.cli.main import main
 from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.prepare_buckets import assigned, bucket_sizes, prepare_buckets
+from selftrans.data.sources.clips import MediaOptions
 from selftrans.data.sources.open_source import open_source
 from tests.support import captioned, ratios, toy
+from tests.support.clips import moving, save_gif
 from tests.support.pictures import encoded, save_vae, stopped_after, write
 
 
@@ -155,6 +157,12 @@ def test_unreadable_pictures_are_named_or_left_out_and_a_bucket_of_them_alone_is
     assert len(data) == 4 and [name for name, _ in data.manifest.skipped] == ["8.png"]
     ratios.prepared(tmp_path, skip_bad=True)
     assert len(open_data(data.path)) == 4
+
+
+def test_gifs_with_a_number_of_frames_are_no_pictures(tmp_path):
+    save_gif(tmp_path / "x" / "a.gif", moving(0))
+    with pytest.raises(ValueError, match="--buckets is for pictures"):
+        prepare_buckets(tmp_path / "x", tmp_path / "out", resolution=8, buckets=1, media=MediaOptions(frames=2))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from selftrans.data.sources.clips import Clips, MediaOptions, library
+from selftrans.data.sources.clips import Clips, MediaOptions, importing
 from selftrans.data.sources.source import Source, readable
 from selftrans.encoders.media import Mel, Waveform
 from selftrans.messages import are, plural
@@ -40,7 +40,9 @@ class Header(NamedTuple):
 
 def soundfile() -> Any:
     """The library. Raises ValueError with the command that installs it."""
-    return library("soundfile", "sounds")
+    with importing("soundfile", "sounds"):
+        import soundfile
+    return soundfile
 
 
 def open_sounds(files: Source, where: Path, options: MediaOptions, progress: bool) -> Clips:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -82,10 +82,11 @@ class Clips(FileSamples):
         return replace(self.media, **numbers)
 
 
-def library(module: str, what: str) -> Any:
-    """A module of the extra `media`, which reads `what`. Raises ValueError with the command that installs it."""
+@contextmanager
+def importing(module: str, what: str) -> Iterator[None]:
+    """For an import of a module of the extra `media`, which reads `what`: ValueError with the command that installs it."""
     try:
-        return import_module(module)
+        yield
     except (ImportError, OSError) as error:  # OSError: a system library is missing
         raise ValueError(
             f"{what} are read by {module}, which cannot be imported ({first_line(error, 100)}): pip install 'selftrans[media]'"
@@ -175,10 +176,8 @@ def open_files(
     Raises ValueError for a source of several kinds, and for a class folder without files unless they are allowed; in a zip
     such folders are only counted as ignored.
     """
-    empty: list[str] = []  #: class folders without files; tars have none
     if path.is_file() and path.suffix.lower() == ".zip":
         found = zip_entries(path, known, split)
-        empty = [*found.empty]
     elif path.is_file():
         found = tar_entries([path], known, split)
     elif next(walk(path, known, Counter()), None) is None and (tars := files_like(path, TARS)):
@@ -187,7 +186,7 @@ def open_files(
         path = split_folder(path, split)
         found = folder_entries(path, known)
         if reading.labels is None:
-            empty = empty_classes(path, found.names, kind, reading.allow_empty)
+            found = found._replace(empty=empty_classes(path, found.names, kind, reading.allow_empty))
     for name in found.names:
         if (other := _kind(name, frames)) != kind:
             remedy = "keep one kind in a source"
@@ -197,8 +196,6 @@ def open_files(
     source = replace(found.pictures(), open=found.open)
     if reading.labels is not None:
         return given_labels(source, reading.labels, reading.label_column)
-    if empty and not reading.allow_empty:
-        source.ignored[f"class folders without {kind}"] = len(empty)
-    source = in_class_folders(source, found.heads, str(path), kind, empty if reading.allow_empty else ())
+    source = in_class_folders(source, found, str(path), kind, allow_empty=reading.allow_empty)
     warn_of_splits(found.names, source.classes, str(path))
     return source

@@ -32,15 +32,15 @@ def folder(root: Path, *, is_split: bool = False, allow_empty: bool = False) -> 
         raise ValueError(f"{root} holds pictures and {printable(other)}; keep one kind of file in a folder")
     if not pictures:
         found.ignored.update(Counter(file_kind(name) for name in found.names))
-    source, own, outer = found.chosen(pictures).pictures(), root / NAME, root.parent / NAME
+    chosen, own, outer = found.chosen(pictures), root / NAME, root.parent / NAME
+    source = chosen.pictures()
     files = [LabelFile(str(own), partial(first_bytes, own))] if own.is_file() else []
     if is_split and outer.is_file():
         files.append(LabelFile(str(outer), partial(first_bytes, outer), lambda name: f"{root.name}/{name}"))
     if labels := labelled(source, files):
         return labels
-    return in_class_folders(
-        source, source.names, str(root), also=empty_classes(root, source.names, "pictures", allow_empty)
-    )
+    chosen = chosen._replace(empty=empty_classes(root, chosen.names, "pictures", allow_empty))
+    return in_class_folders(source, chosen, str(root), allow_empty=allow_empty)
 
 
 def folder_entries(root: Path, suffixes: Collection[str]) -> Entries:
@@ -55,8 +55,8 @@ def folder_entries(root: Path, suffixes: Collection[str]) -> Entries:
             found.append((name, size))
     ignored.update(map(file_kind, tables))
     names, sizes = [name for name, _ in found], [size for _, size in found]
-    beside = [root / name for name in tables if "/" not in name and name != NAME]
-    heads = [(path.suffix.lower(), partial(first_bytes, path)) for path in beside]
+    others = [root / name for name in tables if "/" not in name and name != NAME]
+    heads = [(path.suffix.lower(), partial(first_bytes, path)) for path in others]
     return Entries(names, sizes, lambda i: SizedFile.open(root / names[i]), dict(ignored), tables=heads)
 
 

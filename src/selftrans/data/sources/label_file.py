@@ -141,7 +141,9 @@ def _csv(
         [cell.strip().lower() for cell in first],
     )
     same = [(i, k) for i in at for k, title in enumerate(titles) if k > i and title == titles[i]]
-    untitled = at == (0, 1) and titles[0] not in NAMES and _is_name(first[0], names)
+    # a line with the title of the labels is no picture, unless there is one of this name
+    named = picture_name(first[0].strip()) in names or (titles[at[1]] not in labels and _is_name(first[0]))
+    untitled = at == (0, 1) and titles[0] not in NAMES and named
     for number, row in rows[0 if untitled else 1 :]:
         if len(row) <= max(at):
             raise ValueError(f"line {number} has {len(row)} of the columns")
@@ -186,7 +188,6 @@ def _column(entry: Collection[str], names: tuple[str, ...]) -> str:
     return found[0] if found else names[0]
 
 
-def _is_name(cell: str, names: Collection[str]) -> bool:
-    """Whether the first cell of a file is the path of a picture, not the title of a column."""
-    name = picture_name(cell.strip())
-    return name in names or "." in name or "/" in name or any(char.isdigit() for char in name)
+def _is_name(cell: str) -> bool:
+    """Whether the first cell of a file looks like the path of a picture, not like the title of a column."""
+    return any(char in "./\\" or char.isdigit() for char in cell)

@@ -13,7 +13,7 @@ import hashlib
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -242,13 +242,16 @@ def readable(
 
 
 def in_class_folders(
-    source: Source, names: Sequence[str], where: str, unit: str = "pictures", also: Collection[str] = ()
+    source: Source, files: Entries, where: str, unit: str = "pictures", *, allow_empty: bool = False
 ) -> Source:
-    """The source with classes by the `names` of its files: the first folder of a name is its class.
+    """The source of these files with classes: the first folder of a name is its class.
 
-    Without folders there are no classes. `also` are classes without files. Raises ValueError when some files are in class
-    folders and some are not; `unit`: what the message calls the files.
+    Without folders there are no classes. Class folders without files are counted as ignored or, with `allow_empty`, are
+    classes. Raises ValueError when some files are in class folders and some are not; `unit`: what messages call the files.
     """
+    if files.empty and not allow_empty:
+        source.ignored[f"class folders without {unit}"] = len(files.empty)
+    names = files.heads
     heads = [name.split("/", 1)[0] if "/" in name else None for name in names]
     loose = heads.count(None)
     if loose == len(names):
@@ -259,7 +262,7 @@ def in_class_folders(
             f"{where} holds class folders and {plural(loose, unit.removesuffix('s'))} outside them, such as "
             f"{printable(first)}; move {'it' if loose == 1 else 'them'}"
         )
-    classes = sorted({head for head in heads if head is not None} | {*also})
+    classes = sorted({head for head in heads if head is not None} | {*(files.empty if allow_empty else ())})
     index = {name: i for i, name in enumerate(classes)}
     labels = np.array([index[head] for head in heads if head is not None], dtype=np.int64)
     return replace(source, labels=labels, classes=tuple(classes))

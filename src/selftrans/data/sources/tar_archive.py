@@ -134,7 +134,7 @@ def labelled_tars(tars: list[Path], field: str | None = None, split: str | None 
     chosen = found.chosen(pictures)
     source = chosen.pictures()
     if not pictures or not (files or field is not None):
-        return in_class_folders(source, chosen.heads, str(tars[0]))
+        return in_class_folders(source, chosen, str(tars[0]))
 
     def content(name: str) -> bytes | None:
         if name not in files:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from selftrans.data.resolution import Resolution, check_range, sides, size_text
-from selftrans.data.sources.clips import GIF, Clips, MediaOptions, library
+from selftrans.data.sources.clips import GIF, Clips, MediaOptions, importing
 from selftrans.data.sources.decode import MAX_PIXELS, STANDARD, Reading, check_pixels, open_picture, to_array
 from selftrans.data.sources.source import Source, readable
 from selftrans.encoders.media import Video, rounded
@@ -75,7 +75,9 @@ def open_videos(
 
 def pyav() -> Any:
     """The library. Raises ValueError with the command that installs it."""
-    return library("av", "videos")
+    with importing("av", "videos"):
+        import av
+    return av
 
 
 def iter_frames(name: str, stream: BinaryIO, most: int = MAX_PIXELS) -> Generator[Image.Image]:

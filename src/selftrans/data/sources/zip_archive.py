@@ -33,9 +33,7 @@ def zip_file(path: Path, split: str | None = None, *, allow_empty: bool = False)
     source = files.pictures()
     if labels := label_file.labelled(source, files.labels):
         return labels
-    if files.empty and not allow_empty:
-        source.ignored["class folders without pictures"] = len(files.empty)
-    return in_class_folders(source, files.heads, str(path), also=files.empty if allow_empty else ())
+    return in_class_folders(source, files, str(path), allow_empty=allow_empty)
 
 
 def zip_entries(path: Path, suffixes: Collection[str], split: str | None = None) -> Entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,14 @@ def test_given_file_that_does_not_fit_is_refused(tmp_path: Path, name: str, cont
 def test_repeated_keys_and_columns_that_do_not_matter(tmp_path: Path, name: str, content: str) -> None:
     source = given(tmp_path, name, content)
     assert source.classes == ("c", "d") and source.labels.tolist()[:2] == [0, 1]
+
+
+def test_first_line_with_a_title_of_labels_is_no_picture(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as of a name that no picture has
+        source = given(tmp_path, "l.csv", "img.file,label\na.png,c\nd.png,d\n")
+        assert source.classes == ("c", "d")
+        assert given(tmp_path, "m.csv", "a.png,label\nd.png,d\n").classes == ("d", "label")
 
 
 def test_given_labels_belong_to_folders_and_zips(tmp_path: Path) -> None:

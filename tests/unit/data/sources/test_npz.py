@@ -129,7 +129,10 @@ OTHERS = {
     "four spatial dimensions": ({"data": FLOATS[..., None, None, None]}, "1 to 3 spatial dimensions"),
     "none": ({"data": FLOATS[:0]}, r"data of shape \(0, 2, 8\) hold no samples; give at least one"),
     "pickled": ({"data": np.array([{"a": 1}], object)}, "`data` that cannot be read .*pickled"),
-    "pickled labels": ({"data": FLOATS, "labels": np.array([None] * 4, object)}, "`labels` that cannot be read .*pickled"),
+    "pickled labels": (
+        {"data": FLOATS, "labels": np.array([None] * 4, object)},
+        "`labels` that cannot be read .*pickled",
+    ),
     "pickled classes": (
         {"data": FLOATS, "labels": np.zeros(4, int), "classes": np.array(["a", None], object)},
         "`classes` that cannot be read .*pickled",
