@@ -136,7 +136,6 @@ COVERED_BY = {
     "data/resumable": "integration/test_prepare_parts.py",
     "data/shard_plan": "unit/data/test_prepare.py",
     "data/streaming/shard_reader": "unit/data/streaming/test_streamed.py",
-    "data/sources/part_file": "unit/data/sources/test_metadata.py",
     "data/sources/source": "unit/data/sources/test_open_source.py",
     "data/sources/table_file": "unit/data/sources/test_label_file.py",
     "encoders/latent_space": "unit/encoders/test_autoencoder.py",

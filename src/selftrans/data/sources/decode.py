@@ -4,7 +4,9 @@ or (height, width)."""
 from __future__ import annotations
 
 import errno
+import io
 import math
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 
@@ -26,7 +28,6 @@ from selftrans.data.sources.metadata import (
     pixels_only,
     turned_upright,
 )
-from selftrans.data.sources.part_file import SizedFile
 from selftrans.messages import first_line, plural, printable
 
 if TYPE_CHECKING:
@@ -108,6 +109,24 @@ class Reading:
 STANDARD = Reading()  #: how pictures are read without options
 
 
+class SizedFile(io.BufferedReader):
+    """A buffered file whose reads allocate at most its size, not the length that a malicious header claims."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self._size = os.fstat(raw.fileno()).st_size
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        return cls(io.FileIO(path))
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(size if size is None else min(size, self._size))
+
+    def __del__(self) -> None:
+        self.close()  # PIL leaves it open
+
+
 def open_picture(file: Path | BinaryIO) -> Image.Image:
     """Open a picture and read its header, not its pixels; `metadata.facts_of` returns what its metadata say.
 
@@ -116,6 +135,8 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     opened: BinaryIO = SizedFile.open(file) if isinstance(file, Path) else file
     try:
         pixels, facts = pixels_only(opened)
+        if pixels is not opened:
+            opened.close()
         image = _decoder(pixels)
     except BaseException:
         opened.close()

@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from selftrans.data.sources.decode import SizedFile
 from selftrans.data.sources.file_kinds import PICTURES, SOUNDS, VIDEOS, describe_ignored, file_kind, junk_name
 from selftrans.data.sources.label_file import NAME, SUFFIXES, labelled
-from selftrans.data.sources.part_file import SizedFile
 from selftrans.data.sources.source import Entries, LabelFile, Source, in_class_folders
 from selftrans.data.sources.table_file import first_bytes
 from selftrans.messages import printable

@@ -13,9 +13,7 @@ import struct
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO
-
-from selftrans.data.sources.part_file import Part, PartFile
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,10 +25,15 @@ EXIF, PROFILE, TEXT, GAMMA = "EXIF", "colour profile", "text", "gamma and size"
 ORIENTATION = 0x0112  #: tag of EXIF and TIFF
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 MAX_PARTS = 1 << 20  #: of a file; one with more chunks is read as it is
+MAX_COPIED = 1 << 28  #: bytes; so is a larger file
 #: ancillary chunks of PNG with a fixed size
 FIXED = {b"gAMA": 4, b"cHRM": 32, b"pHYs": 9, b"sRGB": 1, b"tIME": 7}
 #: the entry of an EXIF item in the table of a HEIF file, of version 2 or 3
 EXIF_ITEM = re.compile(rb"(infe(?:\x02...(?:..)|\x03...(?:....))..)Exif", re.DOTALL)
+
+
+#: (start, end) in a file, or bytes in place of some of it
+Part: TypeAlias = tuple[int, int] | bytes
 
 
 @dataclass
@@ -144,7 +147,7 @@ def turned_upright(image: Image.Image) -> Image.Image:
 
 
 def pixels_only(file: BinaryIO) -> tuple[BinaryIO, Facts]:
-    """A file to decode, and what its metadata say. Of a PNG or AVIF file, it has the parts that the pixels need.
+    """A file to decode, and what its metadata say. Of a PNG or AVIF file, it is a copy of the parts that the pixels need.
 
     These are found without decoding. A file whose structure is not understood is given as it is: the decoder says what is
     wrong.
@@ -158,8 +161,10 @@ def pixels_only(file: BinaryIO) -> tuple[BinaryIO, Facts]:
             parts = _avif_parts(file, size)
     except (struct.error, IndexError, ValueError):  # the structure ends early: the decoder says so
         parts = None
-    file.seek(0)
-    return file if parts is None else PartFile(file, parts).buffered(), facts
+    if parts is None or size > MAX_COPIED:
+        file.seek(0)
+        return file, facts
+    return io.BytesIO(b"".join(p if isinstance(p, bytes) else _at(file, p[0], p[1] - p[0]) for p in parts)), facts
 
 
 def _at(file: BinaryIO, start: int, count: int) -> bytes:

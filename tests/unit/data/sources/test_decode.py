@@ -164,7 +164,7 @@ def test_file_without_permission_is_named_once(tmp_path: Path, monkeypatch: pyte
     def refused(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("selftrans.data.sources.part_file.SizedFile.open", refused)
+    monkeypatch.setattr("selftrans.data.sources.decode.SizedFile.open", refused)
     with pytest.raises(ValueError, match=r"^a\.png: cannot be read as a picture \(Permission denied\)$"):
         read_one(tmp_path, encoded(noise(8)), resolution=8)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -14,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from selftrans.data.sources import metadata
 from selftrans.data.sources.decode import open_picture, to_array, upright_size
 from selftrans.data.sources.metadata import Facts, exif_orientation, facts_of
 from selftrans.data.sources.open_source import open_source
-from selftrans.data.sources.part_file import PartFile
 from selftrans.data.sources.read_warnings import ReadWarnings
 from tests.support.memory import traced_peak
 from tests.support.pictures import encoded, noise, write, zipped
@@ -195,14 +194,13 @@ def test_bulky_metadata_take_little_memory() -> None:
     assert traced_peak(read) < 8 << 20
 
 
-def test_parts_of_a_file_are_read_as_a_file() -> None:
-    file = PartFile(io.BytesIO(b"0123456789"), [(1, 3), b"ab", (8, 20)]).buffered()  # a part may end after the file
-    assert file.read(3) == b"12a" and file.tell() == 3 and file.read() == b"b89"
-    assert file.seek(-2, os.SEEK_CUR) == 4 and file.read(1) == b"8"
-    assert file.seek(1) == 1 and file.read(4) == b"2ab8"
-    with pytest.raises(ValueError, match="negative"):
-        file.seek(-1)
-    assert PartFile(io.BytesIO(b"x"), []).buffered().read() == b""
+def test_parts_are_copied_except_from_a_very_large_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = png(chunk(b"tEXt", b"k\0v"))
+    for most, copied in ((len(data), True), (len(data) - 1, False)):
+        monkeypatch.setattr(metadata, "MAX_COPIED", most)
+        with open_picture(file := io.BytesIO(data)) as image:
+            assert file.closed is copied and (image.fp is file) is not copied
+            np.testing.assert_array_equal(to_array(image, (16, 24), 3), PIXELS)
 
 
 def test_what_is_noticed_is_counted_by_kind() -> None:
