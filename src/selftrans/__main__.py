@@ -1,8 +1,18 @@
-"""`python -m selftrans` and `accelerate launch -m selftrans`: the same as the command `selftrans`."""
+"""The process of a command: `selftrans`, `python -m selftrans`, `accelerate launch -m selftrans`."""
 
 import sys
 
-from selftrans.cli.main import main
+
+def main() -> int:
+    """Run the command of this process and return its exit status."""
+    try:
+        from selftrans.cli.main import main as run  # here, as Ctrl-C may come while it is loading
+
+        return run()
+    except KeyboardInterrupt:  # outside of a command, which says more
+        print("selftrans: interrupted", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,8 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ from tests.support import captioned, toy
 from tests.support.pictures import encoded, noise, write
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.unit.cli.lines import ends_with, one_line
+
+ROOT = Path(__file__).parents[3]
 
 # ---- help
 
@@ -209,6 +213,23 @@ def test_sigterm_and_a_closed_terminal_end_a_command_as_ctrl_c_does(argv, number
     with restored(lambda *_: None):
         assert main() == status
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("code", ["import runpy; runpy.run_module('selftrans', run_name='__main__')", "{entry_point}"])
+def test_ctrl_c_while_the_command_line_is_loading_is_one_line(code):
+    """SIGINT at the import of a module that `selftrans.cli.main` needs."""
+    target = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["selftrans"]
+    module, function = target.split(":")
+    interrupt = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'selftrans.cli.overrides': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+    )
+    code = code.format(entry_point=f"from {module} import {function}; sys.exit({function}())")
+    done = subprocess.run([sys.executable, "-c", interrupt + code, "doctor"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "selftrans: interrupted\n")
 
 
 def test_command_goes_on_after_its_terminal_where_nohup_says_so(monkeypatch, capsys):
