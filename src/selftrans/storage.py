@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from selftrans.messages import gigabytes
 
@@ -74,11 +74,11 @@ def atomic_write(
 
 
 @contextmanager
-def _new_parents_removed(path: Path) -> Iterator[None]:
-    """After an error, remove the folders above `path` that the block has made, if they are empty."""
-    new = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
+def _new_parents_removed(path: Path) -> Iterator[list[Path]]:
+    """The folders above `path` that do not exist yet. After an error in the block, those that are empty are removed."""
+    new = list(itertools.takewhile(lambda folder: not os.path.exists(folder), path.parents))
     try:
-        yield
+        yield new
     except BaseException:
         for folder in new:
             with suppress(OSError):
@@ -250,23 +250,12 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
     """Hold the lock file `path`; its folder is created if needed. The system releases the lock however the process ends.
 
     The file of an exclusive lock holds the process id of its owner. A `shared` lock excludes only exclusive ones. `wait`
-    waits until the lock is free. On a file system without locks there is only a warning.
+    waits until the lock is free. On a file system without locks there is only a warning. After an error in the block a
+    folder that was created is removed, if nothing else is in it.
     Raises InUse when another process holds the lock, ValueError when `path` cannot be opened or is a symbolic link.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise ValueError(f"{path.parent} is not a folder; choose another --out") from error
-        raise ValueError(f"the folder {path.parent} cannot be made ({error.strerror}); choose another --out") from error
-    try:
-        file = open(path, "a+", errors="replace", opener=no_symlink)  # noqa: SIM115 - open for the block below
-    except OSError as error:
-        removable = os.path.lexists(path) and error.errno != errno.EROFS
-        remedy = "remove it, or choose another --out" if removable else "choose another --out"
-        raise ValueError(f"{path} cannot be opened ({error.strerror}); {remedy}") from error
-    removed = False
-    with file:
+    with _new_parents_removed(path) as new, _open_lock(path) as file:
+        removed = False
         try:
             flock(file.fileno(), shared=shared, wait=wait)
             # its owner may have removed the file (`removed_if_refused`), and a third process may hold the lock of a new one
@@ -290,10 +279,32 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
                 with suppress(OSError):  # a full disk: the lock holds without the number
                     os.ftruncate(file.fileno(), 0)
                     os.write(file.fileno(), str(os.getpid()).encode())
-            yield
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    if new and not shared and os.listdir(path.parent) == [path.name]:
+                        path.unlink()
+                raise
             return
     with lock_file(path, shared=shared, wait=True):  # the new file is waited for, too
         yield
+
+
+def _open_lock(path: Path) -> TextIO:
+    """A lock file, opened, in a folder that is created if needed. ValueError where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise ValueError(f"{path.parent} is not a folder; choose another --out") from error
+        raise ValueError(f"the folder {path.parent} cannot be made ({error.strerror}); choose another --out") from error
+    try:
+        return open(path, "a+", errors="replace", opener=no_symlink)
+    except OSError as error:
+        removable = os.path.lexists(path) and error.errno != errno.EROFS
+        remedy = "remove it, or choose another --out" if removable else "choose another --out"
+        raise ValueError(f"{path} cannot be opened ({error.strerror}); {remedy}") from error
 
 
 def flock(descriptor: int, *, shared: bool = False, wait: bool = False, release: bool = False) -> None:
@@ -317,17 +328,13 @@ def removed_if_refused(new: Sequence[Path], *, keep: Path) -> Iterator[None]:
     """After an error, remove files and folders that a call has made, unless the file `keep` exists by then.
 
     Otherwise the next command in this folder could be refused because of what a refused command left there. `new` lists the
-    paths that did not exist before the call, in the order of removal; the caller holds the lock that excludes other writers.
+    paths that did not exist before the call; the caller holds the lock that excludes other writers.
     """
     try:
         yield
     except BaseException:
         for path in () if keep.exists() else new:
-            if any(path in other.parents for other in new):
-                with suppress(OSError):
-                    path.rmdir()  # only if nothing else is in it
-            else:
-                _remove(path)
+            _remove(path)
         raise
 
 

@@ -433,7 +433,7 @@ def test_hash_of_a_file_equals_that_of_its_bytes(tmp_path):
 
 def refused(folder: Path, *, begun: bool = False) -> None:
     """A command that makes files in `folder` and is refused, before or after it has written config.json."""
-    new = [path for path in (folder / "data", folder / ".lock", folder) if not path.exists()]
+    new = [path for path in (folder / "data", folder / ".lock") if not path.exists()]
     with lock_file(folder / ".lock"), storage.removed_if_refused(new, keep=folder / "config.json"):
         (folder / "data" / "deep").mkdir(parents=True, exist_ok=True)
         (folder / "data" / "deep" / "file").write_text("new")
@@ -444,8 +444,8 @@ def refused(folder: Path, *, begun: bool = False) -> None:
 
 def test_refused_command_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="refused"):
-        refused(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+        refused(tmp_path / "new" / "run")
+    assert not names(tmp_path)
     (tmp_path / "there" / "data").mkdir(parents=True)
     (tmp_path / "there" / "data" / "mine").write_text("mine")
     with pytest.raises(ValueError, match="refused"):
@@ -454,6 +454,19 @@ def test_refused_command_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="refused"):
         refused(tmp_path / "begun", begun=True)
     assert {".lock", "config.json", "data"} == {path.name for path in (tmp_path / "begun").iterdir()}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_failed_command_leaves_no_new_folder_with_a_lock_alone(tmp_path: Path, shared: bool) -> None:
+    (tmp_path / "old").mkdir()
+    for folder in ("old", "a/new", "begun"):
+        with pytest.raises(KeyError), lock_file(tmp_path / folder / ".lock", shared=shared):  # noqa: PT012
+            if folder == "begun":
+                (tmp_path / folder / "x").touch()
+            raise KeyError
+    left = ["begun", "begun/.lock", "begun/x", "old", "old/.lock"]
+    left += ["a", "a/new", "a/new/.lock"] if shared else []  # of which another process may have the lock, too
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == sorted(left)
 
 
 @pytest.mark.parametrize("made_anew", [False, True])

@@ -129,7 +129,6 @@ def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterato
     other options.
     Raises ValueError when another process holds the lock, or the folder cannot be written.
     """
-    new = not out.exists()
     with ExitStack() as locks:
         other = f"writing to {out}; wait for it, or choose another --out"
         try:
@@ -147,9 +146,6 @@ def locked(out: Path, part: Part = ALONE, shards: Iterable[int] = ()) -> Iterato
             if part == ALONE and not is_finished(out) and not any(out.glob("shard-*")):
                 discard(out)
                 (out / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):  # it is not empty
-                    if new:
-                        out.rmdir()
             raise
         if is_finished(out):
             for path in out.glob(f"{LOCK}*"):

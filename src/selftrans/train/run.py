@@ -134,7 +134,7 @@ def _locked_folder(out: Path) -> Iterator[None]:
 
     What a run that is refused has made in it is removed again.
     """
-    new = [path for path in (out / "data", out / ".lock", out) if not path.exists()]
+    new = [path for path in (out / "data", out / ".lock") if not path.exists()]
     with lock_file(out / ".lock"), removed_if_refused(new, keep=out / "config.json"):
         remove_stale_temporaries(out, "*.json")
         for stage in out.iterdir():

@@ -84,7 +84,7 @@ def compare_methods(
     check_counts(seeds, images, workers)
     load = load_average()  # of others: before anything is prepared or trained here
     made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
-    new = [path for path in (*made, out) if not path.exists()]
+    new = [path for path in made if not path.exists()]
     with lock_file(out / ".lock"):
         with removed_if_refused(new, keep=out / "compare.json"):
             config, features, weights = shared_settings(config, out, features=features)
