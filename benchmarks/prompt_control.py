@@ -28,9 +28,10 @@ from selftrans.evaluate.classifier import digits
 from selftrans.evaluate.extractors import Extractor, extract
 from selftrans.evaluate.metrics import frechet_distance
 from selftrans.evaluate.statistics import Statistics
+from selftrans.plain_json import recorded
 from selftrans.sampling.conditioning import PromptConditioning
 from selftrans.sampling.images import Sampler
-from selftrans.storage import recorded, write_json
+from selftrans.storage import write_json
 from selftrans.types import Conditions
 
 WORDINGS: dict[str, Wording] = {"trained": TRAINED, "reserved": RESERVED}

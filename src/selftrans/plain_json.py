@@ -16,13 +16,16 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from selftrans.messages import first_line, printable
 from selftrans.suggest import nearest
 
+T = TypeVar("T")
 MAX_BYTES = 1 << 28  #: of a file
 REPAIR = "repair it, or remove it"
+#: errors of reading a json file that is damaged, or does not hold what is expected
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class Rule(NamedTuple):
@@ -65,6 +68,14 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} cannot be read ({first_line(error)})") from error
+
+
+def recorded(path: Path, parse: Callable[[Any], T], otherwise: T) -> T:
+    """`parse` applied to the json in a file; `otherwise` if the file is missing or damaged, or `parse` fails."""
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except UNREADABLE:
+        return otherwise
 
 
 def parse_object(text: str, where: str, remedy: str = REPAIR) -> dict[str, Any]:

@@ -15,16 +15,13 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO
 
 from selftrans.messages import gigabytes
 
-T = TypeVar("T")
-#: errors of reading a json file that is damaged, or does not hold what is expected
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 FREE_SPACE = "free disk space or choose another folder"
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}  #: errors of a folder without permission to write
 
@@ -97,14 +94,6 @@ def write_text(path: Path, text: str, *, remedy: str = FREE_SPACE) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented json; see `write_text`."""
     write_text(path, json.dumps(value, indent=2))
-
-
-def recorded(path: Path, parse: Callable[[Any], T], otherwise: T) -> T:
-    """`parse` applied to the json in a file; `otherwise` if the file is missing or damaged, or `parse` fails."""
-    try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
-    except UNREADABLE:
-        return otherwise
 
 
 def nearest_existing(path: Path) -> Path:

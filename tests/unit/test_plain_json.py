@@ -19,6 +19,7 @@ from selftrans.plain_json import (
     matching,
     one_of,
     read_object,
+    recorded,
     to_plain,
     within,
 )
@@ -154,3 +155,23 @@ def test_long_value_is_shortened_in_the_message():
     with pytest.raises(ValueError, match="here should be") as caught:
         from_plain(int, "x" * 10_000, "here")
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"a": 2}', 2),
+        ('{"b": 2}', 0),
+        ("[2]", 0),
+        ("2", 0),
+        ('{"a": "x"}', 0),
+        ('{"a": Infinity}', 0),
+        ('{"a"', 0),
+        ("[" * 100_000, 0),
+        (None, 0),
+    ],
+)
+def test_recorded_value_or_the_default_for_a_damaged_file(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    assert recorded(tmp_path / "a.json", lambda held: int(held["a"]), 0) == expected

@@ -23,7 +23,6 @@ from selftrans.storage import (
     check_writable,
     lock_file,
     no_symlink,
-    recorded,
     remove_stale_temporaries,
     sha256_file,
     temporary_for,
@@ -533,23 +532,3 @@ def test_a_folder_without_permission_is_refused_before_the_work(tmp_path, monkey
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # permissions do not bind root
     with pytest.raises(ValueError, match="does not allow it"):
         check_writable(tmp_path / "new" / "a.json")
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ('{"a": 2}', 2),
-        ('{"b": 2}', 0),
-        ("[2]", 0),
-        ("2", 0),
-        ('{"a": "x"}', 0),
-        ('{"a": Infinity}', 0),
-        ('{"a"', 0),
-        ("[" * 100_000, 0),
-        (None, 0),
-    ],
-)
-def test_recorded_value_or_the_default_for_a_damaged_file(tmp_path, content, expected):
-    if content is not None:
-        (tmp_path / "a.json").write_text(content)
-    assert recorded(tmp_path / "a.json", lambda held: int(held["a"]), 0) == expected

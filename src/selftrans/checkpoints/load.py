@@ -20,9 +20,9 @@ from selftrans.checkpoints.adapted import frozen_weights, full_weights, weights_
 from selftrans.config import RunConfig, from_object, to_object
 from selftrans.encoders.pretrained import encoder_name
 from selftrans.messages import first_line, plural, printable
-from selftrans.plain_json import from_plain
+from selftrans.plain_json import from_plain, recorded
 from selftrans.plugins import NotFound
-from selftrans.storage import recorded, sha256_file
+from selftrans.storage import sha256_file
 from selftrans.types import Backbone, Conditions
 
 Weights = Literal["raw", "ema"]

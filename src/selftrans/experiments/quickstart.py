@@ -36,8 +36,9 @@ from selftrans.messages import escaped, printable
 from selftrans.methods.registry import meta_objective, stages
 from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, Stage1
 from selftrans.methods.vanilla import VANILLA
+from selftrans.plain_json import recorded
 from selftrans.recipes.digits import digits
-from selftrans.storage import lock_file, recorded, write_json, write_text
+from selftrans.storage import lock_file, write_json, write_text
 from selftrans.train.flops import stage_flops
 from selftrans.train.resume import differences, settings_before
 

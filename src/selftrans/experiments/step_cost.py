@@ -19,7 +19,7 @@ from selftrans.messages import first_line, plural, printable
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.models.registry import find
-from selftrans.storage import UNREADABLE
+from selftrans.plain_json import UNREADABLE
 from selftrans.train.capture_rules import obstacle_in_settings
 from selftrans.train.flops import forward_flops
 from selftrans.train.optim import moment_bytes

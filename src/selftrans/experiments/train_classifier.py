@@ -21,8 +21,9 @@ from selftrans.data.decoded import decoded_images
 from selftrans.device import default_device
 from selftrans.evaluate.classifier import SmallClassifier, train_classifier
 from selftrans.messages import escaped, plural
+from selftrans.plain_json import recorded
 from selftrans.progress import progress_bar
-from selftrans.storage import check_writable, lock_file, recorded, write_json
+from selftrans.storage import check_writable, lock_file, write_json
 from selftrans.train.optim import load_optimizer, optimizer_tensors
 from selftrans.train.signals import StopSignal
 

@@ -28,11 +28,12 @@ from selftrans.data.buckets import is_prepared
 from selftrans.data.resolution import parse_resolution
 from selftrans.device import world_size
 from selftrans.messages import escaped, plural, printable
+from selftrans.plain_json import recorded
 from selftrans.progress import progress_bar
 from selftrans.sampling.chosen_labels import in_words, per_class
 from selftrans.sampling.images import Sampler
 from selftrans.sampling.sample_file import NPY, PNG, SampleFile, file_kind
-from selftrans.storage import FREE_SPACE, atomic_write, recorded, remove_stale_temporaries
+from selftrans.storage import FREE_SPACE, atomic_write, remove_stale_temporaries
 
 Samples = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  #: indices (n,), labels (n,), samples; as `SampledBatch`
 

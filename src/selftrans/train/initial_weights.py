@@ -23,7 +23,8 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.manifest import Manifest
 from selftrans.models.lora import add_adapters
 from selftrans.models.spec import Named
-from selftrans.storage import recorded, sha256_file
+from selftrans.plain_json import recorded
+from selftrans.storage import sha256_file
 from selftrans.train.batches import derived_seed
 from selftrans.train.fitting import fit
 from selftrans.train.given_weights import Given, check_weights_fit, read_given, with_model_of

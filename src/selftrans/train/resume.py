@@ -22,9 +22,9 @@ from selftrans.encoders.identity import check_scale
 from selftrans.interop.importing import bound_settings
 from selftrans.messages import first_line
 from selftrans.methods.registry import find, stages
-from selftrans.plain_json import from_plain
+from selftrans.plain_json import from_plain, recorded
 from selftrans.sections import Resume, fields_of
-from selftrans.storage import recorded, write_json, write_text
+from selftrans.storage import write_json, write_text
 from selftrans.types import Conditions
 
 CHANGES = "changes.json"  #: of a run: settings that were changed by consent, and the steps reached by then

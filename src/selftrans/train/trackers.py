@@ -20,7 +20,8 @@ import numpy as np
 
 from selftrans.config import RunConfig, settings_of
 from selftrans.messages import first_line, printable
-from selftrans.storage import recorded, write_json
+from selftrans.plain_json import recorded
+from selftrans.storage import write_json
 
 PROJECT = "selftrans"  #: project or experiment of the runs, unless the tracker's own variables say otherwise
 RECORD = "trackers.json"

@@ -10,7 +10,7 @@ from selftrans.config import RunConfig, from_json
 from selftrans.messages import first_line
 from selftrans.methods.registry import find, meta_objective, stages
 from selftrans.methods.spec import Stage
-from selftrans.storage import UNREADABLE
+from selftrans.plain_json import UNREADABLE
 from selftrans.types import Backbone
 
 

@@ -11,8 +11,8 @@ from selftrans.experiments.comparison.summary import AXES, curve, mean_curve, ro
 from selftrans.experiments.html_report import HEADINGS, cells, depends_on, failures, legend, marked, settings_text
 from selftrans.messages import first_line, printable
 from selftrans.methods.registry import BASELINE, titles
+from selftrans.plain_json import UNREADABLE
 from selftrans.sections import RESERVED_KEYS, RUN_SECTIONS
-from selftrans.storage import UNREADABLE
 from selftrans.ui.contained import Contained, JsonFiles, number, plain
 from selftrans.ui.found_runs import TABLES, Found
 from selftrans.ui.run_state import IDENTITY, RunState

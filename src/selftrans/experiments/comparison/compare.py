@@ -39,8 +39,9 @@ from selftrans.experiments.comparison.schedule import Job
 from selftrans.experiments.comparison.summary import AXES, as_csv, mean_curve, rows, time_line, time_shares
 from selftrans.messages import escaped
 from selftrans.methods.registry import METHODS, find, meta_objective, stages
+from selftrans.plain_json import recorded
 from selftrans.sampling.images import NotFinite
-from selftrans.storage import lock_file, recorded, removed_if_refused, sha256_file, write_json, write_text
+from selftrans.storage import lock_file, removed_if_refused, sha256_file, write_json, write_text
 from selftrans.train.given_weights import with_given_model
 from selftrans.train.run import check_decay, stages_to_run
 from selftrans.train.run_data import data_of

@@ -27,7 +27,7 @@ from selftrans.experiments.comparison.measurement import (
     stored_conditions,
 )
 from selftrans.experiments.comparison.schedule import Job
-from selftrans.storage import UNREADABLE
+from selftrans.plain_json import UNREADABLE
 from selftrans.train.initial_weights import resolve_init
 from selftrans.train.preview import with_prompts
 from selftrans.train.resume import differences, settings_before, settle

@@ -30,11 +30,12 @@ from selftrans.evaluate.probes import can_be_probed, collect, linear_probe
 from selftrans.evaluate.statistics import Statistics
 from selftrans.experiments.reference import decoder_sha256, training_statistics
 from selftrans.flow import PATHS
+from selftrans.plain_json import recorded
 from selftrans.sampling.conditioning import Conditioning, LabelConditioning, captions_of
 from selftrans.sampling.images import NotFinite, SampledBatch, Sampler, decoder_dtype
 from selftrans.sampling.run_settings import applicable_settings
 from selftrans.sampling.sized_sampler import SizedSampler
-from selftrans.storage import recorded, write_json
+from selftrans.storage import write_json
 from selftrans.train.run_data import data_of
 
 MEASURED = "measured.json"  #: of a run: its points, oldest first
