@@ -11,9 +11,11 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,6 +24,9 @@ from typing import Any, BinaryIO, TextIO
 
 from selftrans.messages import gigabytes
 
+#: this machine, in names of temporary files: the locks of a file system may hold on one machine only
+MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+DAY = 24 * 3600  #: seconds
 FREE_SPACE = "free disk space or choose another folder"
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}  #: errors of a folder without permission to write
 
@@ -30,8 +35,9 @@ REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}  #: errors of a folder withou
 
 
 def temporary_for(path: Path, writer: object = None) -> Path:
-    """The path under which `path` is written before the rename. `writer` (None: pid and random number) names the writer."""
-    return path.with_name(f".{path.name}.{f'{os.getpid()}-{secrets.token_hex(4)}' if writer is None else writer}.tmp")
+    """The path under which `path` is written before the rename. `writer` is in its name (None: machine, pid, random number)."""
+    writer = f"{MACHINE}-{os.getpid()}-{secrets.token_hex(4)}" if writer is None else writer
+    return path.with_name(f".{path.name}.{writer}.tmp")
 
 
 @contextmanager
@@ -127,7 +133,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             with ExitStack() as held:
                 with suppress(OSError, ImportError):  # without locks no other process removes it
-                    held.enter_context(_directory_lock(temporary))
+                    held.enter_context(directory_lock(temporary))
                 _remove_abandoned(path)
                 yield temporary
                 for written in (*temporary.rglob("*"), temporary):
@@ -155,7 +161,7 @@ def _put(temporary: Path, path: Path, *, replace: bool) -> None:
 
 
 @contextmanager
-def _directory_lock(path: Path) -> Iterator[None]:
+def directory_lock(path: Path) -> Iterator[None]:
     """Hold the lock of a directory, which shows that its writer runs.
 
     OSError or ImportError where another process holds it, and on a system without locks.
@@ -170,11 +176,20 @@ def _directory_lock(path: Path) -> Iterator[None]:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary directories of `path` whose writers have ended without removing them, which a lock tells."""
-    temporary = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{8}}\.tmp")
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}-\d+-[0-9a-f]{{8}}\.tmp")
     for each in [each for each in path.parent.iterdir() if temporary.fullmatch(each.name)]:
-        if each.is_dir() and not each.is_symlink():
-            with suppress(OSError, ImportError), _directory_lock(each):  # in use, or no locks, so that it is not known
+        if each.is_dir() and not each.is_symlink() and not _may_be_written(each):
+            with suppress(OSError, ImportError), directory_lock(each):  # in use, or no locks, so that it is not known
                 _remove(each)
+
+
+def _may_be_written(temporary: Path) -> bool:
+    """Whether a process of another machine may be writing a temporary file or directory: it was changed within a day."""
+    writer = re.search(r"\.([0-9a-f]{8})-\d+-[0-9a-f]{8}\.tmp$", temporary.name)
+    if writer is None or writer[1] == MACHINE:
+        return False
+    changed = [os.lstat(each).st_mtime for each in (temporary, *temporary.rglob("*")) if os.path.lexists(each)]
+    return time.time() - max(changed, default=0) < DAY
 
 
 def _rename_in(error: BaseException, temporary: Path, path: Path) -> None:
@@ -184,16 +199,18 @@ def _rename_in(error: BaseException, temporary: Path, path: Path) -> None:
         error.filename = error.filename.replace(str(temporary), str(path))
 
 
-def remove_stale_temporaries(folder: Path, *targets: str) -> None:
+def remove_stale_temporaries(folder: Path, *targets: str, shared: bool = False) -> None:
     """Remove the temporary files that killed processes left in `folder`, for targets that match the patterns (none: all).
 
-    The caller must hold the lock under which these targets are written. Symbolic links are removed, not followed.
+    The caller must hold the lock under which these targets are written. `shared`: other machines, on which it may not hold,
+    write them, too; theirs are removed a day after the last change. Symbolic links are removed, not followed.
     """
     if folder.is_symlink():
         return
     for target in targets or ("*",):
         for path in folder.glob(f".{target}.*.tmp"):
-            _remove(path)
+            if not (shared and _may_be_written(path)):
+                _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -325,9 +342,6 @@ def removed_if_refused(new: Sequence[Path], *, keep: Path) -> Iterator[None]:
         for path in () if keep.exists() else new:
             _remove(path)
         raise
-
-
-# ---- hashes
 
 
 def sha256_file(path: Path) -> str:

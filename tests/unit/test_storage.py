@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_kill_between_write_and_rename_keeps_the_old_file(tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert (tmp_path / "x").read_bytes() == b"old"
     (left,) = [path for path in tmp_path.iterdir() if path.name != "x"]
-    assert left.read_bytes() == b"new" and left.match(f".x.{process.pid}-*.tmp")
+    assert left.read_bytes() == b"new" and left.match(f".x.{storage.MACHINE}-{process.pid}-*.tmp")
     write_text(tmp_path / "x", "newer")
     assert (tmp_path / "x").read_text() == "newer"
     remove_stale_temporaries(tmp_path)
@@ -280,12 +281,40 @@ def test_directory_is_never_half_removed_when_it_is_replaced(tmp_path, monkeypat
 
 def test_temporary_directory_of_a_killed_process_is_removed_by_the_next_call(tmp_path):
     """One that another process is writing stays, and so does what belongs to another name."""
-    for name in (".out.1-0123abcd.tmp", ".out.b.1-0123abcd.tmp", ".out.mine.tmp"):
+    other = f".out.b.{storage.MACHINE}-1-0123abcd.tmp"
+    for name in (f".out.{storage.MACHINE}-1-0123abcd.tmp", other, ".out.mine.tmp"):
         (tmp_path / name / "sub").mkdir(parents=True)
     with atomic_directory(tmp_path / "out", replace=True) as slow:
         with atomic_directory(tmp_path / "out", replace=True) as directory:
-            assert names(tmp_path) == sorted([".out.b.1-0123abcd.tmp", ".out.mine.tmp", slow.name, directory.name])
-    assert names(tmp_path) == [".out.b.1-0123abcd.tmp", ".out.mine.tmp", "out"]
+            assert names(tmp_path) == sorted([other, ".out.mine.tmp", slow.name, directory.name])
+    assert names(tmp_path) == [other, ".out.mine.tmp", "out"]
+
+
+def test_temporaries_of_another_machine_are_removed_a_day_after_their_last_change(tmp_path):
+    """It may be writing them: there are file systems whose locks hold on one machine only."""
+    folder, file = (tmp_path / f".{name}.89abcdef-1-0123abcd.tmp" for name in ("out", "x"))
+    (folder / "sub").mkdir(parents=True)
+    written = folder / "sub" / "weights"
+    for path in (written, file):
+        path.touch()
+
+    def clean():
+        with atomic_directory(tmp_path / "out", replace=True):
+            pass
+        remove_stale_temporaries(tmp_path, "x", shared=True)
+
+    clean()
+    assert written.exists() and file.exists()
+    for path in (folder, folder / "sub", file):
+        os.utime(path, (0, time.time() - 25 * 3600))
+    clean()
+    assert written.exists() and not file.exists()
+    os.utime(written, (0, time.time() - 25 * 3600))
+    clean()
+    assert names(tmp_path) == ["out"]
+    file.touch()
+    remove_stale_temporaries(tmp_path, "x")  # under a lock that holds everywhere
+    assert names(tmp_path) == ["out"]
 
 
 def test_failed_write_leaves_no_new_folders(tmp_path):

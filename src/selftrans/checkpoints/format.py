@@ -22,13 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selftrans.messages import first_line
-from selftrans.plain_json import from_plain
+from selftrans.plain_json import UNREADABLE, from_plain, recorded
 from selftrans.storage import (
     FREE_SPACE,
-    UNREADABLE,
     atomic_directory,
     atomic_write,
-    recorded,
     remove_stale_temporaries,
     sha256_file,
 )

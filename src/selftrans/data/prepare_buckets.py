@@ -99,7 +99,7 @@ def _complete(out: Path, made: Sequence[str], progress: bool) -> None:
         if [Path(bucket.origin).name for bucket in open_buckets(out).buckets] == list(made):
             return
     with lock_file(out / LOCK, wait=True):
-        remove_stale_temporaries(out, BUCKETS)
+        remove_stale_temporaries(out, BUCKETS, shared=True)
         share_statistics([out / name for name in made], progress)
         write_names(out, made)
         (out / LOCK).unlink(missing_ok=True)

@@ -159,7 +159,7 @@ def changing(out: Path, part: Part) -> Iterator[None]:
         yield
         return
     with lock_file(out / f"{LOCK}-state", wait=True):
-        remove_stale_temporaries(out, PLAN, FILE)
+        remove_stale_temporaries(out, PLAN, FILE, shared=True)
         yield
 
 

@@ -32,12 +32,11 @@ from selftrans.experiments.autoencoder_report import (
     sheet,
 )
 from selftrans.messages import as_word, escaped, plural, printable, shape_text
-from selftrans.plain_json import to_plain
+from selftrans.plain_json import recorded, to_plain
 from selftrans.progress import progress_bar
 from selftrans.storage import (
     atomic_write,
     lock_file,
-    recorded,
     remove_stale_temporaries,
     sha256_file,
     write_json,

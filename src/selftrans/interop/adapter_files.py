@@ -54,9 +54,10 @@ def export_adapters(
     else:
         name, settings = WEIGHTS, _settings(config, named)
         tensors = {f"{PREFIX}{_published_name(key)}": tensor for key, tensor in named.items()}
-    with folder_to_fill(out) as folder, described_by(folder / SETTINGS, settings) if settings else nullcontext():
+    names = {WEIGHTS, PIPELINE_WEIGHTS, SETTINGS}
+    with folder_to_fill(out, names) as folder, described_by(folder / SETTINGS, settings) if settings else nullcontext():
         checkpoint.write_tensors(folder / name, tensors, {"format": "pt"})
-    remove_earlier(out, {WEIGHTS, PIPELINE_WEIGHTS} - {name} | ({SETTINGS} if settings is None else set()))
+    remove_earlier(out, names - {name} - (set() if settings is None else {SETTINGS}))
     return out / name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from selftrans.checkpoints.adapted import ADAPTERS
 from selftrans.checkpoints.load import EXPORTED, PIPELINE, PREFIX, Weights, find_asked, load_model
 from selftrans.interop.published_file import AUTOENCODER, LAYOUT
 from selftrans.models import registry as models
-from selftrans.storage import atomic_directory, atomic_write, sync
+from selftrans.storage import InUse, atomic_directory, atomic_write, directory_lock, remove_stale_temporaries, sync
 from selftrans.suggest import nearest
 
 OURS = "selftrans"  #: the layout of one file, which every command accepts in place of a run
+CONFIG = "config.json"  #: what describes the weights
 FOLDER = "pipeline"  #: the layout of a folder for diffusers (`sit_pipeline`), which every command accepts, too
 
 
@@ -67,15 +68,30 @@ def export_run(
             config, name = arguments, published.folder
         tensors = published.tensors(loaded.model)
         metadata = {LAYOUT: layout, AUTOENCODER: loaded.autoencoder, "format": "pt"}
-    with folder_to_fill(out) as folder, described_by(folder / "config.json", config):
+    with folder_to_fill(out, {*names, CONFIG}) as folder, described_by(folder / CONFIG, config):
         checkpoint.write_tensors(folder / name, tensors, metadata)
     remove_earlier(out, names - {name})
     return out / name
 
 
-def folder_to_fill(out: Path) -> AbstractContextManager[Path]:
-    """`out` if it exists, else a new folder that becomes `out` when the block ends, so that a failure leaves none."""
-    return nullcontext(out) if out.exists() else atomic_directory(out)
+@contextmanager
+def folder_to_fill(out: Path, names: set[str]) -> Iterator[Path]:
+    """`out` if it exists, else a new folder that becomes `out` when the block ends, so that a failure leaves none.
+
+    What killed exports left of the files `names` in `out` is removed. ValueError where another export is writing to `out`.
+    """
+    with ExitStack() as held:
+        if out.exists():
+            try:
+                held.enter_context(directory_lock(out))
+                remove_stale_temporaries(out, *names, shared=True)
+            except BlockingIOError as error:
+                raise InUse(f"another command is writing to {out}; wait for it, or choose another --out") from error
+            except (OSError, ImportError):  # no locks, so that it is not known what is in use
+                pass
+            yield out
+        else:
+            yield held.enter_context(atomic_directory(out))
 
 
 @contextmanager
@@ -100,9 +116,13 @@ def remove_earlier(out: Path, names: set[str]) -> None:
 def check_out(out: Path, names: set[str], what: str) -> None:
     """ValueError unless `out` does not exist, is empty, or holds one of the files `names`, which an earlier export wrote.
 
+    Temporary files, which a killed export left, do not count where `out` is filled (with `names`).
     `what`: what `out` should be, for the message.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / n).is_file() for n in names))):
+    if not out.exists():
+        return
+    held = set(out.iterdir()) - set(out.glob(".*.tmp") if names else ()) if out.is_dir() else {out}
+    if held and not any((out / name).is_file() for name in names):
         raise ValueError(f"{out} exists and is not {what}; choose another --out, or remove it")
 
 

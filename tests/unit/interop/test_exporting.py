@@ -11,6 +11,7 @@ from selftrans.checkpoints.load import find, load_model
 from selftrans.cli.main import main
 from selftrans.interop.exporting import export_run
 from selftrans.interop.importing import import_run
+from selftrans.storage import InUse, directory_lock, temporary_for
 from tests.support import published_files, toy
 from tests.support.published_files import TINY, Assembled, options, state
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -154,6 +155,21 @@ def test_export_replaces_only_an_earlier_export(tmp_path, capsys):
     before = toy.tree(out)
     assert main(["export", str(tmp_path / "absent"), "--out", str(out)]) == 1
     assert "does not exist" in capsys.readouterr().err and toy.tree(out) == before
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_a_killed_export_left_in_a_folder_is_removed_by_the_next(tmp_path, earlier):
+    run, out = toy.vanilla(), tmp_path / "out"
+    out.mkdir()
+    if earlier:
+        export_run(run, out)
+    for name in ("config.json", "model.safetensors", "mine"):
+        temporary_for(out / name).write_text("half")
+    with directory_lock(out), pytest.raises(InUse, match="another command is writing to"):
+        export_run(run, out)
+    export_run(run, out)
+    left = sorted(path.name for path in out.iterdir())
+    assert left[0].startswith(".mine.") and left[1:] == ["config.json", "model.safetensors"]
 
 
 def refuse_as_full(path, *_, **__):
