@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,12 @@ class Trackers:
         """Note that a stage begins, after this many steps of earlier ones."""
         self._before = steps_before
 
-    def log(self, stage: str, values: dict[str, float], step: int) -> None:
-        """Log values at this step of a stage."""
+    def log(self, stage: str, values: dict[str, float], step: int, changed: Sequence[str] = ()) -> None:
+        """Log values at this step of a stage, and as text the settings that were changed before it."""
         named = {f"{stage}/{key}": value for key, value in values.items()}
-        self._each(step, lambda name, tracker, at: tracker.log(named, step=at))
+        text = {f"{stage}/changed": "; ".join(changed)} if changed else {}
+        # MLflow's metrics are numbers
+        self._each(step, lambda name, tracker, at: tracker.log(named if name == "mlflow" else named | text, step=at))
 
     def picture(self, stage: str, file: Path, step: int) -> None:
         """Show a preview, if its file was written."""

@@ -276,13 +276,13 @@ class Trainer:
             return
         rate = learning_rate(self.step - 1, self.config.train)
         self.nonfinite.check_norms(values, self.step)
-        changed = {"changed": self.changed} if self.changed else {}
-        self.changed = []
-        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **skips, **changed}
+        changed, self.changed = self.changed, []
+        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **skips}
+        line |= {"changed": changed} if changed else {}
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
         bar.set_postfix(format_values({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
         if self.trackers:
-            self.trackers.log(self.stage.name, values, self.step)
+            self.trackers.log(self.stage.name, values, self.step, changed)
 
     def total_flops(self) -> int:
         """Operations of this stage so far: student, heads and teacher; of imported weights since the import."""

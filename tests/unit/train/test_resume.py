@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from selftrans import storage
 from selftrans.checkpoints import format as checkpoint
@@ -393,7 +394,8 @@ def test_log_says_from_where_on_its_values_are_of_another_loss(tmp_path, monkeyp
         with pytest.warns(UserWarning, match="train.loss"), pytest.raises(Killed):
             train(toy.toy(other | {"train.steps": 13, "train.checkpoint_every": 100}), run, quiet=True)
     assert toy.log(run)[-1]["step"] == 10
-    train(toy.toy({"train.loss": "noise", "train.steps": 12, "train.checkpoint_every": 10}), run, quiet=True)
+    goes_on = {"train.loss": "noise", "train.steps": 12, "train.checkpoint_every": 10, "log.tensorboard": True}
+    train(toy.toy(goes_on), run, quiet=True)
     train(toy.toy({"train.loss": "noise", "train.steps": 14}), run, quiet=True)
     lines = toy.log(run)
     assert lines[: len(before)] == before
@@ -402,6 +404,9 @@ def test_log_says_from_where_on_its_values_are_of_another_loss(tmp_path, monkeyp
         (12, None),
         (14, None),
     ]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [text.step for text in events.Tensors("stage2/changed/text_summary")] == [10]
 
 
 def test_lost_config_is_read_from_the_newest_checkpoint(tmp_path):

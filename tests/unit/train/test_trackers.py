@@ -142,6 +142,21 @@ def test_steps_count_over_all_stages_except_in_tensorboard(tmp_path, packages):
     assert [events.Scalars(f"{stage}/loss")[0].step for stage in ("one", "two")] == [5, 5]
 
 
+def test_changed_settings_are_text_where_a_tracker_has_it(tmp_path, packages):
+    found = Trackers(tmp_path)
+    found.start(toy.toy({"log.trackers": ("wandb", "mlflow"), "log.tensorboard": True}))
+    found.log("one", {"loss": 1.0}, 5, ["train.loss was own, is noise", "train.lr was 1, is 2"])
+    found.log("one", {"loss": 2.0}, 6)
+    found.close()
+    said = "train.loss was own, is noise; train.lr was 1, is 2"
+    assert packages["wandb"].runs[0].lines[0] == (5, {"one/loss": 1.0, "one/changed": said})
+    assert packages["mlflow"].runs[0].lines[0] == (5, {"one/loss": 1.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("one/changed/text_summary")
+    assert text.step == 5 and text.tensor_proto.string_val == [said.encode()]
+
+
 def test_tracker_that_is_missing_or_fails_causes_one_warning(tmp_path, packages, monkeypatch, recwarn):
     real = trackers.importlib.util.find_spec
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "mlflow" else real(name))
