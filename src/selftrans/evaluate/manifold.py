@@ -5,54 +5,53 @@ Shape legend: n, m images, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
-
-from selftrans.messages import plural
 
 NEIGHBOURS = 3  #: k of the radii, as published
 
 
-def precision_recall(
+class Manifolds(NamedTuple):
+    """What the distances between samples and a reference say, each from 0 to 1; None where there are too few images for it.
+
+    precision, recall: the fraction of samples in the reference's manifold, and of the reference in that of the samples. A
+    manifold is the union of balls around its points; the radius is the distance to the k-th nearest neighbour
+    (Kynkäänniemi et al., 1904.06991, eq. 1-2).
+    authenticity: the fraction of samples that are farther from their nearest reference than that one is from its nearest
+    other: AuthPct of Alaa et al. (2102.08921) as dgm-eval (2306.04675) computes it. Of copies of the reference it is 0, of
+    independent images of the same distribution it depends on the dimensions (Gaussians of 2 to 50: about 0.4 to 0.8).
+    """
+
+    precision: float | None
+    recall: float | None
+    authenticity: float | None
+
+
+def manifolds(
     samples: np.ndarray, reference: np.ndarray, *, neighbours: int = NEIGHBOURS, block: int = 1024
-) -> tuple[float, float]:
-    """Fraction of samples (n, F) in the reference's manifold, and of the reference (m, F) in that of the samples.
+) -> Manifolds:
+    """Precision, recall and authenticity of samples (n, F) to a reference (m, F).
 
-    A manifold is the union of balls around its points; the radius is the distance to the k-th nearest neighbour
-    (Kynkäänniemi et al., 1904.06991, eq. 1-2). Distances are computed `block` rows at a time: memory grows as
-    block x max(n, m). Raises ValueError unless each set has more than `neighbours` images.
+    Precision and recall need more than `neighbours` images of each, authenticity one sample and two reference images.
+    Distances are computed once, `block` rows at a time: memory grows as block x max(n, m). ValueError for features of two
+    lengths.
     """
     same_length(samples, reference)
-    if min(len(samples), len(reference)) <= neighbours:
-        sizes = f"{plural(len(samples), 'sample')} and {plural(len(reference), 'reference image')}"
-        raise ValueError(
-            f"{sizes} are too few for {plural(neighbours, 'neighbour')}; give more than {neighbours} of each"
-        )
     x, y = samples.astype(np.float64), reference.astype(np.float64)
-    precision = _covered(x, y, _radii(y, neighbours, block), block)
-    recall = _covered(y, x, _radii(x, neighbours, block), block)
-    return precision, recall
-
-
-def authenticity(samples: np.ndarray, reference: np.ndarray, *, block: int = 1024) -> float:
-    """Fraction of samples (n, F) that are farther from their nearest reference (m, F) than that one is from its nearest other.
-
-    AuthPct of Alaa et al. (2102.08921) as dgm-eval (2306.04675) computes it, from 0 to 1. Of copies of the reference it is 0,
-    of independent images of the same distribution it depends on the dimensions (Gaussians of 2 to 50: about 0.4 to 0.8).
-    Raises ValueError for less than two reference images.
-    """
-    same_length(samples, reference)
-    if len(reference) < 2 or not len(samples):
-        sizes = f"{plural(len(samples), 'sample')} and {plural(len(reference), 'reference image')}"
-        raise ValueError(f"{sizes} are too few for authenticity; give one sample and two reference images at least")
-    x, y = samples.astype(np.float64), reference.astype(np.float64)
-    apart = _radii(y, 1, block)
-    authentic = 0
-    for _, distances in _distances(x, y, block):
-        nearest = distances.argmin(axis=-1)
-        authentic += int((distances.min(axis=-1) > apart[nearest]).sum())
-    return authentic / len(x)
+    if not len(x) or len(y) < 2:
+        return Manifolds(None, None, None)
+    enough = min(len(x), len(y)) > neighbours
+    nearest, radii = _radii(y, (1, neighbours if enough else 1), block)
+    own = _radii(x, (neighbours,), block)[0] if enough else np.zeros(len(x))
+    inside, authentic, covered = 0, 0, np.zeros(len(y), dtype=bool)
+    for start, distances in _distances(x, y, block):
+        inside += int((distances <= radii).any(axis=-1).sum())
+        covered |= (distances <= own[start : start + len(distances), None]).any(axis=0)
+        authentic += int((distances.min(axis=-1) > nearest[distances.argmin(axis=-1)]).sum())
+    found = Manifolds(inside / len(x), int(covered.sum()) / len(y), authentic / len(x))
+    return found if enough else Manifolds(None, None, found.authenticity)
 
 
 def _distances(x: np.ndarray, y: np.ndarray, block: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -63,19 +62,14 @@ def _distances(x: np.ndarray, y: np.ndarray, block: int) -> Iterator[tuple[int, 
         yield start, np.maximum((rows * rows).sum(axis=-1)[:, None] + norms[None, :] - 2 * rows @ y.T, 0.0)
 
 
-def _radii(x: np.ndarray, neighbours: int, block: int) -> np.ndarray:
-    """Squared distance (n,) of each point to its k-th nearest other point."""
-    radii = np.empty(len(x))
+def _radii(x: np.ndarray, neighbours: Sequence[int], block: int) -> np.ndarray:
+    """Squared distance (K, n) of each point (n, F) to its k-th nearest other point, for each k of `neighbours` (K,)."""
+    radii, ranks = np.empty((len(neighbours), len(x))), np.array(neighbours) - 1
     for start, distances in _distances(x, x, block):
         own = np.arange(len(distances))
         distances[own, start + own] = np.inf
-        radii[start : start + len(distances)] = np.partition(distances, neighbours - 1, axis=-1)[:, neighbours - 1]
+        radii[:, start : start + len(distances)] = np.partition(distances, ranks, axis=-1)[:, ranks].T
     return radii
-
-
-def _covered(x: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: int) -> float:
-    """Fraction of points x (n, F) within the squared radius `radii` (m,) of one of `centres` (m, F)."""
-    return sum(int((d <= radii).any(axis=-1).sum()) for _, d in _distances(x, centres, block)) / len(x)
 
 
 def same_length(a: np.ndarray, b: np.ndarray) -> None:

@@ -5,16 +5,18 @@ Shape legend: n, m images, F features, K classes. Everything is computed in floa
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.special import log_softmax, logsumexp
 
 from selftrans.evaluate.extractors import INCEPTION_SHA256, Extractor
-from selftrans.evaluate.manifold import NEIGHBOURS, authenticity, precision_recall, same_length
+from selftrans.evaluate.manifold import NEIGHBOURS, Manifolds, manifolds, same_length
 from selftrans.evaluate.statistics import Moments, Statistics
 from selftrans.messages import plural
 
@@ -127,7 +129,8 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int = SEE
     return float(np.mean(scores)), float(np.std(scores))
 
 
-class MetricInput(NamedTuple):
+@dataclass(frozen=True)
+class MetricInput:
     """The input of a metric in `METRICS`."""
 
     samples: Statistics
@@ -135,6 +138,13 @@ class MetricInput(NamedTuple):
     logits: np.ndarray  #: (n, K) of the samples; (0, 0) without a head
     labels: np.ndarray | Sequence[int] | None
     inception: bool  #: whether the extractor is the published Inception, so that results have the published names
+
+    @functools.cached_property
+    def manifolds(self) -> Manifolds | None:
+        """Of at most MANIFOLD images of each, for two metrics; None where the reference holds no features."""
+        if self.samples.features is None or self.reference.features is None:
+            return None
+        return manifolds(_drawn(self.samples.features), _drawn(self.reference.features))
 
 
 #: results and parameters by name, or the reason why there are none
@@ -162,19 +172,20 @@ def _kernel(m: MetricInput) -> Outcome:
 
 
 def _precision_recall(m: MetricInput) -> Outcome:
-    if m.samples.features is None or m.reference.features is None:
+    if m.manifolds is None:
         return "no precision and recall: the reference holds no features"
-    if min(len(m.samples.features), len(m.reference.features)) <= NEIGHBOURS:
+    precision, recall, _ = m.manifolds
+    if precision is None or recall is None:
         return f"no precision and recall: too few images for {NEIGHBOURS} neighbours"
-    precision, recall = precision_recall(_drawn(m.samples.features), _drawn(m.reference.features))
     return {"precision": precision, "recall": recall, "neighbours": NEIGHBOURS} | _most_drawn(m)
 
 
 def _authenticity(m: MetricInput) -> Outcome:
-    if m.samples.features is None or m.reference.features is None:
+    if m.manifolds is None:
         return "no authenticity: the reference holds no features"
-    found = authenticity(_drawn(m.samples.features), _drawn(m.reference.features))
-    return {"authenticity": found} | _most_drawn(m)
+    if m.manifolds.authenticity is None:
+        return "no authenticity: too few images"
+    return {"authenticity": m.manifolds.authenticity} | _most_drawn(m)
 
 
 def _drawn(features: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from selftrans.evaluate.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
-    precision_recall,
+    manifolds,
 )
 from selftrans.evaluate.statistics import Moments, Statistics
 
@@ -44,7 +44,7 @@ def test_metrics_equal_torch_fidelity() -> None:
     assert kernel_distance(a, b, subsets=10, subset_size=100) == pytest.approx(
         (9.117525433678644, 33.15315173618173), rel=1e-6
     )
-    assert precision_recall(a, b) == pytest.approx((0.9333333373069763, 0.8307692408561707), rel=1e-6)
+    assert manifolds(a, b)[:2] == pytest.approx((0.9333333373069763, 0.8307692408561707), rel=1e-6)
     assert inception_score(logits) == pytest.approx((2.2106400353723172, 0.14727577118242124), rel=1e-6)
 
 
@@ -95,7 +95,7 @@ def test_enough_images_and_constant_features_do_not_warn() -> None:
 def test_different_feature_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="lengths 3 and 4"):
         frechet_distance(Moments(np.zeros(3), np.eye(3)), Moments(np.zeros(4), np.eye(4)))
-    for metric in (kernel_distance, precision_recall):
+    for metric in (kernel_distance, manifolds):
         with pytest.raises(ValueError, match="cannot be compared"):
             metric(np.zeros((5, 3)), np.zeros((5, 4)))
 
@@ -229,7 +229,7 @@ def test_unavailable_metrics_are_absent_and_explained() -> None:
 
 def test_only_requested_metrics_are_computed(monkeypatch) -> None:
     monkeypatch.setattr(metrics, "kernel_distance", None)
-    monkeypatch.setattr(metrics, "precision_recall", None)
+    monkeypatch.setattr(metrics, "manifolds", None)
     report = evaluate(pictures(0), pictures(1), Colours(), labels=[0] * 90, metrics=("frechet", "accuracy"))
     assert {"frechet_distance", "accuracy"} < report.keys() and "classifier_score" not in report
 
@@ -281,7 +281,7 @@ def test_precision_and_recall_of_many_images_are_those_of_some(monkeypatch) -> N
     report = evaluate(samples, reference, colours, metrics=["precision_recall"])
     x, y = (colours(images)["features"].astype(np.float32) for images in (samples, reference))
     rows = [np.sort(np.random.RandomState(2020).permutation(len(each))[:60]) for each in (x, y)]
-    assert (report["precision"], report["recall"]) == precision_recall(x[rows[0]], y[rows[1]])
+    assert (report["precision"], report["recall"]) == manifolds(x[rows[0]], y[rows[1]])[:2]
     assert report["manifold_images"] == 60 and "manifold_images" not in whole
     assert evaluate(samples, reference, colours, metrics=["authenticity"])["manifold_images"] == 60
     monkeypatch.setattr(metrics, "MANIFOLD", 90)
