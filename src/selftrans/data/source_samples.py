@@ -32,9 +32,7 @@ def source_samples(source: str | Path, earlier: resumable.Earlier | None, given:
     media, reading, text, resolution = given.media, given.reading, given.text, given.resolution
     if identity_kind(given.autoencoder) == "values":
         media.refuse("--autoencoder values")
-        of_pictures = {"resolution": resolution, "flip": given.flip, "text": text, "range": reading.range}
-        of_pictures["grey"] = reading.grey
-        if wrong := next((name for name, value in of_pictures.items() if value), None):
+        if wrong := _of_pictures(given, resolution=resolution, grey=reading.grey):
             raise ValueError(f"--{wrong} is for pictures; leave it out with --autoencoder values")
         if given.label_column not in (None, reading.label_column):
             warnings.warn(f"label_column is ignored: {source} is not a table", stacklevel=2)
@@ -44,13 +42,7 @@ def source_samples(source: str | Path, earlier: resumable.Earlier | None, given:
             raise ValueError("--labels does not apply to an npz; store the labels in it, as `labels`")
         return npz_values(Path(source))
     archives = text is None
-    of_pictures = {
-        "flip": given.flip,
-        "autoencoder": given.autoencoder != "pixel",
-        "text": text,
-        "range": reading.range,
-    }
-    wrong = next((name for name, value in of_pictures.items() if value), None)
+    wrong = _of_pictures(given, autoencoder=given.autoencoder != "pixel")
     if wrong and kind_of(Path(source), media.frames, archives=archives) in ("sounds", "videos"):
         raise ValueError(f"--{wrong} is for pictures; leave it out for sounds and videos")
     clips = open_clips(source, media, resolution, given.progress, archives=archives, split=given.split, reading=reading)
@@ -69,3 +61,9 @@ def source_samples(source: str | Path, earlier: resumable.Earlier | None, given:
     if given.square:
         check_square(opened.resolution)
     return opened
+
+
+def _of_pictures(given: PrepareOptions, **others: object) -> str | None:
+    """The first option that was given and is for pictures alone, these `others` included."""
+    options = {**others, "flip": given.flip, "text": given.text, "range": given.reading.range}
+    return next((name for name, value in options.items() if value), None)
