@@ -52,7 +52,7 @@ class Terminated(KeyboardInterrupt):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of `argv` (None: of the process) and return the exit status. Errors of users are one line on stderr."""
-    from selftrans.train.interrupted import EXIT_RESUME, Interrupted
+    from selftrans.train.interrupted import EXIT_RESUME, Interrupted, handle
 
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -62,10 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # not of `train`: it has its own handling, and may wait for other processes in calls that run no handler
     if argv is None and words[:1] != ["train"]:
-        signal.signal(signal.SIGTERM, _terminate)
-        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
-        if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:  # `nohup` ignores it
-            signal.signal(hang_up, _terminate)
+        handle(_terminate, {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)})  # no SIGHUP on Windows
     try:
         _print_overview(words) if not words or words[0].startswith("-") else parse_command(words).run()
     except Interrupted as stopped:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 
-from selftrans.train.interrupted import SAME, Interrupted
+from selftrans.train.interrupted import SAME, Interrupted, handle
 
 
 class StopSignal:
@@ -27,9 +27,7 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores it
-                    self._before[number] = signal.signal(number, self._receive)
+            self._before = handle(self._receive, self.SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:
