@@ -38,12 +38,16 @@ def shard_models(*models: Objective | Backbone, device: torch.device, processes:
 
 
 def release(model: nn.Module) -> None:
-    """Free the memory of modules that were removed from a sharded model: torch keeps a list of all that it has sharded."""
+    """Free the memory of modules that were removed from a sharded model: torch keeps a list of all that it has sharded.
+
+    No public function of torch 2.13 shortens it. With a version of torch that keeps it elsewhere the memory stays in use.
+    """
     if isinstance(model, FSDPModule):
-        staying = [part._get_fsdp_state() for part in model.modules() if isinstance(part, FSDPModule)]
-        states = model._get_fsdp_state()._state_ctx.all_states
-        states[:] = [state for state in states if state in staying]
-        gc.collect()  # the states refer to each other
+        with contextlib.suppress(AttributeError):
+            staying = [part._get_fsdp_state() for part in model.modules() if isinstance(part, FSDPModule)]
+            states = model._get_fsdp_state()._state_ctx.all_states
+            states[:] = [state for state in states if state in staying]
+            gc.collect()  # the states refer to each other
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -244,3 +244,9 @@ def test_fp16_is_refused(tmp_path, monkeypatch, capsys):
     argv = ["train", "digits", f"--data={toy.digits()}", f"--out={tmp_path}", *toy.flags()]
     assert main([*argv, "--train.shard", "True", "--train.precision=fp16"]) == 1
     assert "train.shard does not go with train.precision fp16" in capsys.readouterr().err
+
+
+def test_memory_stays_in_use_where_torch_keeps_its_list_elsewhere(monkeypatch):
+    """The list is private to torch: a version without it must not end a run at the step where its guidance ends."""
+    monkeypatch.setattr(fsdp, "FSDPModule", torch.nn.Linear)
+    fsdp.release(torch.nn.Linear(2, 2))
