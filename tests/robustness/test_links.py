@@ -96,12 +96,15 @@ def test_only_own_temporaries_are_removed(tmp_path):
     (home / ".profile").write_bytes(MINE)
     run = toy.copy(toy.finished(), tmp_path / "run")
     (run / "stage2" / "previews").mkdir(exist_ok=True)
-    (run / "stage2" / "previews" / ".step-00000002.png.123.tmp").write_text("of a killed process")
+    left = [run / "stage2" / "previews" / name for name in (".step-00000002.png.123.tmp", ".prompts.txt.123.tmp")]
+    left += [run / ".init.safetensors.123.tmp"]
+    for path in left:
+        path.write_text("of a killed process")
     (run / "guest").mkdir()
     (run / "guest" / "previews").symlink_to(home)
     train(toy.toy(), run, quiet=True)
     assert (home / ".profile").read_bytes() == MINE and (home / ".ssh").is_dir()
-    assert not (run / "stage2" / "previews" / ".step-00000002.png.123.tmp").exists()
+    assert not any(path.exists() for path in left)
 
 
 def test_samples_are_not_written_through_symlinks(tmp_path, mine):

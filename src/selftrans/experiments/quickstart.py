@@ -38,7 +38,7 @@ from selftrans.methods.self_transcendence import SELF_TRANSCENDENCE, STRUCTURE, 
 from selftrans.methods.vanilla import VANILLA
 from selftrans.plain_json import recorded
 from selftrans.recipes.digits import digits
-from selftrans.storage import lock_file, write_json, write_text
+from selftrans.storage import lock_file, remove_stale_temporaries, write_json, write_text
 from selftrans.train.flops import stage_flops
 from selftrans.train.resume import differences, settings_before
 
@@ -72,6 +72,7 @@ def quickstart(
     # the teacher is a checkpoint of stage 1 alone, which is trained on for its own row of the table
     config = config.override({"stage1.steps": min(TAUGHT * every, config.train.steps)})
     with lock_file(out / ".lock"):
+        remove_stale_temporaries(out)
         dataset = prepare_builtin("digits", out / "data")
         config = config.override({"data.path": str(out / "data")})
         variants = {name: for_method(config, name) for name in METHODS}

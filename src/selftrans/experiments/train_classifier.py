@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from selftrans.evaluate.classifier import SmallClassifier, train_classifier
 from selftrans.messages import escaped, plural
 from selftrans.plain_json import recorded
 from selftrans.progress import progress_bar
-from selftrans.storage import check_writable, lock_file, write_json
+from selftrans.storage import check_writable, lock_file, remove_stale_temporaries, write_json
 from selftrans.train.optim import load_optimizer, optimizer_tensors
 from selftrans.train.signals import StopSignal
 
@@ -58,6 +59,9 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
         if folder.is_symlink() or (folder.exists() and not (folder / ".lock").exists()):
             raise ValueError(f"{folder} exists and holds something else; choose another --out, or remove it")
         with lock_file(folder / ".lock"):
+            remove_stale_temporaries(
+                out.parent, *(glob.escape(out.with_suffix(s).name) for s in (".safetensors", ".json"))
+            )
             # until it has the lock, another process may finish a classifier
             description = _finished(out, settings) or _train(dataset, out, folder, settings)
     _remove_training(folder, settings)

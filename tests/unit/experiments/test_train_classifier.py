@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from selftrans.cli.main import main
 from selftrans.experiments import train_classifier as module
+from selftrans.storage import temporary_for
 from selftrans.train.signals import StopSignal
 from tests.support import toy
 from tests.support.processes import Killed
@@ -70,7 +71,9 @@ def test_classifier_that_another_process_has_finished_stays(data, tmp_path, monk
 
     monkeypatch.setattr(module, "lock_file", lock)
     monkeypatch.setattr(module, "train_classifier", None)
+    temporary_for(out).touch()  # of a third one, killed
     assert main(command(data, out, epochs)) == (0 if epochs == 3 else 1)
+    assert not list(tmp_path.glob(".*.tmp"))
     assert_same_files(out, uninterrupted)
 
 

@@ -41,7 +41,14 @@ from selftrans.messages import escaped
 from selftrans.methods.registry import METHODS, find, meta_objective, stages
 from selftrans.plain_json import recorded
 from selftrans.sampling.images import NotFinite
-from selftrans.storage import lock_file, removed_if_refused, sha256_file, write_json, write_text
+from selftrans.storage import (
+    lock_file,
+    remove_stale_temporaries,
+    removed_if_refused,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from selftrans.train.given_weights import with_given_model
 from selftrans.train.run import check_decay, stages_to_run
 from selftrans.train.run_data import data_of
@@ -87,6 +94,7 @@ def compare_methods(
     made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
     new = [path for path in made if not path.exists()]
     with lock_file(out / ".lock"):
+        remove_stale_temporaries(out)
         with removed_if_refused(new, keep=out / "compare.json"):
             config, features, weights = shared_settings(config, out, features=features)
             config = with_given_model(config, typed)

@@ -53,7 +53,7 @@ from selftrans.methods.registry import titles
 from selftrans.methods.repa import Repa
 from selftrans.methods.self_transcendence import Stage1, Stage2
 from selftrans.recipes import recipe
-from selftrans.storage import write_json
+from selftrans.storage import temporary_for, write_json
 from selftrans.train.capture_rules import ENDED, NotCaptured
 from selftrans.train.trainer import Trainer
 from tests.support import toy
@@ -668,4 +668,12 @@ def test_interrupt_leads_to_a_checkpoint_and_one_line_that_says_how_to_continue(
 def test_too_few_images_are_refused_by_the_library(tmp_path):
     with pytest.raises(ValueError, match="at least two images"):
         compare_methods(recipe("digits"), tmp_path, ["vanilla"], images=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_a_killed_comparison_was_writing_are_removed(tmp_path):
+    temporary_for(tmp_path / "compare.html").touch()
+    absent = recipe("digits").override({"data.path": str(tmp_path / "absent")})
+    with pytest.raises(ValueError, match="absent"):
+        compare_methods(absent, tmp_path, ["vanilla"])
     assert not list(tmp_path.iterdir())
