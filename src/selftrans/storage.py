@@ -138,7 +138,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             with ExitStack() as held:
                 with suppress(OSError, ImportError):  # without locks no other process removes it
-                    held.enter_context(_directory_lock(temporary))
+                    held.enter_context(directory_lock(temporary))
                 _remove_abandoned(path)
                 yield temporary
                 for written in (*temporary.rglob("*"), temporary):
@@ -166,7 +166,7 @@ def _put(temporary: Path, path: Path, *, replace: bool) -> None:
 
 
 @contextmanager
-def _directory_lock(path: Path) -> Iterator[None]:
+def directory_lock(path: Path) -> Iterator[None]:
     """Hold the lock of a directory, which shows that its writer runs.
 
     OSError or ImportError where another process holds it, and on a system without locks.
@@ -184,7 +184,7 @@ def _remove_abandoned(path: Path) -> None:
     temporary = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{8}}\.tmp")
     for each in [each for each in path.parent.iterdir() if temporary.fullmatch(each.name)]:
         if each.is_dir() and not each.is_symlink():
-            with suppress(OSError, ImportError), _directory_lock(each):  # in use, or no locks, so that it is not known
+            with suppress(OSError, ImportError), directory_lock(each):  # in use, or no locks, so that it is not known
                 _remove(each)
 
 

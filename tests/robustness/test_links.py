@@ -96,12 +96,17 @@ def test_only_own_temporaries_are_removed(tmp_path):
     (home / ".profile").write_bytes(MINE)
     run = toy.copy(toy.finished(), tmp_path / "run")
     (run / "stage2" / "previews").mkdir(exist_ok=True)
-    (run / "stage2" / "previews" / ".step-00000002.png.123.tmp").write_text("of a killed process")
+    left = (
+        ".init.safetensors.1-0.tmp",
+        *(f"stage2/previews/.{name}.1-0.tmp" for name in ("step-00000002.png", "prompts.txt")),
+    )
+    for name in left:
+        (run / name).write_text("of a killed process")
     (run / "guest").mkdir()
     (run / "guest" / "previews").symlink_to(home)
     train(toy.toy(), run, quiet=True)
     assert (home / ".profile").read_bytes() == MINE and (home / ".ssh").is_dir()
-    assert not (run / "stage2" / "previews" / ".step-00000002.png.123.tmp").exists()
+    assert not any((run / name).exists() for name in left)
 
 
 def test_samples_are_not_written_through_symlinks(tmp_path, mine):

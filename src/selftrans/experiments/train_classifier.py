@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from selftrans.device import default_device
 from selftrans.evaluate.classifier import SmallClassifier, train_classifier
 from selftrans.messages import escaped, plural
 from selftrans.progress import progress_bar
-from selftrans.storage import check_writable, lock_file, recorded, write_json
+from selftrans.storage import check_writable, lock_file, recorded, remove_stale_temporaries, write_json
 from selftrans.train.optim import load_optimizer, optimizer_tensors
 from selftrans.train.signals import StopSignal
 
@@ -57,6 +58,7 @@ def classifier_from_data(data: str | Path, out: Path, *, epochs: int, seed: int)
         if folder.is_symlink() or (folder.exists() and not (folder / ".lock").exists()):
             raise ValueError(f"{folder} exists and holds something else; choose another --out, or remove it")
         with lock_file(folder / ".lock"):
+            remove_stale_temporaries(out.parent, *map(glob.escape, (out.name, out.with_suffix(".json").name)))
             # until it has the lock, another process may finish a classifier
             description = _finished(out, settings) or _train(dataset, out, folder, settings)
     _remove_training(folder, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from selftrans.checkpoints.adapted import ADAPTERS
 from selftrans.checkpoints.load import EXPORTED, PIPELINE, PREFIX, Weights, find_asked, load_model
 from selftrans.interop.published_file import AUTOENCODER, LAYOUT
 from selftrans.models import registry as models
-from selftrans.storage import atomic_directory, atomic_write, sync
+from selftrans.storage import atomic_directory, atomic_write, directory_lock, remove_stale_temporaries, sync
 from selftrans.suggest import nearest
 
 OURS = "selftrans"  #: the layout of one file, which every command accepts in place of a run
@@ -73,9 +73,21 @@ def export_run(
     return out / name
 
 
-def folder_to_fill(out: Path) -> AbstractContextManager[Path]:
-    """`out` if it exists, else a new folder that becomes `out` when the block ends, so that a failure leaves none."""
-    return nullcontext(out) if out.exists() else atomic_directory(out)
+@contextmanager
+def folder_to_fill(out: Path) -> Iterator[Path]:
+    """`out` if it exists, else a new folder that becomes `out` when the block ends, so that a failure leaves none.
+
+    What a killed export left in an `out` that exists is removed, unless another process exports to it now.
+    """
+    if not out.exists():
+        with atomic_directory(out) as folder:
+            yield folder
+        return
+    with ExitStack() as held:
+        with suppress(OSError, ImportError):  # in use, or no locks, so that it is not known
+            held.enter_context(directory_lock(out))
+            remove_stale_temporaries(out)
+        yield out
 
 
 @contextmanager

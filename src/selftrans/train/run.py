@@ -136,11 +136,11 @@ def _locked_folder(out: Path) -> Iterator[None]:
     """
     new = [path for path in (out / "data", out / ".lock", out) if not path.exists()]
     with lock_file(out / ".lock"), removed_if_refused(new, keep=out / "config.json"):
-        remove_stale_temporaries(out, "*.json")
+        remove_stale_temporaries(out)
         for stage in out.iterdir():
             if stage.is_dir() and not stage.is_symlink():
                 remove_stale_temporaries(stage, "log.jsonl")
-                remove_stale_temporaries(stage / "previews", "step-*.png")
+                remove_stale_temporaries(stage / "previews")
         yield
 
 

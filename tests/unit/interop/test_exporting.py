@@ -7,10 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from selftrans.checkpoints.load import find, load_model
+from selftrans.checkpoints.load import EXPORTED, find, load_model
 from selftrans.cli.main import main
 from selftrans.interop.exporting import export_run
 from selftrans.interop.importing import import_run
+from selftrans.storage import directory_lock, temporary_for
 from tests.support import published_files, toy
 from tests.support.published_files import TINY, Assembled, options, state
 from tests.support.toy import quick  # noqa: F401 - a fixture
@@ -173,6 +174,19 @@ def test_full_disk_leaves_no_folder_and_keeps_an_earlier_export(tmp_path, capsys
         said = capsys.readouterr().err
         assert said.startswith(f"selftrans: {new}/") and said.count("No space left on device") == said.count("\n") == 2
         assert [path.name for path in tmp_path.iterdir()] == ["earlier"] and toy.tree(earlier) == before
+
+
+def test_what_a_killed_export_left_is_removed_unless_another_one_runs(tmp_path):
+    out, run = tmp_path / "out", str(toy.finished())
+    export_run(run, out)
+    whole = toy.tree(out)
+    left = temporary_for(out / EXPORTED)
+    left.write_text("of a killed process")
+    with directory_lock(out):
+        export_run(run, out)
+    assert left.exists()
+    export_run(run, out)
+    assert toy.tree(out) == whole
 
 
 def test_autoencoder_that_is_not_on_this_machine_is_named_by_import(tmp_path):

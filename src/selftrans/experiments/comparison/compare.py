@@ -40,7 +40,15 @@ from selftrans.experiments.comparison.summary import AXES, as_csv, mean_curve, r
 from selftrans.messages import escaped
 from selftrans.methods.registry import METHODS, find, meta_objective, stages
 from selftrans.sampling.images import NotFinite
-from selftrans.storage import lock_file, recorded, removed_if_refused, sha256_file, write_json, write_text
+from selftrans.storage import (
+    lock_file,
+    recorded,
+    remove_stale_temporaries,
+    removed_if_refused,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from selftrans.train.given_weights import with_given_model
 from selftrans.train.run import check_decay, stages_to_run
 from selftrans.train.run_data import data_of
@@ -91,6 +99,8 @@ def compare_methods(
             config = with_given_model(config, typed)
             variants = {name: for_method(config, name) for name in methods}
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
+            for folder in (out, *map(chosen.run, chosen.jobs)):
+                remove_stale_temporaries(folder)
             finished = finished_runs(chosen)
             check_before(chosen, finished)
         summary = unchanged(chosen, finished) or _measured(chosen, finished, workers, load)
