@@ -191,15 +191,21 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
 
 
 def common_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
-    """The checkpoint that all processes continue from: the newest valid one that the main process sees.
+    """The checkpoint that all processes continue from: the newest valid one that the main process sees; None for a new stage.
 
-    ValueError in a process that cannot read it. Leftovers of interrupted writes are removed.
+    ValueError in a process that cannot read it, and where none is valid: training from the start would remove them, and the
+    fault may be that of the disk. Leftovers of interrupted writes are removed.
     """
-    found = None
+    found, damaged = None, False
     if accelerator.is_main_process:
         checkpoint.remove_unfinished(folder)
         found = checkpoint.newest(folder)
-    (step,) = broadcast_object_list([found.step if found else None])
+        damaged = found is None and bool(checkpoint.steps(folder))
+    step, damaged = broadcast_object_list([found.step if found else None, damaged])
+    if damaged:
+        raise ValueError(
+            f"{folder} holds no valid checkpoint; restore one, or remove this folder to train the stage from its start"
+        )
     if step is None or found is not None:
         return found
     try:
