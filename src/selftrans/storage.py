@@ -251,8 +251,13 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
 
     The file of an exclusive lock holds the process id of its owner. A `shared` lock excludes only exclusive ones. `wait`
     waits until the lock is free. On a file system without locks there is only a warning.
-    Raises InUse when another process holds the lock, ValueError when `path` cannot be opened or is a symbolic link.
+    Raises InUse when another process holds the lock, ValueError when `path` cannot be opened, is a symbolic link, or is not
+    UTF-8: weights and shards in such a folder could be written, but not read.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name {path.parent} is not UTF-8, as safetensors needs; choose another --out") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

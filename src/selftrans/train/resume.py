@@ -96,12 +96,18 @@ def _with_lengths(config: RunConfig, before: RunConfig | None) -> RunConfig:
 
 
 def differences(before: RunConfig, now: RunConfig) -> Changes:
-    """Settings that differ and may not change freely; without those of the model where the initial weights differ, too."""
+    """Settings that differ and may not change freely.
+
+    Without those of the model where the initial weights differ, too, and without those that only another method has.
+    """
     was = {name: value for name, value, _ in settings_of(before)}
     return [
         (name, was.get(name), value, rule)
         for name, value, rule in settings_of(now)
-        if rule != "free" and was.get(name) != value and (before.init == now.init or not name.startswith("model."))
+        if rule != "free"
+        and was.get(name) != value
+        and (before.init == now.init or not name.startswith("model."))
+        and (before.method == now.method or name in was)
     ]
 
 
