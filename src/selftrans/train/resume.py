@@ -202,7 +202,8 @@ def common_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoint.Chec
     ValueError in a process that cannot read it, and where none is valid: training from the start would remove them, and the
     fault may be that of the disk. Leftovers of interrupted writes are removed.
     """
-    found, damaged = None, False
+    found = None
+    damaged = False
     if accelerator.is_main_process:
         checkpoint.remove_unfinished(folder)
         found = checkpoint.newest(folder)
