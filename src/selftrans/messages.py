@@ -162,3 +162,11 @@ def first_line(error: object, limit: int = 160) -> str:
 def is_own_code(file: str) -> bool:
     """Whether a source file belongs to this package: of the warnings, only those that it gives are shown."""
     return Path(file).is_relative_to(PACKAGE)
+
+
+def check_utf8(path: Path) -> None:
+    """ValueError for a folder whose name is not UTF-8: safetensors writes files there, but cannot open them."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name {path} is not UTF-8, as safetensors needs; choose another --out") from error

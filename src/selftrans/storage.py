@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from selftrans.messages import gigabytes
+from selftrans.messages import check_utf8, gigabytes
 
 #: this machine, in names of temporary files: the locks of a file system may hold on one machine only
 MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
@@ -299,6 +299,7 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
 
 def _open_lock(path: Path) -> TextIO:
     """A lock file, opened, in a folder that is created if needed. ValueError where that is not possible."""
+    check_utf8(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -308,9 +309,8 @@ def _open_lock(path: Path) -> TextIO:
     try:
         return open(path, "a+", errors="replace", opener=no_symlink)
     except OSError as error:
-        removable = os.path.lexists(path) and error.errno != errno.EROFS
-        remedy = "remove it, or choose another --out" if removable else "choose another --out"
-        raise ValueError(f"{path} cannot be opened ({error.strerror}); {remedy}") from error
+        remove = "remove it, or " if os.path.lexists(path) and error.errno != errno.EROFS else ""
+        raise ValueError(f"{path} cannot be opened ({error.strerror}); {remove}choose another --out") from error
 
 
 def flock(descriptor: int, *, shared: bool = False, wait: bool = False, release: bool = False) -> None:

@@ -193,6 +193,8 @@ def test_differences_list_settings_that_may_not_change_on_resume():
         ("stage2.timestep_range", None, (0.1, 0.2), "fixed"),
         ("train.lr", 0.5, 0.25, "consent"),
     ]
+    vanilla = override(recipe("digits"), {"method": "vanilla"}).restricted()  # without the sections of both stages
+    assert differences(vanilla, config) == [("method", "vanilla", config.method, "fixed")]
 
 
 def test_settings_that_may_change_on_resume():

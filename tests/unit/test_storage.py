@@ -330,6 +330,14 @@ def test_failed_write_leaves_no_new_folders(tmp_path):
     assert names(tmp_path) == ["old"]
 
 
+def test_folder_whose_name_is_not_utf8_is_refused_before_it_is_made(tmp_path):
+    """safetensors writes files there, but cannot open them."""
+    out = tmp_path / os.fsdecode(b"bad\xff")
+    with pytest.raises(ValueError, match="is not UTF-8"), lock_file(out / ".lock"):
+        pass
+    assert not out.exists()
+
+
 def test_stale_temporaries_are_removed_by_target(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("mine")

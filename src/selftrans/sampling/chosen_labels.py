@@ -12,6 +12,7 @@ from selftrans.suggest import closest, did_you_mean
 from selftrans.types import Conditions
 
 MOST = 1_000_000  #: images that counts may ask for
+NO_CLASS = "no class"  #: name of the null label
 SHOWN = 12  #: classes whose counts are listed
 
 
@@ -55,9 +56,12 @@ def _label(word: str, classes: Sequence[str], count: int) -> int | None:
 
 
 def per_class(labels: Iterable[int], classes: Sequence[str]) -> dict[str, int]:
-    """How many images each class has, in the order of the labels; a class without a name is its number."""
-    found = Counter(map(int, labels))
-    return {classes[k] if k < len(classes) else str(k): found[k] for k in sorted(found)}
+    """How many images each class has, in the order of the labels; a class without a name is its number.
+
+    The null label comes after the classes, and would read like one more: it is `NO_CLASS`.
+    """
+    found, names = Counter(map(int, labels)), [*classes, NO_CLASS] if classes else []
+    return {names[k] if k < len(names) else str(k): found[k] for k in sorted(found)}
 
 
 def in_words(counts: dict[str, int]) -> str:

@@ -79,7 +79,8 @@ class Sampler:
         channels = settings.guidance_channels
         if channels is not None and channels > model.shape[0]:
             raise ValueError(
-                f"sample.guidance_channels is {channels}, the latents have {model.shape[0]} channels; leave it out for all"
+                f"sample.guidance_channels is {channels}, the latents have {plural(model.shape[0], 'channel')}; leave it out "
+                "for all"
             )
         if settings.early_guidance != 1 and model.early is None:
             raise ValueError(

@@ -22,6 +22,7 @@ from selftrans.evaluate import plots
 from selftrans.evaluate.fonts import class_names
 from selftrans.flow import PATHS
 from selftrans.messages import first_line, printable
+from selftrans.sampling.chosen_labels import NO_CLASS
 from selftrans.sampling.conditioning import CaptionConditioning, Conditioning, conditioning_of, read_prompts
 from selftrans.sampling.images import SampledBatch, Sampler
 from selftrans.sampling.run_settings import applicable_settings
@@ -141,5 +142,5 @@ def captions(
     texts = [text for batch in batches for text in conditioning.texts(batch.indices) or ()]
     if texts or not classes:
         return texts or None
-    names = [*class_names(classes), "no class"]  # the null label comes after the classes
+    names = [*class_names(classes), NO_CLASS]  # the null label comes after the classes
     return [names[label] for batch in batches for label in batch.labels.tolist()]

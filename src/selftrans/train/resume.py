@@ -96,12 +96,18 @@ def _with_lengths(config: RunConfig, before: RunConfig | None) -> RunConfig:
 
 
 def differences(before: RunConfig, now: RunConfig) -> Changes:
-    """Settings that differ and may not change freely; without those of the model where the initial weights differ, too."""
+    """Settings that differ and may not change freely.
+
+    Without those of the model where the initial weights differ, too, and without those that only another method has.
+    """
     was = {name: value for name, value, _ in settings_of(before)}
     return [
         (name, was.get(name), value, rule)
         for name, value, rule in settings_of(now)
-        if rule != "free" and was.get(name) != value and (before.init == now.init or not name.startswith("model."))
+        if rule != "free"
+        and was.get(name) != value
+        and (before.init == now.init or not name.startswith("model."))
+        and (before.method == now.method or name in was)
     ]
 
 
@@ -191,15 +197,22 @@ def check_data(found: checkpoint.Checkpoint, manifest: Manifest) -> None:
 
 
 def common_checkpoint(folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
-    """The checkpoint that all processes continue from: the newest valid one that the main process sees.
+    """The checkpoint that all processes continue from: the newest valid one that the main process sees; None for a new stage.
 
-    ValueError in a process that cannot read it. Leftovers of interrupted writes are removed.
+    ValueError in a process that cannot read it, and where none is valid: training from the start would remove them, and the
+    fault may be that of the disk. Leftovers of interrupted writes are removed.
     """
     found = None
+    damaged = False
     if accelerator.is_main_process:
         checkpoint.remove_unfinished(folder)
         found = checkpoint.newest(folder)
-    (step,) = broadcast_object_list([found.step if found else None])
+        damaged = found is None and bool(checkpoint.steps(folder))
+    step, damaged = broadcast_object_list([found.step if found else None, damaged])
+    if damaged:
+        raise ValueError(
+            f"{folder} holds no valid checkpoint; restore one, or remove this folder to train the stage from its start"
+        )
     if step is None or found is not None:
         return found
     try:

@@ -171,11 +171,15 @@ def test_killed_before_its_checkpoints_are_removed(data, tmp_path, monkeypatch, 
         patch.setattr(module.SmallClassifier, "save", killed)
         with pytest.raises(Killed):
             main(command(data, out))
+    left = [temporary_for(path) for path in (out, out.with_suffix(".json"))]
+    for path in left:
+        path.write_text("")
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "rmtree", killed)
         with pytest.raises(Killed):
             main(command(data, out))
     assert (tmp_path / "c.training" / "step-00000006").is_dir()
+    assert not any(path.exists() for path in left)
     before = out.stat().st_mtime_ns
     assert main(command(data, out)) == 0
     assert sorted(os.listdir(tmp_path)) == ["c.json", "c.safetensors"] and out.stat().st_mtime_ns == before

@@ -66,6 +66,7 @@ def test_models_without_classes() -> None:
 def test_counts_in_words() -> None:
     counts = per_class([0, 1, 1, 5], ("cat", "dog"))
     assert counts == {"cat": 1, "dog": 2, "5": 1} and in_words(counts) == "1 of cat, 2 of dog, 1 of 5"
+    assert per_class([1, 2, 2], ("0", "1")) == {"1": 1, "no class": 2} and per_class([0], ()) == {"0": 1}
     assert in_words(dict.fromkeys(map(str, range(20)), 3)) == "3 of each of 20 classes"
     assert in_words({str(k): 3 + k % 2 for k in range(20)}) == "3 to 4 of each of 20 classes"
 

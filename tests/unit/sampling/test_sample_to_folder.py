@@ -158,7 +158,7 @@ def test_other_settings_and_fewer_images_are_refused(tmp_path, capsys):
         (["--guidance-interval", "0.9", "0.1"], "guidance_interval"),
         (["--guidance-scale=nan"], "guidance_scale"),
         (["--guidance-channels=0"], "guidance_channels is 0"),
-        (["--guidance-scale=2", "--guidance-channels=2"], "guidance_channels is 2, the latents have 1 channels"),
+        (["--guidance-scale=2", "--guidance-channels=2"], "guidance_channels is 2, the latents have 1 channel;"),
         (["--time-shift=0"], "time_shift is 0"),
         (["--time-shift=nan"], "time_shift is nan"),
         (["--velocity-scale=0"], "velocity_scale is 0"),

@@ -340,6 +340,24 @@ def test_teacher_retrained_to_equal_weights_is_accepted(tmp_path, monkeypatch):
     toy.assert_same_run(tmp_path, toy.finished())
 
 
+def test_stage_of_which_no_checkpoint_is_valid_is_not_begun_anew(tmp_path):
+    """The fault may be that of the disk, and the first new checkpoint would replace those of days."""
+    run = toy.copy(toy.finished(), tmp_path / "run")
+    folder = run / "stage2" / "checkpoints"
+    for path in folder.glob("*/student.safetensors"):
+        path.unlink()
+    before = toy.tree(run)
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(ValueError, match="stage2/checkpoints holds no valid"),
+    ):
+        train(toy.toy(), run, quiet=True)
+    assert toy.tree(run) == before
+    shutil.rmtree(folder)
+    train(toy.toy(), run, quiet=True)
+    toy.assert_same_run(run, toy.finished())
+
+
 # ---- allow_changes
 
 

@@ -100,6 +100,8 @@ def compare_methods(
             config = with_given_model(config, typed)
             variants = {name: for_method(config, name) for name in methods}
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
+            for run in map(chosen.run, chosen.jobs):
+                remove_stale_temporaries(run)
             finished = finished_runs(chosen)
             check_before(chosen, finished)
         summary = unchanged(chosen, finished) or _measured(chosen, finished, workers, load)

@@ -32,7 +32,7 @@ from selftrans.experiments.comparison.comparison_settings import classifier_of, 
 from selftrans.experiments.comparison.finished_runs import all_measured, finished_runs
 from selftrans.experiments.comparison.measurement import DECODED_BY, MEASURED, Measurement, check_alike, measured_before
 from selftrans.sampling.images import NotFinite
-from selftrans.storage import InUse, lock_file
+from selftrans.storage import InUse, lock_file, temporary_for
 from tests.support import toy
 from tests.support.pools import InProcess, in_this_process
 from tests.support.toy import quick  # noqa: F401 - quick is a fixture
@@ -437,6 +437,21 @@ def test_exit_status_says_that_a_run_failed(tmp_path, monkeypatch, capsys):
 
 def test_second_comparison_in_a_folder_is_refused(tmp_path):
     with lock_file(tmp_path / ".lock"), pytest.raises(InUse, match="is in use by process"):
+        compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], features="values")
+
+
+def test_what_a_killed_comparison_left_is_removed(tmp_path, monkeypatch):
+    left = [temporary_for(tmp_path / name) for name in ("compare.html", f"vanilla-seed0/{MEASURED}")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+
+    def ended(_: Comparison) -> None:
+        assert not any(path.exists() for path in left)
+        raise KeyError
+
+    monkeypatch.setattr(compare, "finished_runs", ended)
+    with pytest.raises(KeyError):
         compare.compare_methods(toy.toy(SMALL), tmp_path, ["vanilla"], features="values")
 
 
