@@ -134,7 +134,7 @@ class Objective(nn.Module):
         out = self.student(d.zt, d.t, d.dropped, taps=taps)
         check_output(out, d.zt, self.student, taps, velocity=isinstance(self.loss, str))
         assert out.v is not None
-        loss = self._flow_loss(out.v, d)
+        loss = self.flow_loss(out.v, d)
         report = {"flow": loss.detach()}
         if self.cosine:
             direction = 1 - F.cosine_similarity(out.v.float(), d.v.float(), dim=1).mean()  # over C of (N, C, *S)
@@ -152,7 +152,7 @@ class Objective(nn.Module):
             loss = loss + self._zero_of_ended(active)
         return loss, report
 
-    def _flow_loss(self, v: Tensor, d: Draw) -> Tensor:
+    def flow_loss(self, v: Tensor, d: Draw) -> Tensor:
         """Mean squared error (0-d) of the velocity, or of the noise that it points to; or the loss of the caller."""
         if not isinstance(self.loss, str):
             return checked_loss(self.loss(v, d))
