@@ -31,13 +31,16 @@ def held_out_loss(objective: Objective, batch: Batch, model: Backbone | None = N
     Args:
         batch: samples that are not trained on, or as many that are, on the device of the model.
         model: whose loss it is, such as the moving average of the student; None: the student. size: samples at a time.
+    ValueError as in a call of the objective.
     """
+    objective.check(batch)
     count = batch.z0.shape[0]
     times, total = fixed_times(objective, count), 0.0
-    for draws in torch.arange(count).split(size):
-        rows = slice(int(draws[0]), int(draws[-1]) + 1)
+    for first in range(0, count, size):
+        rows = slice(first, min(first + size, count))
         part = Batch(batch.z0[rows], map_cond(lambda x, rows=rows: x[rows], batch.cond))
-        total += len(draws) * float(fixed_loss(objective, part, draws.tolist(), times[rows], model))
+        draws = range(rows.start, rows.stop)
+        total += len(draws) * float(fixed_loss(objective, part, draws, times[rows], model))
     return total / count
 
 

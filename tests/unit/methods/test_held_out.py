@@ -108,3 +108,14 @@ def test_same_number_at_every_call_and_nothing_is_changed() -> None:
     first = held_out_loss(objective, batch)
     assert held_out_loss(objective, batch) == first != held_out_loss(objective, batch, average)
     assert torch.equal(torch.get_rng_state(), state) and model.training and model.part.training
+
+
+def test_wrong_batches_are_refused() -> None:
+    objective = Objective(Stub())
+    for wrong, message in (
+        ((torch.zeros(2, 2, 4, 4), torch.zeros(2).long()), "a batch is selftrans.Batch"),
+        (Batch(torch.zeros(2, 2, 4, 4), torch.tensor([0, 7])), "label 7 .* is out of range"),
+        (Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2).long()), "latents"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            held_out_loss(objective, wrong)
