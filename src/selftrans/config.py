@@ -54,12 +54,12 @@ class Data(Section):
     """shards whose rows are shuffled together, so that only few are needed at a time; None: all, or for data at a URL that
     are larger than the cache, as many as a third of it holds, which a run keeps"""
     held_out: float = 0.0
-    """share of the samples that is never trained on, such as 0.02, the same ones in every run on the data; their loss is logged
-    beside that of samples that are trained on (held_out_loss, trained_loss): a gap that grows is memorisation"""
+    """share of the samples, such as 0.02, that is never trained on, the same ones in every run on the data; the log gets their
+    loss and that of others (held_out_loss, trained_loss): a gap that grows is memorisation (docs/measuring.md)"""
 
     def check(self) -> None:
         if not 0 <= self.held_out < 1:
-            raise ValueError(f"data.held_out must be in [0, 1), the share that is not trained on, not {self.held_out}")
+            raise ValueError(f"data.held_out must be a share in [0, 1), not {self.held_out}")
         for name in ("cache_gb", "window"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
@@ -180,8 +180,7 @@ class Log(Section):
     every: int = 100
     """steps between lines of log.jsonl"""
     held_out_every: int = 1000
-    """with data.held_out: steps between measurements of its loss, each in the next line, and in the last one; 0: in the last
-    one alone. A measurement takes as long as two or three steps of 256 samples"""
+    """with data.held_out: steps between measurements of the loss, each written with the next line, and with the last"""
     tensorboard: bool = True
     """TensorBoard files in RUN/tensorboard"""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
@@ -192,10 +191,8 @@ class Log(Section):
     """Heun steps of a preview"""
 
     def check(self) -> None:
-        for name in ("every", "preview_images", "preview_steps"):
+        for name in ("every", "held_out_every", "preview_images", "preview_steps"):
             check_positive(self, name)
-        if self.held_out_every < 0:
-            raise ValueError(f"log.held_out_every must not be negative, not {self.held_out_every}")
 
 
 @dataclass(frozen=True)

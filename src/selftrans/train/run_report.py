@@ -10,7 +10,7 @@ from selftrans.config import RunConfig
 from selftrans.messages import escaped, plural, three_digits
 from selftrans.methods.spec import Stage
 from selftrans.train.capture_rules import description
-from selftrans.train.held_out import HELD_OUT, TRAINED
+from selftrans.train.held_out_loss import HELD_OUT, TRAINED
 from selftrans.train.initial_weights import InitialWeights
 from selftrans.train.memory_use import memory_line
 from selftrans.train.teachers import training_cost
@@ -77,7 +77,7 @@ def run_report(
 
 
 def held_out_line(report: dict[str, Any]) -> str | None:
-    """The loss of held-out samples at the end of a run that is done, beside that of others; None where none are held out."""
+    """The loss of held-out samples at the end of a run that is done, and that of others; None where none are held out."""
     found = report["stages"][-1].get("held_out", {})
     if not {HELD_OUT, TRAINED} <= found.keys():
         return None

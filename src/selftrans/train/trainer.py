@@ -33,7 +33,7 @@ from selftrans.train.batches import Loaded, Stream, derived_seed
 from selftrans.train.captured_step import captured_step
 from selftrans.train.ema import EMA
 from selftrans.train.flops import flops_until, step_flops
-from selftrans.train.held_out import HeldOutLoss
+from selftrans.train.held_out_loss import HeldOutLoss
 from selftrans.train.initial_weights import InitialWeights, build_student
 from selftrans.train.log import JsonlLog, RunningMeans, format_values
 from selftrans.train.memory_use import memory_use

@@ -11,7 +11,7 @@ from torch import nn
 
 from selftrans.flow import COSINE, LINEAR
 from selftrans.library import held_out_loss
-from selftrans.methods.held_out import PATH, POSTERIOR, fixed_noise, fixed_times
+from selftrans.methods.fixed_draws import PATH, POSTERIOR, fixed_noise, fixed_times
 from selftrans.methods.objective import Objective
 from selftrans.types import Batch, Output
 from tests.support.stub import Stub

@@ -1,4 +1,4 @@
-"""The loss of samples that are held out, during training, beside that of samples that are trained on, by the same draws.
+"""The loss of samples that are held out, during training, and of samples that are trained on, by the same draws.
 
 Draw k is of sample k modulo their number: its first stored copy and caption, with a time and noise that depend on k alone.
 What is measured is the moving average of the weights, which previews and samples use; no random number of the training
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selftrans.data.held_out import measured_rows
-from selftrans.methods.held_out import POSTERIOR, fixed_loss, fixed_noise, fixed_times
+from selftrans.methods.fixed_draws import POSTERIOR, fixed_loss, fixed_noise, fixed_times
 from selftrans.train import fsdp
 from selftrans.train.batches import Loaded, inputs_of
 from selftrans.train.out_of_memory import between_steps
@@ -46,8 +46,7 @@ class HeldOutLoss:
     def due(self, last: bool) -> bool:
         """Whether the log line of this step has it: the `last` one, and the first at or after each multiple of the setting."""
         log, step = self.trainer.config.log, self.trainer.step
-        every = log.held_out_every
-        return last or (every > 0 and step // every > (step - log.every) // every)
+        return last or step // log.held_out_every > (step - log.every) // log.held_out_every
 
     def measure(self) -> dict[str, float]:
         """Mean flow loss of the samples that are held out, and of as many that are trained on, by name."""

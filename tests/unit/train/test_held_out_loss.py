@@ -20,9 +20,9 @@ from selftrans.data.dataset import Dataset
 from selftrans.data.held_out import held_out_rows
 from selftrans.data.on_device import OnDevice
 from selftrans.data.windows import window_order
-from selftrans.methods.held_out import PATH, POSTERIOR, fixed_noise, fixed_times
+from selftrans.methods.fixed_draws import PATH, POSTERIOR, fixed_noise, fixed_times
 from selftrans.methods.registry import stages
-from selftrans.train import held_out, training_step
+from selftrans.train import held_out_loss, training_step
 from selftrans.train.batches import Loaded, Stream
 from selftrans.train.captured_step import CapturedStep
 from selftrans.train.dry_run import dry_run
@@ -41,7 +41,7 @@ FEW = {"method": "vanilla", "train.steps": 4, "log.every": 1, "log.held_out_ever
 
 @pytest.fixture(autouse=True)
 def fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out, "DRAWS", 64)
+    monkeypatch.setattr(held_out_loss, "DRAWS", 64)
 
 
 def trained_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -140,7 +140,7 @@ def test_without_the_setting_nothing_is_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["vanilla", "self_transcendence", "sra"])
 def test_measuring_changes_no_number_of_the_training(tmp_path: Path, method: str) -> None:
     small = FEW | {"method": method, "stage1.steps": 2, "sra.head_width": 16, "log.every": 2}
-    for name, every in (("at the end", 0), ("often", 1)):
+    for name, every in (("at the end", 100), ("often", 1)):
         train(toy.toy(small | {"log.held_out_every": every}), tmp_path / name, quiet=True)
     for stage in (each.name for each in stages(toy.toy(small))):
         toy.assert_same(toy.tensors(tmp_path / "often", stage), toy.tensors(tmp_path / "at the end", stage))
@@ -230,7 +230,7 @@ def test_line_that_is_due_is_the_first_at_or_after_each_multiple(tmp_path: Path)
 
 def test_share_that_leaves_nothing_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     data = served.folder_of(tmp_path / "data", shards=1)
-    with pytest.raises(ValueError, match=r"data.held_out must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"data.held_out must be a share in \[0, 1\), not 1.0"):
         train(toy.toy(FEW | {"data.held_out": 1.0}), tmp_path / "run", quiet=True)
     manifest = json.loads((data / "manifest.json").read_text())
     assert manifest["count"] == 10
@@ -255,7 +255,7 @@ def test_dry_run_and_command_say_how_many_are_held_out(tmp_path: Path, capsys: p
 
 def measured_in(rank: int, folder: str, data: str, several: str, sharded: bool) -> None:
     """One of several processes: the losses at the start of a run, of digits and of buckets."""
-    held_out.DRAWS = 64
+    held_out_loss.DRAWS = 64
     found = []
     for path in (data, several):
         config = toy.toy(FEW | {"data.path": path, "train.shard": sharded, "train.accumulate": 1})
