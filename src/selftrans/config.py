@@ -54,8 +54,7 @@ class Data(Section):
     """shards whose rows are shuffled together, so that only few are needed at a time; None: all, or for data at a URL that
     are larger than the cache, as many as a third of it holds, which a run keeps"""
     held_out: float = 0.0
-    """share of the samples, such as 0.02, that is never trained on, the same ones in every run on the data; the log gets their
-    loss and that of others (held_out_loss, trained_loss): a gap that grows is memorisation (docs/measuring.md)"""
+    """share of the samples that is never trained on, such as 0.02; the log has their loss and others' (docs/measuring.md)"""
 
     def check(self) -> None:
         if not 0 <= self.held_out < 1:

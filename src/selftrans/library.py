@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from selftrans.flow import COSINE, LINEAR, PATHS, draw, interpolate
-from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.fixed_draws import held_out_loss
+from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
 from selftrans.methods.spec import EncoderSpec, MethodSpec, Stage, TeacherSpec
