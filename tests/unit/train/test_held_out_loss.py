@@ -35,6 +35,7 @@ from selftrans.types import Batch
 from tests.support import captioned, ratios, served, text_runs, toy
 from tests.support.processes import spawn
 from tests.support.toy import quick  # noqa: F401 - a fixture
+from tests.unit.methods import test_repa
 
 FEW = {"method": "vanilla", "train.steps": 4, "log.every": 1, "log.held_out_every": 2, "data.held_out": 0.25}
 
@@ -76,19 +77,23 @@ def config_of(kind: str, folder: Path) -> RunConfig:
         return text_runs.text_toy(FEW)
     if kind == "ids":
         return text_runs.text_toy(FEW, captioned.prepared(folder / "ids", store="ids"))
+    if kind == "features":
+        return toy.toy(FEW | {"method": "repa", "repa.head_width": 16, "data.path": str(test_repa.with_features())})
     if kind == "windows":
         return toy.toy(FEW | {"data.path": str(served.folder_of(folder / "data")), "data.window": 2})
     return toy.toy(FEW | {"on device": {"data.on_device": True}, "captured": {"train.capture": "on"}}.get(kind, {}))
 
 
-@pytest.mark.parametrize("kind", ["mirrored", "on device", "captured", "buckets", "captions", "ids", "windows"])
+@pytest.mark.parametrize(
+    "kind", ["mirrored", "on device", "captured", "buckets", "captions", "ids", "windows", "features"]
+)
 def test_no_sample_that_is_held_out_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     config, rows = config_of(kind, tmp_path), trained_rows(monkeypatch)
     train(config, tmp_path / "run", quiet=True)
-    dataset = open_data(str(config.data.path))
+    (stage,), dataset = stages(config), open_data(str(config.data.path))
     expected = held_out_rows(dataset, 0.25)
     assert expected is not None and len(rows) == 32 and not set(rows) & set(expected)
-    found = losses(tmp_path / "run")
+    found = losses(tmp_path / "run", stage.name)
     assert list(found) == [2, 4] and np.isfinite([*found.values()]).all()
     report = json.loads((tmp_path / "run" / "run.json").read_text())
     assert report["stages"][0]["held_out"] == {
