@@ -49,7 +49,7 @@ class HeldOutLoss:
         return last or step // log.held_out_every > (step - log.every) // log.held_out_every
 
     def measure(self) -> dict[str, float]:
-        """Mean flow loss of the samples that are held out, and of as many that are trained on, by name."""
+        """Mean flow loss of samples that are held out, and of samples that are trained on, by name."""
         self.found = between_steps(self.trainer, "the loss of held-out samples", self._means)
         return self.found
 

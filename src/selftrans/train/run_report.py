@@ -82,7 +82,7 @@ def held_out_line(report: dict[str, Any]) -> str | None:
     if not {HELD_OUT, TRAINED} <= found.keys():
         return None
     held, trained = (f"{found[name]:.4g}" for name in (HELD_OUT, TRAINED))
-    return f"flow loss of the average: {held} on {plural(found['samples'], 'held-out sample')}, {trained} on samples trained on"
+    return f"flow loss of the average: {held} on the held-out samples ({found['samples']:,}), {trained} on others"
 
 
 def totals(report: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from selftrans.data.buckets import open_data
 from selftrans.data.dataset import Dataset
 from selftrans.data.held_out import held_out_rows
 from selftrans.data.on_device import OnDevice
+from selftrans.data.prepare import prepare
 from selftrans.data.windows import window_order
 from selftrans.methods.fixed_draws import PATH, POSTERIOR, fixed_noise, fixed_times
 from selftrans.methods.registry import stages
@@ -32,7 +33,7 @@ from selftrans.train.run_report import held_out_line
 from selftrans.train.signals import Interrupted, StopSignal
 from selftrans.train.trainer import Trainer
 from selftrans.types import Batch
-from tests.support import captioned, ratios, served, text_runs, toy
+from tests.support import captioned, pictures, ratios, served, text_runs, toy
 from tests.support.processes import spawn
 from tests.support.toy import quick  # noqa: F401 - a fixture
 from tests.unit.methods import test_repa
@@ -102,7 +103,7 @@ def test_no_sample_that_is_held_out_is_trained_on(tmp_path: Path, monkeypatch: p
         "trained_loss": found[4][1],
     }
     line = held_out_line(report)
-    assert line is not None and f"{found[4][0]:.4g} on {len(expected)} held-out samples" in line
+    assert line is not None and f"{found[4][0]:.4g} on the held-out samples ({len(expected)})" in line
 
 
 def test_epochs_read_all_other_rows_once(tmp_path: Path) -> None:
@@ -125,6 +126,17 @@ def test_epochs_read_all_other_rows_once(tmp_path: Path) -> None:
         batches = Stream(data, batch_size=9, accumulate=1, seed=3, window=2, held_out=rows).from_step(0)
         read = np.concatenate([next(batches).rows for _ in range(5)])
         assert sorted(read) == kept.tolist(), "an epoch of 45 rows of the URL"
+
+
+def test_streamed_run_measures_what_a_local_one_does(tmp_path: Path) -> None:
+    """Also where the cache holds a part of the data only."""
+    folder = served.folder_of(tmp_path / "data", shards=8)
+    small = {"data.cache_dir": str(tmp_path / "cache"), "data.cache_gb": 6e-5}  # of 7.4e-5
+    for name, dotted in (("streamed", {"data.path": folder.as_uri(), **small}), ("local", {"data.path": str(folder)})):
+        train(toy.toy(FEW | {"data.window": 2} | dotted), tmp_path / name, quiet=True)
+    assert toy.log(tmp_path / "streamed", "vanilla") == toy.log(tmp_path / "local", "vanilla")
+    assert list(losses(tmp_path / "streamed")) == [2, 4]
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors")) <= 6e4
 
 
 def test_windows_without_rows_are_left_out() -> None:
@@ -234,6 +246,13 @@ def test_line_that_is_due_is_the_first_at_or_after_each_multiple(tmp_path: Path)
 
 
 def test_share_that_leaves_nothing_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    prepare(
+        pictures.write(tmp_path / "one", {"a.png": pictures.encoded(pictures.noise())}), tmp_path / "p", progress=False
+    )
+    one = {"data.path": str(tmp_path / "p"), "model.patch": 4}
+    with pytest.raises(ValueError, match=r"data.held_out 0.25 leaves nothing to train on: \S+ has no second picture"):
+        train(toy.toy(FEW | one), tmp_path / "refused", quiet=True)
+    assert not (tmp_path / "refused").exists()
     data = served.folder_of(tmp_path / "data", shards=1)
     with pytest.raises(ValueError, match=r"data.held_out must be a share in \[0, 1\), not 1.0"):
         train(toy.toy(FEW | {"data.held_out": 1.0}), tmp_path / "run", quiet=True)
@@ -255,7 +274,7 @@ def test_dry_run_and_command_say_how_many_are_held_out(tmp_path: Path, capsys: p
         main(["train", "digits", f"--out={tmp_path / 'run'}", f"--data={toy.digits()}", "--method=vanilla", *kept]) == 0
     )
     said = capsys.readouterr().out
-    assert "no guidance, 449 samples held out ->" in said and " on 449 held-out samples, " in said
+    assert "no guidance, 449 samples held out ->" in said and " on the held-out samples (449), " in said
 
 
 def measured_in(rank: int, folder: str, data: str, several: str, sharded: bool) -> None:
