@@ -53,8 +53,12 @@ class Data(Section):
     window: int | None = None
     """shards whose rows are shuffled together, so that only few are needed at a time; None: all, or for data at a URL that
     are larger than the cache, as many as a third of it holds, which a run keeps"""
+    held_out: float = 0.0
+    """share of the samples that is never trained on, such as 0.02; the log has their loss and others' (docs/measuring.md)"""
 
     def check(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out must be a share in [0, 1), not {self.held_out}")
         for name in ("cache_gb", "window"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
@@ -174,6 +178,8 @@ class Log(Section):
 
     every: int = 100
     """steps between lines of log.jsonl"""
+    held_out_every: int = 1000
+    """with data.held_out: steps between measurements of the loss, each written with the next line, and with the last"""
     tensorboard: bool = True
     """TensorBoard files in RUN/tensorboard"""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
@@ -184,7 +190,7 @@ class Log(Section):
     """Heun steps of a preview"""
 
     def check(self) -> None:
-        for name in ("every", "preview_images", "preview_steps"):
+        for name in ("every", "held_out_every", "preview_images", "preview_steps"):
             check_positive(self, name)
 
 

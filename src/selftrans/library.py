@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from selftrans.flow import COSINE, LINEAR, PATHS, draw, interpolate
+from selftrans.methods.fixed_draws import held_out_loss
 from selftrans.methods.guidance import Frozen, Guidance
 from selftrans.methods.objective import Objective
 from selftrans.methods.self_transcendence import SelfGuidance, Stage1, Stage2, StructureGuidance
@@ -47,6 +48,7 @@ __all__ = [
     "TeacherSpec",
     "draw",
     "guided",
+    "held_out_loss",
     "interpolate",
     "load",
     "ode",

@@ -71,7 +71,7 @@ class Train(RecipeCommand[Config]):
         from selftrans.recipes import ignored
         from selftrans.storage import check_writable, write_json
         from selftrans.train.run import train
-        from selftrans.train.run_report import totals
+        from selftrans.train.run_report import held_out_line, totals
 
         if self.dry_run_json is not None:
             if not self.dry_run:
@@ -101,6 +101,8 @@ class Train(RecipeCommand[Config]):
         report = train(config, self.out, typed=self.typed)
         if os.environ.get("RANK", "0") == "0":
             print(f"{totals(report)} -> {escaped(self.out)}")
+            if line := held_out_line(report):
+                print(line)
             run = as_word(self.out)
             print(f"samples: selftrans sample {run} --out SAMPLES; curves and previews: selftrans ui {run}")
 

@@ -19,7 +19,7 @@ SHARE_OF_CACHE = 3
 class WindowOrder:
     """The order of one epoch."""
 
-    rows: np.ndarray  #: (N,) int64, every row once
+    rows: np.ndarray  #: (N,) int64, every row once, without those that are left out
     ends: np.ndarray  #: positions in `rows` at which each window ends
     shards: tuple[tuple[int, ...], ...]  #: of each window
 
@@ -34,8 +34,10 @@ def windows_of(counts: Sequence[int], window: int, entropy: Sequence[int]) -> tu
     return tuple(tuple(order[start : start + window].tolist()) for start in range(0, len(order), window))
 
 
-def window_order(counts: Sequence[int], window: int, entropy: Sequence[int]) -> WindowOrder:
-    """Shards of `counts` rows, `window` of them at a time; `entropy`: seed and epoch.
+def window_order(
+    counts: Sequence[int], window: int, entropy: Sequence[int], left_out: np.ndarray | None = None
+) -> WindowOrder:
+    """Shards of `counts` rows, `window` of them at a time, without the rows `left_out`; `entropy`: seed and epoch.
 
     Rows are shuffled within each window. One window of all shards is a full shuffle (in another order than `permutation`).
     """
@@ -46,6 +48,8 @@ def window_order(counts: Sequence[int], window: int, entropy: Sequence[int]) -> 
         draw.permutation(np.concatenate([np.arange(starts[k], starts[k] + counts[k]) for k in shards]))
         for shards in groups
     ]
+    if left_out is not None:
+        parts = [part[~np.isin(part, left_out)] for part in parts]
     return WindowOrder(np.concatenate(parts), np.cumsum([len(part) for part in parts]), groups)
 
 

@@ -43,13 +43,14 @@ class LatentSpace:
             raise ValueError(f"has a shift for {len(self.shift)} channels, but the data have {count}")
         return self if len(self.shift) == count else replace(self, shift=self.shift * count, scale=self.scale * count)
 
-    def sample(self, moments: Tensor) -> Tensor:
-        """Stored moments (N, M, *S) to scaled float32 latents (N, C, *S), sampled with torch's default RNG if stochastic."""
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Stored moments (N, M, *S) to scaled float32 latents (N, C, *S). If stochastic, sampled with `noise`, standard normal
+        and of the latents' shape; None: drawn by torch's default RNG."""
         if not self.stochastic:
             return self.mean(moments)
         assert moments.shape[1] % 2 == 0, "stochastic moments are mean and std stacked along the channels"
         mean, std = moments.float().chunk(2, dim=1)
-        drawn = torch.addcmul(mean, std, torch.randn_like(mean))
+        drawn = torch.addcmul(mean, std, torch.randn_like(mean) if noise is None else noise)
         return drawn.sub_(_per_channel(self.shift, drawn)).mul_(_per_channel(self.scale, drawn))
 
     def mean(self, moments: Tensor) -> Tensor:

@@ -18,7 +18,10 @@ from selftrans.methods.guidance import Guidance, Report
 from selftrans.types import Backbone, Output
 
 #: entries of a log line besides the terms of guidances
-LOGGED = ("stage", "step", "loss", "flow", "grad_norm", "lr", "seconds", "tflops", "skipped", "skips", "changed")
+LOGGED = (
+    *("stage", "step", "loss", "flow", "grad_norm", "lr", "held_out_loss", "trained_loss"),
+    *("seconds", "tflops", "skipped", "skips", "changed"),
+)
 
 
 def check_options(path: Path, drop: float, cosine: float, contrastive: float, loss: Any) -> None:

@@ -110,10 +110,7 @@ class Objective(nn.Module):
             t: times (N,) of your own in [0, 1], of which 0 is data. noise: of your own, in the shape of the latents.
         ValueError as in a call, and for times and noise of another shape.
         """
-        if not isinstance(batch, Batch):
-            raise ValueError(f"a batch is selftrans.Batch(latents, labels), not a {type(batch).__name__}")
-        check_latents(batch.z0, self.student.shape)
-        self.student.conditions.check_labels(batch.cond, batch.z0.shape[0], on_device=self._unchecked)
+        self.check(batch)
         if not torch.compiler.is_compiling():
             self._unchecked = False
         null = self.student.null(batch.cond)
@@ -121,6 +118,13 @@ class Objective(nn.Module):
             batch, null, path=self.path, times=self.times, time_shift=self.time_shift, drop=self.drop, t=t, noise=noise
         )
         return d._replace(even=d.even and self.even)
+
+    def check(self, batch: Batch) -> None:
+        """ValueError for labels outside the classes, and latents that are not those of the student."""
+        if not isinstance(batch, Batch):
+            raise ValueError(f"a batch is selftrans.Batch(latents, labels), not a {type(batch).__name__}")
+        check_latents(batch.z0, self.student.shape)
+        self.student.conditions.check_labels(batch.cond, batch.z0.shape[0], on_device=self._unchecked)
 
     def losses(self, d: Draw, step: int | Tensor) -> tuple[Tensor, Report]:
         """Loss and report of a draw. In a loop of your own call the objective itself: DDP and compilation wrap that call."""
@@ -134,7 +138,7 @@ class Objective(nn.Module):
         out = self.student(d.zt, d.t, d.dropped, taps=taps)
         check_output(out, d.zt, self.student, taps, velocity=isinstance(self.loss, str))
         assert out.v is not None
-        loss = self._flow_loss(out.v, d)
+        loss = self.flow_loss(out.v, d)
         report = {"flow": loss.detach()}
         if self.cosine:
             direction = 1 - F.cosine_similarity(out.v.float(), d.v.float(), dim=1).mean()  # over C of (N, C, *S)
@@ -152,7 +156,7 @@ class Objective(nn.Module):
             loss = loss + self._zero_of_ended(active)
         return loss, report
 
-    def _flow_loss(self, v: Tensor, d: Draw) -> Tensor:
+    def flow_loss(self, v: Tensor, d: Draw) -> Tensor:
         """Mean squared error (0-d) of the velocity, or of the noise that it points to; or the loss of the caller."""
         if not isinstance(self.loss, str):
             return checked_loss(self.loss(v, d))

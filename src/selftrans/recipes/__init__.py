@@ -68,4 +68,6 @@ def ignored(config: RunConfig) -> list[str]:
         changed = [name for name, value, _, _ in fields_of(part) if value != getattr(usual, name)]
         reasons = part.ineffective()
         found += [f"{part.key}.{name} is ignored: {reasons[name]}" for name in changed if name in reasons]
+    if config.log.held_out_every != plain.log.held_out_every and not config.data.held_out:
+        found.append("log.held_out_every is ignored: data.held_out is 0")
     return found

@@ -47,5 +47,5 @@ def digits() -> RunConfig:
             preview_every=250,
         ),
         sample=SampleConfig(sampler="heun", steps=12, batch_size=256),
-        log=Log(every=50),
+        log=Log(every=50, held_out_every=100),
     )

@@ -32,5 +32,5 @@ def digits_t2i() -> RunConfig:
         ),
         train=Train(steps=1000, batch_size=64, lr=3e-3, ema=0.995, checkpoint_every=250, preview_every=250),
         sample=SampleConfig(sampler="heun", steps=8, batch_size=256, guidance_scale=2.0),
-        log=Log(every=50, preview_images=40),
+        log=Log(every=50, held_out_every=100, preview_images=40),
     )

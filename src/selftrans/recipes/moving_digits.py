@@ -26,5 +26,5 @@ def moving_digits() -> RunConfig:
         ),
         train=Train(steps=2500, batch_size=64, lr=4e-3, ema=0.99, checkpoint_every=500, preview_every=500),
         sample=SampleConfig(sampler="heun", steps=12, batch_size=256),
-        log=Log(every=50),
+        log=Log(every=50, held_out_every=250),
     )

@@ -25,5 +25,5 @@ def speech_words() -> RunConfig:
         ),
         train=Train(steps=600, batch_size=64, lr=4e-3, ema=0.99, checkpoint_every=100, preview_every=100),
         sample=SampleConfig(sampler="heun", steps=12, batch_size=256),
-        log=Log(every=50),
+        log=Log(every=50, held_out_every=100),
     )

@@ -77,6 +77,7 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         window: int | None = None,
+        held_out: np.ndarray | None = None,
     ) -> None:
         if batch_size % (accumulate * world):
             raise ValueError(
@@ -88,7 +89,9 @@ class Stream:
         self.features = False  #: whether stored features are read, too
         #: held while the thread reads; holding it elsewhere keeps the thread off the device
         self.reading = threading.Lock()
-        self.schedule = Schedule.of(dataset.parts, seed)
+        self.held_out = held_out  #: rows that are never read; None: there are none
+        self._kept = None if held_out is None else _kept_of_parts(dataset.parts, held_out)
+        self.schedule = Schedule.of(dataset.parts if self._kept is None else [len(rows) for rows in self._kept], seed)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  #: part of the data -> an epoch and its order
         assert window is None or len(dataset.parts) == 1, "windows are of data of one shape"
         self.window = window  #: shards whose rows are shuffled together; None: all
@@ -122,15 +125,16 @@ class Stream:
         size = self.schedule.sizes[part]
         epoch, offset = divmod(position, size)
         if part not in self._orders or self._orders[part][0] != epoch:
-            self._orders[part] = epoch, self._order(size, epoch)
+            self._orders[part] = epoch, self._order(part, epoch)
         return int(self._orders[part][1][offset])
 
-    def _order(self, size: int, epoch: int) -> np.ndarray:
-        """(size,) the rows of a part in the order of an epoch."""
+    def _order(self, part: int, epoch: int) -> np.ndarray:
+        """The rows of a part, counted in it, in the order of an epoch."""
         if self.window is not None:
-            self._windows = window_order(self._counts, self.window, (self.seed, epoch))
+            self._windows = window_order(self._counts, self.window, (self.seed, epoch), self.held_out)
             return self._windows.rows
-        return np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(size)
+        rows = self.schedule.sizes[part] if self._kept is None else self._kept[part]
+        return np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(rows)
 
     @property
     def _counts(self) -> list[int]:
@@ -172,6 +176,13 @@ class Stream:
                 yield ahead.pop(0).result()
                 at += 1
                 ahead.append(pool.submit(read, at + 1))
+
+
+def _kept_of_parts(parts: Sequence[int], held_out: np.ndarray) -> list[np.ndarray]:
+    """Of each part the rows that are not held out, counted in it."""
+    kept = np.ones(sum(parts), dtype=bool)
+    kept[held_out] = False
+    return [np.flatnonzero(each) for each in np.split(kept, np.cumsum(parts)[:-1])]
 
 
 def derived_seed(*numbers: int) -> int:

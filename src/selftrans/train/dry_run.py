@@ -29,6 +29,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.config import RunConfig
 from selftrans.data.buckets import is_prepared
 from selftrans.data.dataset import Dataset
+from selftrans.data.held_out import held_out_rows
 from selftrans.device import memory_total
 from selftrans.messages import plural
 from selftrans.methods.guidance import Frozen
@@ -108,6 +109,7 @@ def _dry_run(config: RunConfig, out: Path, steps: int, typed: Collection[str]) -
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             memory_total=memory_total(device),
             samples=len(shards),
+            held_out=0 if (held_out := held_out_rows(all_shards, config.data.held_out)) is None else len(held_out),
             batch_size=config.train.batch_size,
             micro_batch=config.train.batch_size // (config.train.accumulate * accelerator.num_processes),
             disk_needed=0,

@@ -37,6 +37,7 @@ class DryRun:
     device: str
     memory_total: int | None  #: bytes of the device, if known
     samples: int
+    held_out: int  #: of them, never trained on (`data.held_out`)
     batch_size: int
     micro_batch: int  #: samples that a process computes at a time
     disk_needed: int  #: bytes of the checkpoints that are kept, and of one more while it is written
@@ -49,7 +50,8 @@ class DryRun:
 
 def text(found: DryRun) -> str:
     """A dry run's findings, in lines."""
-    lines = [f"dry run: {plural(found.samples, 'sample')}, batches of {found.batch_size}, on {found.device}"]
+    held_out = f", {found.held_out:,} of them held out" if found.held_out else ""
+    lines = [f"dry run: {plural(found.samples, 'sample')}{held_out}, batches of {found.batch_size}, on {found.device}"]
     for stage in found.stages:
         own, trained = three_digits(stage.parameters / 1e6), three_digits(stage.trained / 1e6)
         size = f"{own} M parameters ({trained} M trained, with heads)"

@@ -10,6 +10,7 @@ from selftrans.config import RunConfig
 from selftrans.messages import escaped, plural, three_digits
 from selftrans.methods.spec import Stage
 from selftrans.train.capture_rules import description
+from selftrans.train.held_out_loss import HELD_OUT, TRAINED
 from selftrans.train.initial_weights import InitialWeights
 from selftrans.train.memory_use import memory_line
 from selftrans.train.teachers import training_cost
@@ -33,6 +34,8 @@ def opening_line(trainer: Trainer, number: int, of: int) -> str:
     size = f"{three_digits(parameters / 1e6)} M parameters"
     size += f" ({three_digits(trained / 1e6)} M trained{heads})" if trained != parameters else ""
     what = f"{start}, {size}, {guided or 'no guidance'}"
+    if trainer.held_out:
+        what += f", {plural(trainer.held_out.samples, 'sample')} held out"
     memory = f"\n{memory_line(trainer.memory)}" if trainer.initial else ""
     return f"[{number}/{of}] {stage.name}: {what} -> {escaped(trainer.directory)}{memory}"
 
@@ -45,6 +48,7 @@ def stage_report(trainer: Trainer) -> dict[str, Any]:
         "seconds": round(trainer.seconds, 2),
         "tflops": trainer.total_flops() / 1e12,
         "memory": trainer.memory,
+        **({"held_out": {"samples": trainer.held_out.samples, **trainer.held_out.found}} if trainer.held_out else {}),
     } | ({"steps_run": how} if (how := description(trainer)) else {})
 
 
@@ -70,6 +74,15 @@ def run_report(
         "stages": spent,
         "teacher": given,
     } | ({INIT: initial.record} if initial else {})
+
+
+def held_out_line(report: dict[str, Any]) -> str | None:
+    """The loss of held-out samples at the end of a run that is done, and that of others; None where none are held out."""
+    found = report["stages"][-1].get("held_out", {})
+    if not {HELD_OUT, TRAINED} <= found.keys():
+        return None
+    held, trained = (f"{found[name]:.4g}" for name in (HELD_OUT, TRAINED))
+    return f"flow loss of the average: {held} on the held-out samples ({found['samples']:,}), {trained} on others"
 
 
 def totals(report: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from selftrans.checkpoints import format as checkpoint
 from selftrans.checkpoints.load import IMPORTED
 from selftrans.config import RunConfig
 from selftrans.data.dataset import Dataset
+from selftrans.data.held_out import held_out_rows
 from selftrans.methods.guidance import Frozen
 from selftrans.methods.objective import Objective
 from selftrans.methods.registry import objective_of
@@ -32,6 +33,7 @@ from selftrans.train.batches import Loaded, Stream, derived_seed
 from selftrans.train.captured_step import captured_step
 from selftrans.train.ema import EMA
 from selftrans.train.flops import flops_until, step_flops
+from selftrans.train.held_out_loss import HeldOutLoss
 from selftrans.train.initial_weights import InitialWeights, build_student
 from selftrans.train.log import JsonlLog, RunningMeans, format_values
 from selftrans.train.memory_use import memory_use
@@ -107,6 +109,7 @@ class Trainer:
         self.ema = EMA(self.objective.student, train.ema)
         self.objective.watch(self.ema.model)
         self.stream = self._new_stream()
+        self.held_out = None if self.stream.held_out is None else HeldOutLoss(self, self.stream.held_out)
         self.nonfinite = NonFiniteSteps(train.max_skips, self.stream.all_indices)
         micros = train.batch_size // self.stream.micro
         each = step_flops(self.objective, self.shards.manifest.conditions.example(), self.stream.micro)
@@ -142,6 +145,7 @@ class Trainer:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             window=self.config.data.window,
+            held_out=held_out_rows(self.shards, self.config.data.held_out),
         )
 
     def _compile(self) -> None:
@@ -183,6 +187,8 @@ class Trainer:
                 compiles = False
                 bar.update()
                 self._after_step(journal, bar)
+            if self.held_out and not self.held_out.found:  # there was no step left
+                self.held_out.measure()
         except FloatingPointError:
             if journal:
                 journal.write({"stage": self.stage.name, "step": self.step, **self.nonfinite.pop_report()})
@@ -227,7 +233,7 @@ class Trainer:
         config, last = self.config, self.step == self.stage.steps
         stopping = self.stop.asked(self.accelerator)
         if self.step % config.log.every == 0 or last:
-            self._log(journal, bar)
+            self._log(journal, bar, last)
         self.due |= self.step % config.train.checkpoint_every == 0
         if last or stopping or self.due:
             if journal:
@@ -266,23 +272,25 @@ class Trainer:
         means = self.accelerator.reduce(running.means(), reduction="mean")
         return {name: value for name, mean in means.items() if np.isfinite(value := float(mean))}
 
-    def _log(self, journal: JsonlLog | None, bar: Any) -> None:
-        """Write a log line of the steps since the last one."""
+    def _log(self, journal: JsonlLog | None, bar: Any, last: bool) -> None:
+        """Write a log line of the steps since the last one, with the loss of held-out samples where that is due."""
         self._read()
         values = self._means(self.since_log)
         self.since_log.clear()
+        measured = self.held_out.measure() if self.held_out and self.held_out.due(last) else {}  # no training time
         skips = self.nonfinite.pop_report()
         if journal is None:
             return
         rate = learning_rate(self.step - 1, self.config.train)
         self.nonfinite.check_norms(values, self.step)
         changed, self.changed = self.changed, []
-        line = {"stage": self.stage.name, "step": self.step, **values, "lr": rate, **skips}
+        line = {"stage": self.stage.name, "step": self.step, **values, **measured, "lr": rate, **skips}
         line |= {"changed": changed} if changed else {}
         journal.write(line | {"seconds": round(self.seconds, 3), "tflops": self.total_flops() / 1e12})
-        bar.set_postfix(format_values({k: v for k, v in values.items() if k != "grad_norm"}), refresh=False)
+        shown = values | (self.held_out.found if self.held_out else {})
+        bar.set_postfix(format_values({k: v for k, v in shown.items() if k != "grad_norm"}), refresh=False)
         if self.trackers:
-            self.trackers.log(self.stage.name, values, self.step, changed)
+            self.trackers.log(self.stage.name, values | measured, self.step, changed)
 
     def total_flops(self) -> int:
         """Operations of this stage so far: student, heads and teacher; of imported weights since the import."""

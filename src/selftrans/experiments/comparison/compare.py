@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from selftrans.config import RunConfig, to_object
+from selftrans.data.held_out import held_out_rows
 from selftrans.device import load_average
 from selftrans.evaluate import plots
 from selftrans.experiments import html_report
@@ -151,6 +152,7 @@ def rehearse(variants: Mapping[str, RunConfig]) -> None:
         for stage in stages_to_run(config):
             check_decay(config.train, stage)
         dataset = data_of(config.data)
+        held_out_rows(dataset, config.data.held_out)
         for stage in stages(config):
             given: Any = None
             if stage.encoder or (stage.teacher and stage.teacher.given):
