@@ -1,6 +1,5 @@
 """A run interrupted anywhere, any number of times, equals the uninterrupted run bit for bit."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -112,7 +111,9 @@ def half_a_file(tensors, path, **kwargs):
 
 
 def half_removed(folder, *_, **__):
-    (checkpoint.steps(folder)[0][1] / "ema.safetensors").unlink(missing_ok=True)
+    *older, _newest = checkpoint.steps(folder)  # which is never removed
+    for _, path in older[:1]:
+        (path / "ema.safetensors").unlink(missing_ok=True)
 
 
 def half_a_line(log, line):
@@ -149,9 +150,7 @@ def test_killed_at_many_places_equals_uninterrupted(tmp_path, monkeypatch, place
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, killing)
-    damaged = pytest.warns(UserWarning, match="damaged")
-    with damaged if before is half_removed else contextlib.nullcontext():
-        assert visits(config, tmp_path, Killed) > 2
+    assert visits(config, tmp_path, Killed) > 2
     monkeypatch.undo()
     if before is half_removed:
         train(toy.toy(), tmp_path, quiet=True)
