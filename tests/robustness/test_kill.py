@@ -179,7 +179,7 @@ def kill(child: Any, run: Path, output: Path, aim: str, rng: random.Random) -> s
 
 def place(run: Path, pid: int, output: str) -> str:
     """Where a process was killed, from the files that it left."""
-    if any(f".{pid}-" in name for name in unfinished(run)):
+    if any(f"-{pid}-" in name for name in unfinished(run)):
         return WRITING
     if FIRST_LINE not in output:
         return STARTING

@@ -21,7 +21,7 @@ from tests.support.pictures import class_folders, contents, stopped_after
 from tests.support.toy import quick  # noqa: F401 - a fixture
 
 MINE = b"mine\n"
-TEMPORARY = f".log.jsonl.{os.getpid()}-00000000.tmp"
+TEMPORARY = f".log.jsonl.{storage.MACHINE}-{os.getpid()}-00000000.tmp"
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_overrides_of_every_kind(monkeypatch):
         calls.append((config, out))
         given.append(typed)
         counts = dict.fromkeys(("student_steps", "student_tflops", "total_tflops", "total_seconds"), 0)
-        return counts | {"order": ["vanilla"], "teacher": None}
+        return counts | {"order": ["vanilla"], "teacher": None, "stages": [{}]}
 
     monkeypatch.setattr("selftrans.train.run.train", train)
     argv = (

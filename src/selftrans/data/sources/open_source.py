@@ -228,8 +228,8 @@ def _native(source: Source, where: str, progress: bool, remedy: str, of_shapes: 
     for i, (size, grey) in readable(source, header, "picture", where, bar):
         if size != seen and any(seen):
             alike = max(size[0] * seen[1], size[1] * seen[0]) < OTHER_SHAPE * min(size[0] * seen[1], size[1] * seen[0])
-            other = f"{printable(source.name(i))} in {where} is {size_text(size)}, others {size_text(seen)}"
-            raise ValueError(f"{other}; {remedy if alike else of_shapes}")
+            name, way = printable(source.name(i)), remedy if alike else of_shapes
+            raise ValueError(f"{name} in {where} is {size_text(size)}, others {size_text(seen)}; {way}")
         seen, all_grey = size, all_grey and grey
     if max(seen) > MAX_RESOLUTION:
         raise ValueError(f"the pictures of {where} are {size_text(seen)}, more than {MAX_RESOLUTION}; {remedy}")
