@@ -68,6 +68,7 @@ def measured(folder: Path, kind: str, factor: float, measurement: Measurement) -
     return measure_samples(list(sampler.sample()), measurement)
 
 
+@torch.no_grad()
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -79,7 +80,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(words)
-    torch.set_grad_enabled(False)
     found: list[dict[str, Any]] = []
     measurement, data = None, None
     for run in options.runs:
