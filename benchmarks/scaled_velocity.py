@@ -6,6 +6,7 @@ Training with `--train.contrastive c` tends to (v - c v_mean) / (1 - c), where v
 mean velocity of all data (docs/method.md). Here a model that was trained without it gets this velocity at sampling, with each
 factor c: "contrastive" is the whole of it, "scaled" is v / (1 - c) alone. So the gain of training can be compared with that of
 larger steps of the sampler. For a model that was trained with c, the factor -c / (1 - c) brings v back.
+"least squares" is the number by which the velocities would have to be multiplied to be nearest to the true ones.
 
 RUN is a finished run, such as ablations.py makes; its data, sampler and seed are used. Velocities are those of the linear path.
 """
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from selftrans.checkpoints.load import load_model
 from selftrans.config import RunConfig
+from selftrans.data.dataset import Dataset
 from selftrans.data.decoded import data_latents
 from selftrans.experiments.comparison.compared_runs import checkpoints_of
 from selftrans.experiments.comparison.measurement import Measurement, measure_samples
+from selftrans.methods.objective import Objective
 from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
-from selftrans.types import Output
+from selftrans.types import Batch, Output
 
 KINDS = ("contrastive", "scaled")
 
@@ -35,6 +38,19 @@ KINDS = ("contrastive", "scaled")
 def changed(v: Tensor, factor: float, mean: Tensor | None) -> Tensor:
     """(v - c mean) / (1 - c) for velocities v (N, C, *S) and the mean velocity (1, C, *S); None: of zero."""
     return (v if mean is None else v - factor * mean) / (1 - factor)
+
+
+def least_squares(folder: Path, dataset: Dataset) -> float:
+    """k for which k v is nearest to the true velocities of all samples, each at one time; times and noise are fixed."""
+    model = load_model(folder).model.eval()
+    z0, labels = data_latents(dataset, len(dataset))
+    objective = Objective(model, times="systematic", drop=0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        parts = [objective.draw(Batch(z, y)) for z, y in zip(z0.split(500), labels.split(500), strict=True)]
+    found = [(model(d.zt, d.t, d.cond).v, d.v) for d in parts]
+    product, square = sum(float((v * true).sum()) for v, true in found), sum(float(v.square().sum()) for v, _ in found)
+    return product / square
 
 
 def measured(folder: Path, kind: str, factor: float, measurement: Measurement) -> dict[str, Any]:
@@ -52,6 +68,7 @@ def measured(folder: Path, kind: str, factor: float, measurement: Measurement) -
     return measure_samples(list(sampler.sample()), measurement)
 
 
+@torch.no_grad()
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -63,7 +80,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(words)
-    torch.set_grad_enabled(False)
     found: list[dict[str, Any]] = []
     measurement, data = None, None
     for run in options.runs:
@@ -76,10 +92,11 @@ def main(words: Sequence[str] | None = None) -> None:
                 measurement = Measurement.of(
                     config, options.features, weights=None, images=options.images, block=1, kept=options.reference
                 )
+            fit = {"least squares": least_squares(folder, measurement.dataset)}
             for factor in options.factors:
                 for kind in options.kinds if factor else ("contrastive",):
                     point = measured(folder, kind, factor, measurement)
-                    found.append({"run": str(run), "step": step, "kind": kind, "factor": factor} | point)
+                    found.append({"run": str(run), "step": step, "kind": kind, "factor": factor} | point | fit)
                     print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in found[-1].items()), flush=True)
                     write_json(options.out, {"images": options.images, "points": found})
 

@@ -45,8 +45,8 @@ class SampleConfig(Section):
     time_shift: float = 1.0
     """k moves the time steps t to k t / (1 + (k - 1) t): above 1 more of them are near the noise; 1: equal steps"""
     velocity_scale: float = 1.0
-    """k multiplies the velocity, after any guidance: slightly above 1, such as 1.05, for a model of few steps, whose velocities
-    are too short; 1: as predicted"""
+    """k multiplies the velocity, after any guidance: slightly above 1, such as 1.05, adds contrast to samples of a model of few
+    training steps; 1: as predicted"""
     autoguidance: str | None = None
     """guidance_scale extrapolates from this weaker model (a run, checkpoint or weights file) instead of the null condition"""
     early_guidance: float = 1.0

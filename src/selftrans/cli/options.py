@@ -92,7 +92,7 @@ class SamplingOptions:
     time_shift: float | None = None
     """k moves the time steps t to k t / (1 + (k - 1) t); 1: equal steps (LightningDiT's timestep_shift 0.3 is 1 / 0.3)"""
     velocity_scale: float | None = None
-    """k multiplies the velocity; slightly above 1, such as 1.05, helps models of few training steps (docs/measuring.md)"""
+    """k multiplies the velocity; slightly above 1, such as 1.05, adds contrast to samples of a model of few training steps"""
     autoguidance: Annotated[str | None, tyro.conf.arg(metavar="RUN_OR_FILE")] = None
     """a weaker model of the same data, such as RUN/stage1 or a run of fewer steps: the guidance scale w then extrapolates from
     its velocity, v_weak + w (v - v_weak), instead of from the null condition"""

@@ -25,7 +25,8 @@ def digits() -> RunConfig:
 
     So a teacher helps at equal steps, most at the start. With as much compute as both stages take, vanilla training reaches
     0.84 (0.15). With uniform times it ended at 1.54; with the published deviation of 0.02 and a learning rate of 1e-3, too, at
-    8.6.
+    8.6. --train.contrastive 0.05 takes vanilla to 0.82 (0.03) and Self-Transcendence to 0.75 (0.11), seeds 0 to 2
+    (docs/results/contrastive.md).
     """
     return RunConfig(
         recipe="digits",

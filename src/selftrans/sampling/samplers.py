@@ -145,8 +145,8 @@ def time_dtype(z: Tensor) -> torch.dtype:
 def scaled(velocity: Velocity, factor: float) -> Velocity:
     """The velocity times a factor; 1 leaves it as it is.
 
-    What a model of few steps predicts is too short on average. Training by Contrastive Flow Matching (2506.05350) has the same
-    effect for data of mean zero, with 1 / (1 - c).
+    For data of mean zero it is guidance by the weakest model of all, whose velocity is zero; training by Contrastive Flow
+    Matching (2506.05350) has the same effect, with the factor 1 / (1 - c).
     """
     return velocity if factor == 1 else lambda z, t: factor * velocity(z, t)
 
