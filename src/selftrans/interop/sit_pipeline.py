@@ -29,7 +29,7 @@ from selftrans.interop.interpolant_scheduler import InterpolantScheduler
 from selftrans.interop.pipeline_parts import copy_text_encoder, parts_of, save_vae
 from selftrans.messages import first_line, printable
 from selftrans.plain_json import read_object
-from selftrans.sampling.samplers import Early, Noise, early_weight, guided
+from selftrans.sampling.samplers import Early, Noise, early_weight, guided, scaled
 from selftrans.sampling.streams import image_noise
 from selftrans.storage import write_json
 from selftrans.types import MASK, TEXT, Cond, Output, map_cond
@@ -168,9 +168,9 @@ class SiTPipeline(DiffusionPipeline):
             interval=guidance_interval or settings.guidance_interval,
             channels=settings.guidance_channels if guidance_channels is None else guidance_channels,
         )
-        z0 = self._integrate(
-            lambda z, t: velocity(z, model.at(t)), z, num_inference_steps or settings.steps, noise, generator
-        )
+        steps = num_inference_steps or settings.steps
+        longer = scaled(lambda z, t: velocity(z, model.at(t)), settings.velocity_scale)
+        z0 = self._integrate(longer, z, steps, noise, generator)
         images = self._images(z0, settings.rounding, output_type)
         self.maybe_free_model_hooks()
         return SiTPipelineOutput(images=images) if return_dict else (images,)

@@ -52,6 +52,15 @@ def test_pictures_are_those_of_sample_bit_for_bit(exported, sampler):
     assert np.array_equal(again, expected)
 
 
+def test_velocity_is_scaled_as_in_the_settings_of_the_run(tmp_path, quick):  # noqa: F811
+    run, out = tmp_path / "run", tmp_path / "pipeline"
+    train(toy.toy({"method": "vanilla", "train.steps": 1, "sample.velocity_scale": 1.25}), run, quiet=True)
+    assert main(["export", str(run), "--out", str(out), "--layout", "pipeline"]) == 0
+    expected = sampled(run, num=2, steps=2, labels=(1, 7), seed=3)
+    assert not np.array_equal(sampled(run, num=2, steps=2, labels=(1, 7), seed=3, velocity_scale=1.0), expected)
+    assert np.array_equal(load(out)([1, 7], num_inference_steps=2, seed=3, output_type="np").images, expected)
+
+
 def test_folder_of_a_run_holds_json_and_safetensors_without_its_paths(exported):
     files = sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file())
     assert files == [
