@@ -82,7 +82,8 @@ def explanation(trainer: Trainer, rows: Loaded) -> str:
         return f"{where} while {when}; without one it fits: use --train.capture off, or {less}"
     fits = _largest(trainer, rows) if alone else None
     if fits is None and (alone or micro == 1):
-        return f"{where}, and one sample does not fit either: use {less}"
+        few = "two samples, which train.contrastive needs, do" if train.contrastive else "one sample does"
+        return f"{where}, and {few} not fit either: use {less}"
     parts = train.accumulate * (micro // fits if fits else _smallest_factor(micro))
     tried = f"; {fits} at a time fit" if fits else ""
     return (
@@ -102,11 +103,10 @@ def _consent(trainer: Trainer) -> str:
 def _largest(trainer: Trainer, rows: Loaded) -> int | None:
     """The largest part of a micro-batch that a step has memory for, by trying; None if it has memory for none.
 
-    Parts are of equal size: 1/2, 1/4, ... of 8 samples, 1/3 and 1/15 of 15.
+    Parts are of equal size: 1/2, 1/4, ... of 8 samples, 1/3 and 1/15 of 15; with `train.contrastive` of two samples at least.
     """
-    size = trainer.stream.micro
-    while size > 1:
-        size //= _smallest_factor(size)
+    size, least = trainer.stream.micro, 2 if trainer.config.train.contrastive else 1
+    while size > 1 and (size := size // _smallest_factor(size)) >= least:
         part = Loaded(rows.rows[:size], {name: tensor[:size] for name, tensor in rows.tensors.items()})
         if _fits(trainer, part):
             return size

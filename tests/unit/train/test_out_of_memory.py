@@ -97,6 +97,13 @@ def test_one_sample_that_does_not_fit(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_contrastive_term_needs_two_samples(tmp_path, monkeypatch, capsys):
+    limited(1, monkeypatch)
+    assert main(argv(tmp_path / "run", **{"train.contrastive": 0.05, "train.recompute": True})) == 1
+    said = "and two samples, which train.contrastive needs, do not fit either: use --train.precision bf16 or a smaller model"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
 @pytest.mark.parametrize(
     ("micro", "expected"),
     [
