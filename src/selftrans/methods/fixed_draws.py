@@ -70,5 +70,9 @@ def fixed_times(objective: Objective, count: int) -> Tensor:
 
 def fixed_noise(draws: Iterable[int], shape: tuple[int, ...], of: int) -> Tensor:
     """(N, *shape) standard normal noise of these draws, for the path or the posterior; on the CPU."""
-    generator = torch.Generator()
-    return torch.stack([torch.randn(shape, generator=generator.manual_seed(2 * draw + of)) for draw in draws])
+    generator = torch.Generator("cpu")  # whatever the default device and dtype
+    drawn = [
+        torch.randn(shape, generator=generator.manual_seed(2 * draw + of), dtype=torch.float32, device="cpu")
+        for draw in draws
+    ]
+    return torch.stack(drawn)

@@ -91,6 +91,18 @@ def test_noise_depends_on_the_draw_alone() -> None:
     assert float(cosine.abs().max()) < 0.95 and float(cosine.std()) == pytest.approx(24**-0.5, rel=0.03)
 
 
+def test_draws_are_the_same_whatever_the_default_device_and_dtype() -> None:
+    expected = fixed_noise([3], (2,), PATH), fixed_times(Objective(Stub()), 4)
+    with torch.device("meta"):
+        found = fixed_noise([3], (2,), PATH), fixed_times(Objective(Stub()), 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(fixed_noise([3], (2,), PATH), expected[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected)) and found[0].dtype == torch.float32
+
+
 def test_same_number_at_every_call_and_nothing_is_changed() -> None:
     class Dropping(Stub):
         def __init__(self) -> None:
