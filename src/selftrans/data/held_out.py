@@ -33,11 +33,14 @@ def held_out_rows(dataset: Dataset, share: float) -> np.ndarray | None:
     return np.sort(_spread(candidates, count))
 
 
-def measured_rows(dataset: Dataset, held_out: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """(held-out rows, rows that are trained on) to be measured: at most `most` of each, spread over the classes."""
+def measured_rows(dataset: Dataset, held_out: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(held-out rows, rows that are trained on) to be measured: `count` of each, spread over the classes.
+
+    Where there are fewer, they are repeated, and each class has the weight that it has among them.
+    """
     groups = _groups(dataset)
     trained = np.delete(np.arange(len(groups)), held_out)
-    held, seen = (_spread(_by_group(rows, groups), min(most, len(rows))) for rows in (held_out, trained))
+    held, seen = (_spread(_by_group(rows, groups), count) for rows in (held_out, trained))
     return held, seen
 
 
@@ -54,5 +57,5 @@ def _by_group(rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """`count` of these rows at equal distances."""
+    """`count` of these rows at equal distances; of fewer, each as often as any other, or once more."""
     return rows[(2 * np.arange(count) + 1) * len(rows) // (2 * count)]

@@ -1,6 +1,6 @@
 """The loss of samples that are held out, during training, and of samples that are trained on, by the same draws.
 
-Draw k is of sample k modulo their number: its first stored copy and caption, with a time and noise that depend on k alone.
+Draw k is of one sample, its first stored copy and caption, with a time and noise that depend on k alone.
 What is measured is the moving average of the weights, which previews and samples use; no random number of the training
 changes. Shape legend: N samples of a batch.
 """
@@ -39,8 +39,7 @@ class HeldOutLoss:
     def __init__(self, trainer: Trainer, held_out: np.ndarray) -> None:
         self.trainer, self.samples = trainer, len(held_out)
         self.found: dict[str, float] = {}
-        chosen = measured_rows(trainer.shards, held_out, DRAWS)
-        self._rows = [np.resize(rows, DRAWS) for rows in chosen]  # repeated, where there are fewer
+        self._rows = measured_rows(trainer.shards, held_out, DRAWS)  # of each draw
         self._times = fixed_times(trainer.objective, DRAWS)
 
     def due(self, last: bool) -> bool:

@@ -66,12 +66,21 @@ def test_data_without_a_second_sample_are_refused(labels: list[int], classes: in
 def test_measured_samples_are_of_both_kinds_and_all_classes() -> None:
     data = Dataset.open(toy.digits())
     held_out = rows_of(data, 0.5)
-    for most in (30, 5000):
-        held, trained = measured_rows(data, held_out, most)
+    for count in (30, 5000):
+        held, trained = measured_rows(data, held_out, count)
         assert set(held) <= set(held_out) and not set(trained) & set(held_out)
         for rows, kind in ((held, 898), (trained, 899)):
-            assert len(set(rows)) == len(rows) == min(most, kind)
+            assert len(rows) == count and len(set(rows)) == min(count, kind)
             assert set(data.labels[rows]) == set(range(10))
+
+
+def test_classes_keep_their_weight_where_samples_are_repeated() -> None:
+    """Of 700 samples, which are in the order of the classes, 324 are measured twice."""
+    data = data_of(np.repeat(np.arange(10), 350))
+    for rows in measured_rows(data, rows_of(data, 0.2), 1024):
+        times = np.unique(rows, return_counts=True)[1]
+        assert len(rows) == 1024 and np.ptp(times) <= 1
+        assert np.abs(np.bincount(data.labels[rows]) - 102.4).max() < 2
 
 
 def test_each_bucket_gives_samples() -> None:
