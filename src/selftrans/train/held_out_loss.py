@@ -42,9 +42,10 @@ class HeldOutLoss:
         self._rows = measured_rows(trainer.shards, held_out, DRAWS)  # of each draw
         self._times = fixed_times(trainer.objective, DRAWS)
 
-    def due(self, last: bool) -> bool:
-        """Whether the log line of this step has it: the `last` one, and the first at or after each multiple of the setting."""
+    def due(self) -> bool:
+        """Whether the log line of this step has it: the last one, and the first at or after each multiple of the setting."""
         log, step = self.trainer.config.log, self.trainer.step
+        last = step == self.trainer.stage.steps
         return last or step // log.held_out_every > (step - log.every) // log.held_out_every
 
     def measure(self) -> dict[str, float]:

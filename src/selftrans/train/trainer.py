@@ -233,13 +233,13 @@ class Trainer:
         config, last = self.config, self.step == self.stage.steps
         stopping = self.stop.asked(self.accelerator)
         if self.step % config.log.every == 0 or last:
-            self._log(journal, bar, last)
+            self._log(journal, bar, measure=last or not stopping)
         self.due |= self.step % config.train.checkpoint_every == 0
         if last or stopping or self.due:
             if journal:
                 journal.sync()
             self._save(required=last or stopping)
-        if stopping and not last:  # without a preview: after a stop signal there may only be time for the checkpoint
+        if stopping and not last:  # without measuring and preview: there may only be time for the checkpoint
             raise self.stop.interrupted(self.step, self.directory)
         self._preview(last)
 
@@ -272,12 +272,13 @@ class Trainer:
         means = self.accelerator.reduce(running.means(), reduction="mean")
         return {name: value for name, mean in means.items() if np.isfinite(value := float(mean))}
 
-    def _log(self, journal: JsonlLog | None, bar: Any, last: bool) -> None:
-        """Write a log line of the steps since the last one, with the loss of held-out samples where that is due."""
+    def _log(self, journal: JsonlLog | None, bar: Any, *, measure: bool) -> None:
+        """Write a log line of the steps since the last one; `measure`: with the loss of held-out samples, where it is due."""
         self._read()
         values = self._means(self.since_log)
         self.since_log.clear()
-        measured = self.held_out.measure() if self.held_out and self.held_out.due(last) else {}  # no training time
+        # no training time
+        measured = self.held_out.measure() if measure and self.held_out and self.held_out.due() else {}
         skips = self.nonfinite.pop_report()
         if journal is None:
             return
