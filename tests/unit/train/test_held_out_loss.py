@@ -228,7 +228,9 @@ def test_continued_run_logs_the_same_numbers_and_keeps_the_share(
     train(config, tmp_path / "stopped", quiet=True)
     found, expected = losses(tmp_path / "stopped"), losses(tmp_path / "whole")
     assert list(expected) == [1, 2, 3, 4]
-    assert found == {2: expected[2], 4: expected[4]}, "a stop signal, at steps 1 and 3, leaves time for a checkpoint only"
+    assert found == {2: expected[2], 4: expected[4]}, (
+        "a stop signal, at steps 1 and 3, leaves time for a checkpoint only"
+    )
     report = (tmp_path / "stopped" / "run.json").read_text()
     train(config, tmp_path / "stopped", quiet=True)  # no step is left
     again = json.loads((tmp_path / "stopped" / "run.json").read_text())
