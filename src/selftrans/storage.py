@@ -176,7 +176,7 @@ def directory_lock(path: Path) -> Iterator[None]:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary directories of `path` whose writers have ended without removing them, which a lock tells."""
-    temporary = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}-\d+-[0-9a-f]{{8}}\.tmp")
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{8}}-)?\d+-[0-9a-f]{{8}}\.tmp")  # earlier: no machine
     for each in [each for each in path.parent.iterdir() if temporary.fullmatch(each.name)]:
         if each.is_dir() and not each.is_symlink() and not _may_be_written(each):
             with suppress(OSError, ImportError), directory_lock(each):  # in use, or no locks, so that it is not known

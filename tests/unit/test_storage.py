@@ -338,6 +338,14 @@ def test_folder_whose_name_is_not_utf8_is_refused_before_it_is_made(tmp_path):
     assert not out.exists()
 
 
+def test_temporary_directory_without_a_machine_in_its_name_is_removed(tmp_path):
+    """Earlier versions named only the process."""
+    (tmp_path / ".run.123-0123abcd.tmp").mkdir()
+    with atomic_directory(tmp_path / "run"):
+        pass
+    assert names(tmp_path) == ["run"]
+
+
 def test_stale_temporaries_are_removed_by_target(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("mine")
