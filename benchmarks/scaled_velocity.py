@@ -48,8 +48,11 @@ def least_squares(folder: Path, dataset: Dataset) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         parts = [objective.draw(Batch(z, y)) for z, y in zip(z0.split(500), labels.split(500), strict=True)]
-    found = [(model(d.zt, d.t, d.cond).v, d.v) for d in parts]
-    product, square = sum(float((v * true).sum()) for v, true in found), sum(float(v.square().sum()) for v, _ in found)
+    product = square = 0.0
+    for d in parts:
+        v = model(d.zt, d.t, d.cond).v
+        assert v is not None
+        product, square = product + float((v * d.v).sum()), square + float(v.square().sum())
     return product / square
 
 

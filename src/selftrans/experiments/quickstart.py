@@ -25,7 +25,13 @@ from selftrans.encoders.autoencoder import load_autoencoder
 from selftrans.evaluate.extractors import load_extractor
 from selftrans.evaluate.plots import as_pictures, save
 from selftrans.evaluate.probes import collect, pca_basis, pca_maps
-from selftrans.experiments.comparison.compared_runs import Comparison, checkpoints_of, interval, seconds_trained
+from selftrans.experiments.comparison.compared_runs import (
+    WRITTEN,
+    Comparison,
+    checkpoints_of,
+    interval,
+    seconds_trained,
+)
 from selftrans.experiments.comparison.comparison_settings import for_method
 from selftrans.experiments.comparison.measurement import PROBE_T, samples_of
 from selftrans.experiments.comparison.runner import Results, check_counts, train_and_measure
@@ -72,7 +78,7 @@ def quickstart(
     # the teacher is a checkpoint of stage 1 alone, which is trained on for its own row of the table
     config = config.override({"stage1.steps": min(TAUGHT * every, config.train.steps)})
     with lock_file(out / ".lock"):
-        remove_stale_temporaries(out)
+        remove_stale_temporaries(out, *WRITTEN)
         dataset = prepare_builtin("digits", out / "data")
         config = config.override({"data.path": str(out / "data")})
         variants = {name: for_method(config, name) for name in METHODS}

@@ -41,7 +41,7 @@ from selftrans.methods.spec import Stage
 from selftrans.methods.vanilla import VANILLA
 from selftrans.models.sit import SiTConfig
 from selftrans.precision import PRECISIONS
-from selftrans.storage import write_json
+from selftrans.storage import check_writable, write_json
 from selftrans.suggest import nearest
 from selftrans.train.captured_step import NotCaptured
 from selftrans.train.flops import step_flops
@@ -102,6 +102,7 @@ def bench(
     rows, seconds = tuple(dict.fromkeys(rows or ROWS)), min(seconds, QUICK) if quick else seconds
     where = torch.device(device or default_device().type)
     _check_arguments(models, where, tokens, batch_size, rows)
+    check_writable(out / "bench.json")
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = _accelerator(where, precision)
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}

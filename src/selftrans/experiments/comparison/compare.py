@@ -25,7 +25,7 @@ from selftrans.data.held_out import held_out_rows
 from selftrans.device import load_average
 from selftrans.evaluate import plots
 from selftrans.experiments import html_report
-from selftrans.experiments.comparison.compared_runs import Comparison
+from selftrans.experiments.comparison.compared_runs import WRITTEN, Comparison
 from selftrans.experiments.comparison.comparison_settings import check_measuring, for_method, shared_settings
 from selftrans.experiments.comparison.finished_runs import FinishedRun, all_measured, finished_runs, with_samples
 from selftrans.experiments.comparison.measurement import (
@@ -95,14 +95,14 @@ def compare_methods(
     made = (out / name for name in ("data", "digits-classifier.safetensors", "classifier.safetensors", ".lock"))
     new = [path for path in made if not path.exists()]
     with lock_file(out / ".lock"):
-        remove_stale_temporaries(out)
+        remove_stale_temporaries(out, *WRITTEN)
         with removed_if_refused(new, keep=out / "compare.json"):
             config, features, weights = shared_settings(config, out, features=features)
             config = with_given_model(config, typed)
             variants = {name: for_method(config, name) for name in methods}
             chosen = Comparison(config, variants, tuple(seeds), out, images, features, weights, probed_block(config))
             for run in map(chosen.run, chosen.jobs):
-                remove_stale_temporaries(run)
+                remove_stale_temporaries(run, MEASURED)
             finished = finished_runs(chosen)
             check_before(chosen, finished)
         summary = unchanged(chosen, finished) or _measured(chosen, finished, workers, load)

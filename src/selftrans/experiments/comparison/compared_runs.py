@@ -28,6 +28,10 @@ from selftrans.train.run import stages_to_run
 POINTS = 5  #: measurements along a run
 
 
+#: patterns of the files that a comparison writes in its folder; other commands may write there under other names
+WRITTEN = ("*.csv", "*.html", "*.json", "*.npz", "*.png", "*.safetensors")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What is compared, and with what it is measured."""

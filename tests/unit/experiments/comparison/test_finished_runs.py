@@ -446,8 +446,11 @@ def test_what_a_killed_comparison_left_is_removed(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
 
+    other = temporary_for(tmp_path / "exported")  # of another command, which may be running
+    other.mkdir()
+
     def ended(_: Comparison) -> None:
-        assert not any(path.exists() for path in left)
+        assert not any(path.exists() for path in left) and other.exists()
         raise KeyError
 
     monkeypatch.setattr(compare, "finished_runs", ended)
