@@ -101,8 +101,7 @@ def bench(
     """
     rows, seconds = tuple(dict.fromkeys(rows or ROWS)), min(seconds, QUICK) if quick else seconds
     where = torch.device(device or default_device().type)
-    _check_arguments(models, where, tokens, batch_size, rows)
-    check_writable(out / "bench.json")
+    _check_arguments(models, where, tokens, batch_size, rows, out / "bench.json")
     precision: Literal["fp32", "bf16"] = "bf16" if where.type == "cuda" else "fp32"
     accelerator = _accelerator(where, precision)
     report: dict[str, Any] = {"machine": describe(accelerator.device, precision), "models": {}}
@@ -142,7 +141,12 @@ def _accelerator(where: torch.device, precision: str) -> TimedAccelerator:
 
 
 def _check_arguments(
-    models: Mapping[str, SiTConfig], where: torch.device, tokens: int, batch_size: int | None, rows: Sequence[str]
+    models: Mapping[str, SiTConfig],
+    where: torch.device,
+    tokens: int,
+    batch_size: int | None,
+    rows: Sequence[str],
+    file: Path,
 ) -> None:
     for row in rows:
         if row not in KNOWN:
@@ -155,6 +159,7 @@ def _check_arguments(
         raise ValueError(f"tokens {tokens} is not a square number; use 64, 256 or 1024")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size} should be 1 or more")
+    check_writable(file)
 
 
 def published(names: Sequence[str] | None, device: str | None, *, quick: bool = False) -> dict[str, SiTConfig]:
