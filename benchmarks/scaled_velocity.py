@@ -21,16 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftrans.checkpoints.load import load_model
-from selftrans.config import RunConfig
-from selftrans.data.dataset import Dataset
+from selftrans.checkpoints.load import LoadedModel, load_model
 from selftrans.data.decoded import data_latents
 from selftrans.experiments.comparison.compared_runs import checkpoints_of
 from selftrans.experiments.comparison.measurement import Measurement, measure_samples
 from selftrans.methods.objective import Objective
 from selftrans.sampling.images import Sampler
 from selftrans.storage import write_json
-from selftrans.types import Batch, Output
+from selftrans.types import Backbone, Batch, Output
 
 KINDS = ("contrastive", "scaled")
 
@@ -40,11 +38,9 @@ def changed(v: Tensor, factor: float, mean: Tensor | None) -> Tensor:
     return (v if mean is None else v - factor * mean) / (1 - factor)
 
 
-def least_squares(folder: Path, dataset: Dataset) -> float:
-    """k for which k v is nearest to the true velocities of all samples, each at one time; times and noise are fixed."""
-    model = load_model(folder).model.eval()
-    z0, labels = data_latents(dataset, len(dataset))
-    objective = Objective(model, times="systematic", drop=0.0)
+def least_squares(model: Backbone, z0: Tensor, labels: Tensor) -> float:
+    """k for which k v is nearest to the true velocities of latents z0 (N, C, *S), each at one time; fixed times and noise."""
+    objective = Objective(model.eval(), times="systematic", drop=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         parts = [objective.draw(Batch(z, y)) for z, y in zip(z0.split(500), labels.split(500), strict=True)]
@@ -56,19 +52,15 @@ def least_squares(folder: Path, dataset: Dataset) -> float:
     return product / square
 
 
-def measured(folder: Path, kind: str, factor: float, measurement: Measurement) -> dict[str, Any]:
-    """Distance and accuracy of a checkpoint's average under a changed velocity."""
-    loaded = load_model(folder)
-    mean = None
-    if kind == "contrastive":  # noise has mean zero: the mean of noise - data
-        mean = -data_latents(measurement.dataset, len(measurement.dataset))[0].mean(dim=0, keepdim=True)
+def measured(loaded: LoadedModel, factor: float, mean: Tensor | None, measurement: Measurement) -> dict[str, Any]:
+    """Distance and accuracy of a model whose velocity is `changed`."""
 
     def change(model: Any, inputs: Any, output: Output) -> Output:
         return output if output.v is None else output._replace(v=changed(output.v, factor, mean))
 
-    loaded.model.register_forward_hook(change)
-    sampler = Sampler.of(loaded, measurement.sample, device="cpu", conditioning=measurement.conditioning)
-    return measure_samples(list(sampler.sample()), measurement)
+    with loaded.model.register_forward_hook(change):
+        sampler = Sampler.of(loaded, measurement.sample, device="cpu", conditioning=measurement.conditioning)
+        return measure_samples(list(sampler.sample()), measurement)
 
 
 @torch.no_grad()
@@ -84,21 +76,28 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(words)
     found: list[dict[str, Any]] = []
-    measurement, data = None, None
+    data = None
     for run in options.runs:
         for step, folder in checkpoints_of(run):
             if options.steps and step not in options.steps:
                 continue
-            config: RunConfig = load_model(folder).config
-            if measurement is None or data != config.data:
-                data = config.data
+            loaded = load_model(folder)
+            if data != loaded.config.data:
+                data = loaded.config.data
                 measurement = Measurement.of(
-                    config, options.features, weights=None, images=options.images, block=1, kept=options.reference
+                    loaded.config,
+                    options.features,
+                    weights=None,
+                    images=options.images,
+                    block=1,
+                    kept=options.reference,
                 )
-            fit = {"least squares": least_squares(folder, measurement.dataset)}
+                z0, labels = data_latents(measurement.dataset, len(measurement.dataset))
+                means = {"contrastive": -z0.mean(dim=0, keepdim=True), "scaled": None}  # noise has mean zero
+            fit = {"least squares": least_squares(loaded.model, z0, labels)}
             for factor in options.factors:
-                for kind in options.kinds if factor else ("contrastive",):
-                    point = measured(folder, kind, factor, measurement)
+                for kind in options.kinds if factor else KINDS[:1]:
+                    point = measured(loaded, factor, means[kind], measurement)
                     found.append({"run": str(run), "step": step, "kind": kind, "factor": factor} | point | fit)
                     print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in found[-1].items()), flush=True)
                     write_json(options.out, {"images": options.images, "points": found})
